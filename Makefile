@@ -1,0 +1,65 @@
+# `make` lists the targets. Every target that needs Python makes .venv first, once.
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test lint bench figures clean distclean
+
+VENV := .venv/bin/python
+STAMP := .venv/.installed
+
+# The interpreter for .venv: the first that runs and is of a version we support.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+	>/dev/null 2>&1 && echo $$python && exit; done; echo python3)
+# Where torch comes from; on a laptop: TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# Further words for the command: make run ARGS='layout=single', make test ARGS='-k layout'
+ARGS ?=
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  ARGS='...' adds to run, test, bench, figures; TORCH_INDEX=<url> says where torch comes from"
+
+install: $(STAMP) ## make .venv and install what constraints.txt pins
+
+run: $(STAMP) ## train a small model on two local CPU ranks, the defaults of conf/pretrain.yaml
+	$(VENV) launch/prepare.py
+	$(VENV) launch/pretrain.py $(ARGS)
+
+test: $(STAMP) ## run the tests
+	$(VENV) -m pytest tests $(ARGS)
+
+lint: $(STAMP) ## ruff, pyright, and no file above 500 kB
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+	$(VENV) -m pyright
+	@large=$$(git ls-files -z --cached --others --exclude-standard \
+		| xargs -0 sh -c 'find "$$@" -type f -size +500000c 2>/dev/null' find); \
+	test -z "$$large" || { echo "larger than 500 kB: $$large"; exit 1; }
+
+bench: $(STAMP) ## run each benchmark of tests/bench in turn, one table each
+	@for file in tests/bench/bench_*.py; do echo "$$file"; $(VENV) $$file $(ARGS) || exit 1; done
+
+figures: $(STAMP) ## draw the figures of the documentation again
+	$(VENV) docs/figures.py $(ARGS)
+
+clean: ## remove caches; runs/ and .venv stay
+	find . -name .venv -prune -o -name .git -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	rm -rf .pytest_cache .ruff_cache *.egg-info
+
+distclean: clean ## remove caches and .venv
+	rm -rf .venv
+
+# The stamp comes last, so an interrupted installation is taken up again. torch comes first and
+# alone, because it may come from another index than the rest.
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 12) or sys.exit( \
+		"$(PYTHON) is Python %d.%d; needed: 3.11 or 3.12 (make PYTHON=/path/to/python3.11)" % v)'
+	@echo "installing into .venv with $(PYTHON): about one minute, more where torch must be downloaded"
+	@rm -f $@
+	@$(VENV) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@$(VENV) -m pip install -qq --disable-pip-version-check --no-input \
+		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
+	@$(VENV) -m pip install -qq --disable-pip-version-check --no-input \
+		-c constraints.txt -e '.[data,dev]'
+	@touch $@
+	@echo "installed"

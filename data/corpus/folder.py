@@ -1,0 +1,66 @@
+"""How do two preparations of one folder keep out of each other's way?
+
+By a lock that the system drops with the process that holds it, however that ends. Where the file
+system knows no locks, this is said in the log, and what remains is that every file appears under
+its name all at once.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data.corpus.manifest import SPLITS, Manifest
+from data.indexed.atomic import TEMPORARY_PREFIX
+from data.indexed.format import bin_path, idx_path
+
+LOCK_NAME = ".lock"
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def exclusive(folder: Path, *, waiting: Callable[[], None]) -> Generator[None]:
+    """Hold the folder alone; wait, after calling `waiting`, while another process holds it.
+
+    Raises:
+        OSError: if the lock file cannot be made.
+    """
+    descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}:
+                raise
+            log.warning(
+                "%s: no file locks here (%s); start one preparation at a time", folder, error
+            )
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the unfinished files that killed runs left; the folder must be held alone."""
+    for place in (folder, *(folder / split for split in SPLITS)):
+        for path in place.glob(f"{TEMPORARY_PREFIX}*"):
+            path.unlink(missing_ok=True)
+
+
+def remove_unlisted(folder: Path, manifest: Manifest) -> None:
+    """Remove .bin/.idx files of earlier configurations, which the manifest does not name."""
+    listed: set[Path] = set()
+    for files in manifest.splits.values():
+        for entry in files.values():
+            listed |= {bin_path(folder / entry.prefix), idx_path(folder / entry.prefix)}
+    for split in SPLITS:
+        for pattern in ("*.bin", "*.idx"):
+            for path in (folder / split).glob(pattern):
+                if path not in listed:
+                    path.unlink()

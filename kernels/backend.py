@@ -1,0 +1,39 @@
+"""What does this machine offer: an accelerator, Transformer Engine, apex?
+
+The only file that probes, and it imports what it probes for only when asked, so that configurations can be read
+without torch. NVIDIA's apex is detected, never listed as a dependency: the package named `apex` on PyPI is another
+project. The bare transformer-engine wheel raises RuntimeError, not ImportError, when imported.
+"""
+
+import functools
+import importlib
+import importlib.util
+
+
+@functools.cache
+def has_cuda() -> bool:
+    """Return whether torch sees a CUDA device in this process."""
+    return bool(importlib.import_module("torch").cuda.is_available())
+
+
+@functools.cache
+def has_transformer_engine() -> bool:
+    """Return whether Transformer Engine can really be used here.
+
+    Needs an importable `transformer_engine.pytorch` and a CUDA device; an empty meta package counts as absent.
+
+    Source: docs/decisions/0004-dependencies.md.
+    """
+    if importlib.util.find_spec("transformer_engine") is None or not has_cuda():
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, RuntimeError, OSError):
+        return False
+    return True
+
+
+@functools.cache
+def has_nvidia_apex() -> bool:
+    """Return whether NVIDIA's apex is installed, told from PyPI's `apex` by its fused optimizers."""
+    return importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is not None

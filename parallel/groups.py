@@ -1,0 +1,168 @@
+"""Which process groups does a layout need, and who starts and stops them?
+
+The only file that touches megatron's parallel_state. Groups are cached by their ranks: megatron's
+`destroy_model_parallel` only forgets its groups, and making them anew costs file descriptors and threads each time
+(measured: +120 and +55 for each layout and rank), so a process that tries many layouts keeps and reuses them.
+"""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from parallel.device import Device, prepare
+from parallel.layout import Layout, LayoutError
+
+TIMEOUT = datetime.timedelta(minutes=10)
+"""One time-out for every group; torch's new_group would give 30 minutes whatever the first group has."""
+
+_groups: dict[tuple[int, ...], Any] = {}
+_DESTROYED_BY_MEGATRON = (
+    "_DATA_PARALLEL_GROUP_GLOO",
+    "_DATA_PARALLEL_GROUP_WITH_CP_GLOO",
+    "_EXPERT_DATA_PARALLEL_GROUP_GLOO",
+    "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP_GLOO",
+)
+"""The groups that destroy_model_parallel really destroys (parallel_state.py:2150-2223); on gloo they are cached."""
+
+
+def join_world(*, store: Any = None, rank: int | None = None, num_ranks: int | None = None) -> Device:
+    """Start torch.distributed for this process if it has not been started.
+
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun and parallel/spawn.py set them,
+    unless a store is given.
+
+    Returns:
+        The device this rank computes on.
+
+    Collective: all ranks of the run call it.
+    """
+    device = prepare()
+    if not torch.distributed.is_initialized():
+        if device.kind == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.distributed.init_process_group(
+            device.backend,
+            store=store,
+            rank=-1 if rank is None else rank,
+            world_size=-1 if num_ranks is None else num_ranks,
+            timeout=TIMEOUT,
+        )
+    return device
+
+
+def leave_world() -> None:
+    """Stop torch.distributed and forget every group; the last thing a rank does."""
+    stop_groups()
+    _groups.clear()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def start_groups(layout: Layout) -> None:
+    """Make `layout`'s groups the current ones, in place of any others.
+
+    Collective: all ranks of the run call it with the same layout.
+
+    Raises:
+        LayoutError: if the layout is for another number of ranks than are running.
+    """
+    running = torch.distributed.get_world_size()
+    if layout.num_ranks != running:
+        raise LayoutError(f"{layout} given, but {running} ranks are running: set layout.num_ranks={running}")
+    stop_groups()
+    with _cached_groups():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+            distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+        )
+
+
+def stop_groups() -> None:
+    """Leave the current layout; its groups stay cached."""
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    if torch.distributed.get_backend() == "gloo":
+        for name in _DESTROYED_BY_MEGATRON:
+            setattr(parallel_state, name, None)
+    parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def _cached_groups() -> Iterator[None]:
+    """While inside, megatron's parallel_state takes groups from the cache on gloo, where all groups are alike."""
+    if torch.distributed.get_backend() != "gloo":
+        yield
+        return
+    create_group = parallel_state.create_group
+
+    def take_group(ranks: list[int] | None = None, *args: Any, **kwargs: Any) -> Any:
+        key = tuple(ranks if ranks is not None else range(torch.distributed.get_world_size()))
+        if key not in _groups:
+            _groups[key] = create_group(ranks, *args, **kwargs)
+        return _groups[key]
+
+    parallel_state.create_group = take_group
+    try:
+        yield
+    finally:
+        parallel_state.create_group = create_group
+
+
+def is_first_stage() -> bool:
+    """Return whether this rank holds the embedding."""
+    return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+
+
+def is_last_stage() -> bool:
+    """Return whether this rank computes the loss."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def data_rank() -> int:
+    """Return which data-parallel replica this rank belongs to, 0 <= rank < dp."""
+    return int(parallel_state.get_data_parallel_rank())
+
+
+def expert_rank() -> int:
+    """Return this rank's place on the expert axis, 0 <= rank < ep."""
+    return int(parallel_state.get_expert_model_parallel_rank())
+
+
+def tensor_rank() -> int:
+    """Return this rank's place on the tensor axis, 0 <= rank < tp."""
+    return int(parallel_state.get_tensor_model_parallel_rank())
+
+
+def expert_tensor_rank() -> int:
+    """Return this rank's place on the expert-tensor axis, 0 <= rank < etp."""
+    return int(parallel_state.get_expert_tensor_parallel_rank())
+
+
+def data_context_group() -> Any:
+    """Return the group over which gradients and losses are summed (data x context)."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def pipeline_group() -> Any:
+    """Return this rank's pipeline group."""
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def embedding_group() -> Any:
+    """Return the group of the stages that hold a copy of the input embedding, or None outside it."""
+    return parallel_state.get_embedding_group(check_initialized=False)
+
+
+def last_stage_rank() -> int:
+    """Return the global rank of the last stage of this rank's pipeline."""
+    return int(parallel_state.get_pipeline_model_parallel_last_rank())

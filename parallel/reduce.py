@@ -1,0 +1,38 @@
+"""How do scalars of all ranks become one number?"""
+
+import torch
+from torch import Tensor
+
+from parallel.groups import data_context_group, last_stage_rank, pipeline_group
+
+
+def sum_over_data(values: Tensor) -> Tensor:
+    """Return `values` summed over data and context ranks; collective over that axis."""
+    values = values.clone()
+    torch.distributed.all_reduce(values, group=data_context_group())
+    return values
+
+
+def from_last_stage(values: Tensor) -> Tensor:
+    """Return the last stage's `values` on every stage of the pipeline; collective over the pipeline axis.
+
+    Args:
+        values: any shape; its content matters on the last stage only, its shape and dtype on all.
+    """
+    values = values.clone()
+    torch.distributed.broadcast(values, src=last_stage_rank(), group=pipeline_group())
+    return values
+
+
+def sum_over_all(values: Tensor) -> Tensor:
+    """Return `values` summed over every rank of the run; collective over all."""
+    values = values.clone()
+    torch.distributed.all_reduce(values)
+    return values
+
+
+def max_over_all(values: Tensor) -> Tensor:
+    """Return the elementwise maximum of `values` over every rank; collective over all."""
+    values = values.clone()
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    return values

@@ -1,0 +1,33 @@
+"""What random state does each rank hold, and how is it saved and restored exactly?
+
+A.X K1 trains without dropout, and weights are drawn by name (pretrain/model/initialise.py), so the training step
+draws nothing. The states are kept all the same, for every axis, so that a model with dropout resumes exactly.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+
+
+def seed_ranks(seed: int) -> None:
+    """Seed torch and megatron's per-axis generators.
+
+    Replicas that must agree (same tensor shard, same stage) get the same state; others differ.
+
+    Args:
+        seed: the run's seed, >= 0.
+    """
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def random_state() -> dict[str, Any]:
+    """Return this rank's random state: torch's and every one of megatron's, as uint8 tensors."""
+    return {"torch": torch.get_rng_state(), "tracker": dict(get_cuda_rng_tracker().get_states())}
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    get_cuda_rng_tracker().set_states(dict(state["tracker"]))

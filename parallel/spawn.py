@@ -1,0 +1,225 @@
+"""How does one command start its own local ranks?
+
+Two uses. `run_ranks` starts N processes, runs one function in each, forwards signals and returns the exit codes:
+`python launch/pretrain.py` without torchrun. `RankPool` keeps N ranks alive and runs one function after another in
+them: a fresh start costs 8 to 15 s (imports and rendezvous), a test or a layout check should not pay it each time.
+
+Ranks meet through a file in a temporary folder, not a TCP port: nothing listens, nothing collides.
+"""
+
+import importlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+_SPAWN = multiprocessing.get_context("spawn")
+_GRACE_S = 60.0
+"""How long the other ranks may take to end after one has failed: gloo notices a dead peer at once."""
+
+
+class RankError(RuntimeError):
+    """A function failed in a rank; the message holds the rank's traceback."""
+
+
+def _enter_rank(rank: int, num_ranks: int, store_path: str, threads: int) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(num_ranks),
+        LOCAL_WORLD_SIZE=str(num_ranks),
+        OMP_NUM_THREADS=str(threads),
+        TORCHDYNAMO_DISABLE="1",  # must stand before torch is imported: 2 s less for each rank
+    )
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    # Imported here because the parent starts ranks without paying for torch.
+    torch = importlib.import_module("torch")
+    groups = importlib.import_module("parallel.groups")
+    torch.set_num_threads(threads)
+    store = torch.distributed.FileStore(store_path, num_ranks)
+    groups.join_world(store=store, rank=rank, num_ranks=num_ranks)
+
+
+def threads_per_rank(num_ranks: int) -> int:
+    """Return the torch threads each of `num_ranks` local ranks should use: cores / ranks, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // num_ranks) if hasattr(os, "sched_getaffinity") else 1
+
+
+def _rank_main(
+    rank: int, num_ranks: int, store_path: str, threads: int, function: Callable[..., int], args: tuple[Any, ...]
+) -> None:
+    _enter_rank(rank, num_ranks, store_path, threads)
+    code = function(*args)
+    importlib.import_module("parallel.groups").leave_world()
+    sys.exit(code)
+
+
+def run_ranks(function: Callable[..., int], args: tuple[Any, ...] = (), *, num_ranks: int) -> int:
+    """Run `function(*args)` in each of `num_ranks` new local processes and return the exit code of the run.
+
+    SIGTERM and SIGINT are passed on to the ranks, which decide what to do; the parent only waits. When a rank fails,
+    the others get 60 s to end and are then killed.
+
+    Args:
+        function: a module-level function that returns its exit code; ranks import it by name.
+        args: picklable arguments, the same for every rank.
+        num_ranks: processes to start, at least 1.
+
+    Returns:
+        0 if every rank returned 0, else the first nonzero code any of them ended with (1 if killed by a signal).
+    """
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        store = str(Path(folder) / "store")
+        threads = threads_per_rank(num_ranks)
+        processes: list[BaseProcess] = [
+            _SPAWN.Process(
+                target=_rank_main, args=(rank, num_ranks, store, threads, function, args), name=f"rank-{rank}"
+            )
+            for rank in range(num_ranks)
+        ]
+
+        def pass_on(signum: int, _frame: FrameType | None) -> None:
+            for process in processes:
+                if process.is_alive() and process.pid:
+                    os.kill(process.pid, signum)
+
+        previous = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            for process in processes:
+                process.start()
+            return _wait_for_all(processes)
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+
+def _wait_for_all(processes: Sequence[BaseProcess]) -> int:
+    first_failure = 0
+    deadline = float("inf")
+    alive = list(processes)
+    while alive:
+        timeout = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
+        ready = wait([process.sentinel for process in alive], timeout)
+        for process in [p for p in alive if p.sentinel in ready]:
+            process.join()
+            alive.remove(process)
+            code = process.exitcode or 0
+            if code and not first_failure:
+                first_failure = code if code > 0 else 1
+                deadline = time.monotonic() + _GRACE_S
+        if not ready:
+            for process in alive:
+                process.kill()
+    return first_failure
+
+
+def _pool_main(rank: int, num_ranks: int, store_path: str, threads: int, link: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the links
+    _enter_rank(rank, num_ranks, store_path, threads)
+    while True:
+        try:
+            function, args, kwargs = pickle.loads(link.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer: tuple[bool, Any] = (True, function(*args, **kwargs))
+        except Exception:  # the parent raises it again, with this rank's traceback
+            answer = (False, traceback.format_exc())
+        link.send(answer)
+
+
+class RankPool:
+    """N local ranks that stay alive between calls.
+
+    A failed call leaves collectives half done, so the pool is closed and starts afresh with the next call.
+    """
+
+    def __init__(self, num_ranks: int, *, threads: int | None = None) -> None:
+        """Prepare a pool; ranks start with the first call.
+
+        Args:
+            num_ranks: processes, at least 1.
+            threads: torch threads of each; None divides the cores.
+        """
+        self.num_ranks = num_ranks
+        self._threads = threads or threads_per_rank(num_ranks)
+        self._links: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def _start(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        store = str(Path(self._folder.name) / "store")
+        for rank in range(self.num_ranks):
+            ours, theirs = _SPAWN.Pipe()
+            process = _SPAWN.Process(
+                target=_pool_main,
+                args=(rank, self.num_ranks, store, self._threads, theirs),
+                name=f"pool-rank-{rank}",
+                daemon=True,
+            )
+            process.start()
+            theirs.close()
+            self._links.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0, **kwargs: Any) -> list[Any]:
+        """Return `function(*args, **kwargs)` of every rank, in rank order.
+
+        Args:
+            function: module-level, picklable by name.
+            args: the same for every rank.
+            timeout_s: how long to wait for the slowest rank, in seconds.
+            kwargs: the same for every rank.
+
+        Raises:
+            RankError: if a rank raised, died, or did not answer in time; names the rank.
+        """
+        if not self._processes:
+            self._start()
+        message = pickle.dumps((function, args, kwargs))
+        deadline = time.monotonic() + timeout_s
+        results: dict[int, Any] = {}
+        try:
+            for link in self._links:
+                link.send_bytes(message)
+            while len(results) < self.num_ranks:
+                waiting = [link for rank, link in enumerate(self._links) if rank not in results]
+                ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    missing = [rank for rank in range(self.num_ranks) if rank not in results]
+                    raise RankError(f"ranks {missing} did not answer within {timeout_s:.0f} s")
+                for link in ready:
+                    rank = self._links.index(link)  # type: ignore[arg-type]  wait() returns what it was given
+                    succeeded, value = self._links[rank].recv()
+                    if not succeeded:
+                        raise RankError(f"rank {rank} of {self.num_ranks} failed:\n{value}")
+                    results[rank] = value
+        except (RankError, EOFError, OSError) as error:
+            self.close()
+            if isinstance(error, RankError):
+                raise
+            raise RankError(f"a rank died: {error}") from error
+        return [results[rank] for rank in range(self.num_ranks)]
+
+    def close(self) -> None:
+        """End every rank."""
+        for link in self._links:
+            link.close()
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._links, self._processes = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None

@@ -1,0 +1,115 @@
+"""From which checkpoint does a run go on, and is it this run's model?
+
+The newest committed checkpoint whose files are as they were written. A damaged one is named in a warning and passed
+over; if all are damaged the run stops, because starting from scratch would look like going on. No torch.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    find_damage,
+    list_checkpoints,
+    read_manifest,
+)
+
+log = logging.getLogger(__name__)
+
+
+def find_newest(root: Path) -> tuple[Path, Manifest] | None:
+    """Return the newest whole checkpoint below `root` with its manifest, or None if there never was one.
+
+    Reads every byte of the checkpoint it returns (digests).
+
+    Raises:
+        CheckpointError: if there are checkpoints and all of them are damaged.
+    """
+    folders = list_checkpoints(root)
+    for folder in reversed(folders):
+        try:
+            manifest = read_manifest(folder)
+            damage = find_damage(folder, manifest, digests=True)
+        except CheckpointError as error:
+            damage = [str(error)]
+        else:
+            if not damage:
+                return folder, manifest
+        log.warning("passing over damaged checkpoint %s: %s", folder, "; ".join(damage))
+    if folders:
+        raise CheckpointError(
+            f"all {len(folders)} checkpoints below {root} are damaged (named above): restore one, or move the folder"
+            " away to start from scratch"
+        )
+    return None
+
+
+def open_checkpoint(path: Path) -> tuple[Path, Manifest]:
+    """Return the checkpoint a user means by `path`: itself, or the newest of a run folder, verified.
+
+    Raises:
+        CheckpointError: if there is none or it is damaged.
+    """
+    for root in (path, path / "checkpoints"):
+        if list_checkpoints(root):
+            found = find_newest(root)
+            assert found is not None
+            return found
+    manifest = read_manifest(path)
+    damage = find_damage(path, manifest, digests=True)
+    if damage:
+        raise CheckpointError("; ".join(damage))
+    return path, manifest
+
+
+def check_same_run(
+    manifest: Manifest, *, folder: Path, config: Mapping[str, Any], tokenizer_digest: str
+) -> None:
+    """Refuse to go on with another model, tokenizer, data order or layout of the optimizer than the checkpoint's.
+
+    Args:
+        manifest: the checkpoint's.
+        folder: where it is, for the message.
+        config: the run's configuration, as JSON values.
+        tokenizer_digest: SHA-256 of the run's tokenizer.
+
+    Raises:
+        CheckpointError: names the first key that differs, the checkpoint's value and the given one.
+    """
+    if manifest.tokenizer_digest != tokenizer_digest:
+        raise CheckpointError(
+            f"{folder} was trained with tokenizer {manifest.tokenizer_digest[:12]}, the corpus has"
+            f" {tokenizer_digest[:12]}: point data.corpus at the corpus of the checkpoint, or choose another name"
+        )
+    identity = (
+        "model", "seed", "precision", "load_balance.kind", "data.sequence_tokens", "batch",
+        "layout.num_ranks", "layout.tp", "layout.cp", "layout.pp", "layout.vp", "layout.ep", "layout.etp",
+        "optimizer.overlap", "optimizer.bucket_parameters",
+    )  # fmt: skip
+    for key in identity:
+        _check_key(key, _at(manifest.config, key), _at(config, key), folder)
+
+
+def _check_key(key: str, saved: Any, given: Any, folder: Path) -> None:
+    if isinstance(saved, Mapping) and isinstance(given, Mapping):
+        for name in sorted({*saved, *given}):
+            _check_key(f"{key}.{name}", saved.get(name), given.get(name), folder)
+    elif saved != given:
+        why = (
+            "the optimizer state of this version can be read on the same layout only"
+            if key.startswith(("layout", "optimizer"))
+            else "going on would continue another model or other data"
+        )
+        raise CheckpointError(
+            f"{folder} has {key}={saved}, {key}={given} given; {why}: set {key}={saved}, or choose another name"
+        )
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value

@@ -1,0 +1,212 @@
+"""How does the state of all ranks become one folder, and come back?
+
+megatron's dist_checkpointing says which part of which tensor each rank owns; torch's distributed checkpoint writes
+them, in this process: megatron's own writer starts processes that import the launch script again, 4 to 13 s for a toy.
+
+The optimizer is stored in megatron's `dp_reshardable` form. `fully_reshardable` is silently wrong in 0.16.1 when the
+distributed optimizer has more than one bucket (trap T5: it only warns that it "can lead to data corruption"), so that
+warning is an error here.
+"""
+
+import importlib.metadata
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import save as save_in_process
+
+from parallel.groups import data_context_group
+from parallel.seeds import random_state, restore_random_state
+from pretrain.checkpoint.manifest import (
+    CheckpointError,
+    FileRecord,
+    Manifest,
+    digest_file,
+    list_checkpoints,
+    step_folder,
+    sync_folder,
+    write_manifest,
+)
+
+_FORMAT = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
+_VERSIONED = ("torch", "megatron-core", "numpy")
+
+
+class _NoCorruption(logging.Filter):
+    """Turns megatron's warning about corrupt optimizer state into the error it is (trap T5)."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "data corruption" in record.getMessage():
+            raise CheckpointError(f"megatron-core reports: {record.getMessage()}")
+        return True
+
+
+logging.getLogger("megatron.core.optimizer.distrib_optimizer").addFilter(_NoCorruption())
+
+
+class _WriteInProcess(SaveShardedStrategy):
+    """Writes a sharded state in this process, each file synced to disk."""
+
+    can_handle_sharded_objects = True
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        save_in_process(
+            mcore_to_pyt_state_dict(state, False),
+            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+def _unwrap(chunk: Any) -> MegatronModule:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
+    """Return the sharded state of this rank's model chunks, wrapped or not."""
+    states = [_unwrap(chunk).sharded_state_dict(metadata=_metadata()) for chunk in chunks]
+    return {"model": states[0]} if len(chunks) == 1 else {f"model{i}": state for i, state in enumerate(states)}
+
+
+def _metadata() -> dict[str, Any]:
+    return {**_FORMAT, "dp_cp_group": data_context_group()}
+
+
+def _random_state() -> ShardedObject:
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return ShardedObject("random_state", random_state(), (num_ranks,), (rank,), replica_id=0)
+
+
+def save_checkpoint(root: Path, *, chunks: Sequence[Any], optimizer: Any, manifest: Manifest) -> Path:
+    """Write a checkpoint and return its folder; when it returns, the folder is whole on every rank.
+
+    Args:
+        root: folder of the run's checkpoints.
+        chunks: this rank's wrapped model chunks.
+        optimizer: megatron's optimizer over them.
+        manifest: step, position and configuration; `files` and `versions` are filled in here.
+
+    Raises:
+        CheckpointError: if writing failed on any rank; nothing is left that looks like a checkpoint.
+
+    Collective: every rank calls it.
+    """
+    final = step_folder(root, manifest.step)
+    writing = root / f".writing_{final.name}"
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    torch.distributed.barrier()
+    model = model_state(chunks)
+    state = {
+        **model,
+        "optimizer": optimizer.sharded_state_dict(model, metadata=_metadata()),
+        "random_state": _random_state(),
+    }
+    dist_checkpointing.save(state, str(writing), sharded_strategy=_WriteInProcess(), content_metadata=dict(_FORMAT))
+    files = _digest_own_files(writing)
+    if rank == 0:
+        versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+        write_manifest(writing, replace(manifest, files=files, versions=versions))
+        sync_folder(writing)
+        if final.exists():
+            shutil.rmtree(final)  # the same step of this run, written again after a rewind
+        os.rename(writing, final)
+        sync_folder(root)
+    torch.distributed.barrier()
+    return final
+
+
+def _digest_own_files(folder: Path) -> dict[str, FileRecord]:
+    """Return the records of all files, each rank having read a share of them; collective."""
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.distributed.barrier()
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    own = {name: digest_file(folder / name) for name in names[rank::num_ranks]}
+    shares: list[Any] = [None] * num_ranks
+    torch.distributed.all_gather_object(shares, own)
+    return {name: record for share in shares for name, record in share.items()}
+
+
+def load_checkpoint(folder: Path, *, chunks: Sequence[Any], optimizer: Any) -> None:
+    """Put a checkpoint's weights, optimizer state and random state in place.
+
+    The folder must have been verified (resume.find_newest) and be of the same layout.
+
+    Args:
+        folder: a whole checkpoint.
+        chunks: this rank's wrapped model chunks.
+        optimizer: megatron's optimizer over them.
+
+    Raises:
+        CheckpointError: if a tensor is missing or has another shape.
+
+    Collective: every rank calls it.
+    """
+    with torch.no_grad():
+        model = model_state(chunks)
+        state = {
+            **model,
+            "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata()),
+            "random_state": _random_state(),
+        }
+        loaded = _load(state, folder)
+        _put_model(chunks, loaded)
+        optimizer.load_state_dict(loaded["optimizer"])
+    restore_random_state(loaded["random_state"])
+
+
+def load_weights(folder: Path, *, chunks: Sequence[Any]) -> None:
+    """Put only a checkpoint's weights in place, whatever layout they were written from.
+
+    Raises:
+        CheckpointError: if a tensor is missing or has another shape.
+
+    Collective: every rank calls it.
+    """
+    with torch.no_grad():
+        _put_model(chunks, _load(model_state(chunks), folder))
+
+
+def _load(state: dict[str, Any], folder: Path) -> Mapping[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except (KeyError, dist_checkpointing.core.CheckpointingException) as error:
+        raise CheckpointError(f"{folder} does not hold this model: {str(error)[:500]}") from error
+
+
+def _put_model(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
+    for idx, chunk in enumerate(chunks):
+        key = "model" if len(chunks) == 1 else f"model{idx}"
+        _unwrap(chunk).load_state_dict(loaded[key], strict=True)
+
+
+def remove_old(root: Path, *, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and what interrupted saves left; rank 0 calls it."""
+    for folder in list_checkpoints(root)[:-keep]:
+        doomed = folder.with_name(f".deleting_{folder.name}")
+        os.rename(folder, doomed)  # from here on nobody takes it for a checkpoint
+        shutil.rmtree(doomed)
+    for debris in (*root.glob(".writing_*"), *root.glob(".deleting_*")):
+        shutil.rmtree(debris, ignore_errors=True)

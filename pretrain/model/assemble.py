@@ -1,0 +1,132 @@
+"""How does this rank's part of the model come together from megatron-core's modules?
+
+megatron's layer specs, with a few modules exchanged: the layer and the router of MoE blocks (second RMSNorm, scale of
+the auxiliary loss), and, where there is no Transformer Engine, the norms, the core attention and the two
+down-projections of MLA. Nothing of megatron is copied.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.post_training.modelopt.layers import Linear as ReplicatedLinear
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from parallel.device import Device
+from pretrain.model.attention import CoreAttention
+from pretrain.model.dual_norm_layer import DualNormLayer
+from pretrain.model.norm import LATENT_NORM_EPS, RMSNorm
+from pretrain.model.router import ScaledAuxLossRouter
+from pretrain.model.spec import ModelSpec
+
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """Which part of the pipeline a model chunk is."""
+
+    is_first: bool
+    """Holds the embedding."""
+    is_last: bool
+    """Holds the final norm, the head and the loss."""
+    vp_stage: int | None = None
+    """Index of the chunk on its rank with virtual pipeline, else None."""
+
+
+def build_chunk(
+    spec: ModelSpec, *, config: MLATransformerConfig, device: Device, stage: Stage, max_tokens: int
+) -> GPTModel:
+    """Return one model chunk of this rank, its weights not yet drawn (initialise.py).
+
+    Args:
+        spec: the model's sizes.
+        config: megatron's config of it (transformer_config.py).
+        device: decides between Transformer Engine's modules and local ones.
+        stage: which part of the pipeline.
+        max_tokens: longest sequence, in tokens.
+
+    Reads the current process groups, so they must be started.
+    """
+    decoder = get_gpt_decoder_block_spec(
+        config, device.uses_transformer_engine, normalization="RMSNorm", vp_stage=stage.vp_stage
+    )
+    norm = _norm(decoder.layer_norm, device)
+    exchange = _exchange_modules(spec, norm, device)
+    decoder = replace(decoder, layer_specs=[exchange(layer) for layer in decoder.layer_specs], layer_norm=norm)
+    return GPTModel(
+        config,
+        decoder,
+        spec.vocab_size,
+        max_tokens,
+        pre_process=stage.is_first,
+        post_process=stage.is_last,
+        position_embedding_type="none",  # MLA rotates inside
+        share_embeddings_and_output_weights=False,
+        mtp_block_spec=_mtp_spec(config, exchange, norm, device, stage.vp_stage),
+        vp_stage=stage.vp_stage,
+    )
+
+
+def _norm(transformer_engine_norm: Any, device: Device) -> Any:
+    return transformer_engine_norm if device.uses_transformer_engine else RMSNorm
+
+
+def _exchange_modules(spec: ModelSpec, norm: Any, device: Device) -> Callable[[ModuleSpec], ModuleSpec]:
+    def exchange(layer: ModuleSpec) -> ModuleSpec:
+        parts: Any = layer.submodules
+        if not device.uses_transformer_engine:
+            latent_norm = ModuleSpec(module=RMSNorm, params={"fixed_eps": LATENT_NORM_EPS})
+            attention = replace_submodules(
+                parts.self_attention,
+                q_layernorm=latent_norm,
+                kv_layernorm=latent_norm,
+                core_attention=CoreAttention,
+                # Replicated, as Transformer Engine does: megatron's local spec cuts them by columns, whose gathered
+                # rotary key then gets only the local heads' gradient (trap T1, wrong numbers with tp > 1).
+                linear_q_down_proj=ReplicatedLinear,
+                linear_kv_down_proj=ReplicatedLinear,
+            )
+            parts = replace(parts, input_layernorm=norm, pre_mlp_layernorm=norm, self_attention=attention)
+        if parts.mlp.module is not MoELayer:
+            return ModuleSpec(module=layer.module, params=layer.params, submodules=parts)
+        parts = replace(parts, mlp=replace_submodules(parts.mlp, router=ScaledAuxLossRouter))
+        if spec.dual_norm:
+            return ModuleSpec(module=DualNormLayer, params={"post_mlp_norm": norm}, submodules=parts)
+        return ModuleSpec(module=layer.module, params=layer.params, submodules=parts)
+
+    return exchange
+
+
+def replace_submodules(module: ModuleSpec, **parts: Any) -> ModuleSpec:
+    """Return a copy of `module` with some of its submodules exchanged."""
+    submodules: Any = module.submodules
+    return ModuleSpec(module=module.module, params=module.params, submodules=replace(submodules, **parts))
+
+
+def _mtp_spec(
+    config: MLATransformerConfig,
+    exchange: Callable[[ModuleSpec], ModuleSpec],
+    norm: Any,
+    device: Device,
+    vp_stage: int | None,
+) -> Any:
+    if not config.mtp_num_layers:
+        return None
+    on_gpu = device.uses_transformer_engine
+    last_layer = get_gpt_decoder_layer_specs(config, on_gpu, "RMSNorm")[-1]
+    block = get_gpt_decoder_block_spec(config, on_gpu, normalization="RMSNorm", vp_stage=vp_stage)
+    mtp = get_gpt_mtp_block_spec(
+        config, replace(block, layer_specs=[exchange(last_layer)]), on_gpu, vp_stage=vp_stage
+    )
+    if mtp is None:
+        return None
+    layers = [replace_submodules(layer, enorm=norm, hnorm=norm, layer_norm=norm) for layer in mtp.layer_specs]
+    return replace(mtp, layer_specs=layers)

@@ -1,0 +1,48 @@
+"""How many tokens did each expert of each layer get?
+
+A hook on megatron's routers counts the routing map of every training forward pass; under recomputation only the pass
+that keeps gradients counts. The counts of all ranks are added when they are read, once for each logged step.
+
+L layers (decoder and MTP), E experts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+
+class ExpertLoad:
+    """Token counts by layer and expert on this rank, since the last `take`."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], *, num_layers: int, num_experts: int) -> None:
+        """Hook the routers.
+
+        Args:
+            chunks: this rank's model chunks, not wrapped.
+            num_layers: L, decoder layers and MTP modules.
+            num_experts: E.
+        """
+        device = next(chunks[0].parameters()).device
+        self._counts_LE = torch.zeros(num_layers, num_experts, device=device)
+        for chunk in chunks:
+            for name, module in chunk.named_modules():
+                if isinstance(module, TopKRouter):
+                    layer = num_layers - 1 if name.startswith("mtp.") else module.layer_number - 1
+                    module.register_forward_hook(self._counter(layer))
+
+    def _counter(self, layer: int) -> Any:
+        def count(module: torch.nn.Module, _inputs: object, output: tuple[Tensor, Tensor]) -> None:
+            if module.training and torch.is_grad_enabled():
+                routing_map_TE = output[1]
+                self._counts_LE[layer] += routing_map_TE.detach().sum(0)
+
+        return count
+
+    def take(self) -> Tensor:
+        """Return this rank's counts `[L, E]` fp32 and begin anew; dense layers stay zero."""
+        counts_LE = self._counts_LE.clone()
+        self._counts_LE.zero_()
+        return counts_LE

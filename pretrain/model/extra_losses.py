@@ -1,0 +1,53 @@
+"""What are the MTP and load-balance losses that megatron adds beside the main loss?
+
+megatron keeps both in module-level trackers and averages them with ReduceOp.AVG, which gloo does not have; here they
+are summed over all ranks and divided. Reading clears them.
+"""
+
+import torch
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from torch import Tensor
+
+from parallel.layout import Layout
+from parallel.reduce import sum_over_all
+
+
+def take_mtp_loss(layout: Layout, *, num_microbatches: int, device: torch.device) -> float:
+    """Return the MTP loss in nats per token since the last call, mean over micro-batches and replicas.
+
+    Args:
+        layout: its replicas.
+        num_microbatches: forward passes of each replica since the last call.
+        device: this rank's.
+
+    Collective: every rank calls it.
+    """
+    tracked = MTPLossLoggingHelper.tracker.get("values")
+    own = tracked.clone().sum() if tracked is not None else torch.zeros((), device=device)
+    if tracked is not None:
+        tracked.zero_()
+    copies = layout.dp * layout.cp * layout.tp  # every tensor rank of the last stage holds the same value
+    return float(sum_over_all(own)) / (copies * num_microbatches)
+
+
+def take_aux_loss(
+    layout: Layout, *, num_microbatches: int, num_moe_layers: int, device: torch.device
+) -> float:
+    """Return the load-balance loss before its coefficient since the last call, mean over MoE layers.
+
+    1 is perfectly even, E / K all tokens on the same experts. Tensor and context ranks each hold a part.
+
+    Args:
+        layout: its replicas.
+        num_microbatches: forward passes of each replica since the last call.
+        num_moe_layers: routers of the whole model, MTP's included.
+        device: this rank's.
+
+    Collective: every rank calls it.
+    """
+    own: Tensor = torch.zeros((), device=device)
+    for entry in get_moe_layer_wise_logging_tracker().values():
+        own = own + entry["values"].sum()
+        entry["values"].zero_()
+    return float(sum_over_all(own)) / (layout.dp * num_microbatches * num_moe_layers)

@@ -1,0 +1,211 @@
+"""What is the whole configuration of a run, and do its parts fit each other?
+
+`Run` is what conf/pretrain.yaml composes to. Configurations stand beside their owners; those whose owner imports torch
+(AdamW, Data, Evaluation, CheckpointPolicy) stand here, so that a wrong configuration is refused before torch or a rank
+starts.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from parallel.layout import Layout
+from parallel.stages import stage_slots
+from pretrain.model.load_balance import LoadBalance
+from pretrain.model.precision import Precision, check_available
+from pretrain.model.spec import ModelSpec
+from pretrain.monitor.telemetry import TelemetryConfig
+from pretrain.training.batch import Batch
+from pretrain.training.lr_schedule import LrSchedule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamW:
+    """AdamW with decoupled weight decay, and how its gradients travel.
+
+    Raises:
+        ValueError: if a value is out of range.
+
+    Source: the report is silent; DeepSeek-V3's values (arXiv 2412.19437, section 4.2; docs/report.md).
+    """
+
+    lr: float
+    """Highest learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Times the learning rate; matrices only."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm."""
+    overlap: bool = False
+    """Reduce gradients and gather weights while computing, in buckets."""
+    bucket_parameters: int = 40_000_000
+    """Parameters in a bucket; read with overlap only."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "clip_norm", "bucket_parameters"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} given, above 0 is allowed")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} given, 0 <= value < 1 is allowed")
+        if self.weight_decay < 0:
+            raise ValueError(f"optimizer.weight_decay={self.weight_decay} given, 0 or more is allowed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """Which prepared corpus is read, in windows of which length."""
+
+    corpus: Path
+    """Folder that launch/prepare.py wrote."""
+    sequence_tokens: int
+    """Tokens in a training sequence."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_tokens < 2:
+            raise ValueError(f"data.sequence_tokens={self.sequence_tokens} given, at least 2 is allowed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """When and on how much text the validation loss is measured."""
+
+    interval_steps: int
+    """Every so many steps, and at the end; 0: at the end only."""
+    windows_per_domain: int
+    """At most so many windows of each domain while training."""
+    final_windows_per_domain: int
+    """The same at the end of the run."""
+
+    def __post_init__(self) -> None:
+        if self.interval_steps < 0 or self.windows_per_domain < 1 or self.final_windows_per_domain < 1:
+            raise ValueError(
+                f"evaluation.interval_steps={self.interval_steps}, windows_per_domain={self.windows_per_domain},"
+                f" final_windows_per_domain={self.final_windows_per_domain} given; 0 or more, and 1 or more, are allowed"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointPolicy:
+    """When checkpoints are written, how many stay, and whether a run goes on from one."""
+
+    interval_steps: int
+    """Every so many steps, and at the end; 0: at the end only."""
+    keep: int
+    """Newest whole checkpoints that stay."""
+    resume: str
+    """auto: from the newest whole checkpoint if there is one; never: refuse a folder that has one."""
+
+    def __post_init__(self) -> None:
+        if self.interval_steps < 0 or self.keep < 1:
+            raise ValueError(
+                f"checkpoint.interval_steps={self.interval_steps}, keep={self.keep} given; 0 or more, and 1 or more,"
+                " are allowed"
+            )
+        if self.resume not in ("auto", "never"):
+            raise ValueError(f"checkpoint.resume={self.resume!r} given, auto or never is allowed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Everything that defines a run.
+
+    Raises:
+        ValueError: if parts do not fit each other.
+    """
+
+    name: str
+    """Folder of the run below `output_root`; no timestamp, so that a requeued job finds its checkpoints."""
+    output_root: Path
+    """Where run folders live."""
+    seed: int
+    """Weights and data order."""
+    total_tokens: int
+    """Length of the run, over all ranks."""
+    mtp_loss_weight: float
+    """Factor on the MTP loss. Silent in the report; DeepSeek-V3: 0.3, later 0.1."""
+    model: ModelSpec
+    layout: Layout
+    precision: Precision
+    load_balance: LoadBalance
+    optimizer: AdamW
+    lr_schedule: LrSchedule
+    batch: Batch
+    data: Data
+    evaluation: Evaluation
+    checkpoint: CheckpointPolicy
+    telemetry: TelemetryConfig
+
+    def __post_init__(self) -> None:
+        if self.total_tokens < 1 or self.seed < 0 or self.mtp_loss_weight < 0:
+            raise ValueError(
+                f"total_tokens={self.total_tokens}, seed={self.seed}, mtp_loss_weight={self.mtp_loss_weight} given;"
+                " at least 1, 0 and 0 are allowed"
+            )
+        if self.lr_schedule.warmup_tokens + self.lr_schedule.decay_tokens > self.total_tokens:
+            raise ValueError(
+                f"lr_schedule.warmup_tokens={self.lr_schedule.warmup_tokens} + decay_tokens="
+                f"{self.lr_schedule.decay_tokens} given, at most total_tokens={self.total_tokens} is allowed"
+            )
+        if self.data.sequence_tokens > self.model.max_context_tokens:
+            raise ValueError(
+                f"data.sequence_tokens={self.data.sequence_tokens} given, at most model.max_context_tokens="
+                f"{self.model.max_context_tokens} is allowed"
+            )
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        layout, model = self.layout, self.model
+        if model.num_routed_experts % layout.ep:
+            raise ValueError(
+                f"layout.ep={layout.ep} given; it must divide model.num_routed_experts={model.num_routed_experts}"
+            )
+        if model.num_heads % layout.tp or model.vocab_size % layout.tp:
+            raise ValueError(
+                f"layout.tp={layout.tp} given; it must divide model.num_heads={model.num_heads} and"
+                f" model.vocab_size={model.vocab_size}"
+            )
+        if self.data.sequence_tokens % (2 * layout.cp * layout.tp) and layout.cp * layout.tp > 1:
+            raise ValueError(
+                f"layout.cp={layout.cp} and layout.tp={layout.tp} given; 2 * cp * tp must divide"
+                f" data.sequence_tokens={self.data.sequence_tokens}"
+            )
+        if layout.pp > 1:
+            stage_slots(
+                num_layers=model.num_layers,
+                num_mtp_layers=model.num_mtp_layers,
+                num_stages=layout.pp * layout.vp,
+            )
+        self.batch.check_divisible(layout.dp)
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this run is written."""
+        return self.output_root / self.name
+
+    @property
+    def num_steps(self) -> int:
+        """Steps from the first to the last token."""
+        return self.batch.num_steps(total_tokens=self.total_tokens, sequence_tokens=self.data.sequence_tokens)
+
+
+def on_ranks(run: Run, num_ranks: int) -> Run:
+    """Return `run` for the number of ranks that torchrun started.
+
+    Raises:
+        ValueError: if the layout or the batch does not divide them.
+    """
+    return replace(run, layout=replace(run.layout, num_ranks=num_ranks))
+
+
+def check_machine(run: Run) -> None:
+    """Refuse what this machine cannot run, before any rank starts.
+
+    Raises:
+        ValueError: see precision.check_available.
+    """
+    check_available(run.precision)

@@ -1,0 +1,103 @@
+"""What happens in one training step?
+
+Gradients of one global batch, their norm and the finite verdict, the clip, the update: nothing else, and nothing of it
+knows where the batch came from or who watches.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.gradients import apply_gradients
+from parallel.groups import is_last_stage
+from parallel.reduce import from_last_stage, sum_over_data
+from parallel.schedule import MicroBatch, forward_backward
+from pretrain.training.optimizer import set_lr, zero_gradients
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step measured; the same on every rank."""
+
+    loss: float
+    """Nats per token, mean over the global batch, main model only."""
+    gradient_norm: float
+    """Global norm before the clip."""
+
+
+def train_step(
+    chunks: Sequence[torch.nn.Module],
+    optimizer: Any,
+    batches: Sequence[MicroBatch],
+    *,
+    lr: float,
+    clip_norm: float,
+) -> StepResult:
+    """Train on one global batch.
+
+    Args:
+        chunks: this rank's wrapped model chunks.
+        optimizer: megatron's optimizer over them.
+        batches: this replica's micro-batches, all of one shape `[B, S]`.
+        lr: learning rate of this step.
+        clip_norm: largest global gradient norm.
+
+    Raises:
+        NonFiniteGradientError: on every rank, before any weight has changed.
+
+    Collective: every rank calls it.
+    """
+    zero_gradients(chunks, optimizer)
+    micro_batch_size, sequence_length = batches[0].tokens.shape
+    kept = forward_backward(
+        chunks,
+        [iter(batches) for _ in chunks],
+        num_microbatches=len(batches),
+        micro_batch_size=micro_batch_size,
+        sequence_length=sequence_length,
+        read_loss=_sum_and_count,
+    )
+    set_lr(optimizer, lr)
+    gradient_norm = apply_gradients(optimizer, clip_norm=clip_norm)
+    return StepResult(loss=_mean_loss(kept, batches[0].loss_mask.device), gradient_norm=gradient_norm)
+
+
+def _sum_and_count(batch: MicroBatch, token_loss_BS: Tensor) -> Tensor:
+    return torch.stack([(token_loss_BS.float() * batch.loss_mask).sum(), batch.loss_mask.sum()])
+
+
+def _mean_loss(kept: Sequence[Tensor], device: torch.device) -> float:
+    """Return the loss of the global batch; summed in fp64 so that the number of replicas does not show."""
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    if is_last_stage():
+        for sum_and_count in kept:
+            total += sum_and_count
+        total = sum_over_data(total)
+    total = from_last_stage(total)
+    return float(total[0] / total[1])
+
+
+def micro_batches(
+    tokens: Tensor, domain_idx: Tensor, *, micro_sequences: int, num_counted: int | None = None
+) -> Iterator[MicroBatch]:
+    """Yield windows as micro-batches of inputs and labels.
+
+    Args:
+        tokens: `[C, S+1]` int64.
+        domain_idx: `[C]` int64.
+        micro_sequences: B; C is a multiple of it.
+        num_counted: only the first so many windows count towards the loss; None: all.
+    """
+    counted = torch.arange(len(tokens), device=tokens.device) < (len(tokens) if num_counted is None else num_counted)
+    for start in range(0, len(tokens), micro_sequences):
+        window = slice(start, start + micro_sequences)
+        inputs = tokens[window, :-1].contiguous()
+        yield MicroBatch(
+            tokens=inputs,
+            labels=tokens[window, 1:].contiguous(),
+            loss_mask=counted[window, None].expand_as(inputs).float(),
+            domain_idx=domain_idx[window],
+        )

@@ -1,0 +1,231 @@
+"""How does a run go from its first token to its last?
+
+`fit` is the loop: next batch, train step, monitor, checkpoint. Everything else here brings the parts of a rank
+together before it and takes leave after it. The state of a run is two integers, steps done and sequences consumed;
+which tokens come next follows from them.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data.corpus.manifest import Manifest as CorpusManifest
+from data.stream.loader import WindowStream
+from parallel import groups
+from parallel.device import Device
+from parallel.reduce import max_over_all
+from parallel.schedule import MicroBatch
+from parallel.seeds import seed_ranks
+from pretrain.checkpoint.manifest import Manifest
+from pretrain.checkpoint.sharded import load_checkpoint, remove_old, save_checkpoint
+from pretrain.model.assemble import Stage, build_chunk
+from pretrain.model.initialise import initialise_weights
+from pretrain.model.transformer_config import transformer_config
+from pretrain.training.batch import local_slots
+from pretrain.training.evaluate import ValidationLoss, validation_loss
+from pretrain.training.lr_schedule import step_lr
+from pretrain.training.optimizer import make_optimizer, wrap_chunks
+from pretrain.training.run import Run
+from pretrain.training.train_step import StepResult, micro_batches, train_step
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """How far a run has come; with the configuration, all that decides what comes next."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    sequences: int = 0
+    """Sequences consumed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """The text of a run, open for reading on this rank."""
+
+    manifest: CorpusManifest
+    train: WindowStream
+    validation: WindowStream
+
+
+class Trainer:
+    """One rank's model, optimizer and place in the data."""
+
+    def __init__(self, run: Run, *, device: Device, corpus: Corpus) -> None:
+        """Build this rank's part of the model with its first weights.
+
+        Args:
+            run: the whole configuration.
+            device: what this rank computes on.
+            corpus: training and validation windows.
+
+        Collective: every rank calls it; starts the layout's groups.
+        """
+        groups.start_groups(run.layout)
+        seed_ranks(run.seed)
+        self.run = run
+        self.corpus = corpus
+        self.device = device.current()
+        self.position = Position()
+        self.total_steps = run.num_steps
+        self.modules = build_modules(run, device)
+        initialise_weights(self.modules, std=run.model.init_std, seed=run.seed)
+        self.chunks = wrap_chunks(self.modules, config=self.modules[0].config, adamw=run.optimizer)
+        self.optimizer = make_optimizer(self.chunks, adamw=run.optimizer, precision=run.precision)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens consumed so far, over all replicas."""
+        return self.position.sequences * self.run.data.sequence_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has consumed all its tokens."""
+        return self.position.step >= self.total_steps
+
+    def next_batch(self) -> list[MicroBatch]:
+        """Return this replica's micro-batches of the step to come."""
+        run = self.run
+        size = run.batch.size_at(self.position.sequences, sequence_tokens=run.data.sequence_tokens)
+        slots = local_slots(
+            size, micro_sequences=run.batch.micro_sequences, dp=run.layout.dp, data_rank=groups.data_rank()
+        )
+        batches: list[MicroBatch] = []
+        for micro in slots:
+            windows = self.corpus.train.windows(self.position.sequences + micro.start, len(micro))
+            tokens = torch.from_numpy(windows.tokens).to(self.device, torch.int64)
+            domain_idx = torch.from_numpy(windows.domain_idx).to(self.device, torch.int64)
+            batches += micro_batches(tokens, domain_idx, micro_sequences=len(micro))
+        return batches
+
+    def step(self, batches: Sequence[MicroBatch]) -> StepResult:
+        """Train on one global batch and move on; collective.
+
+        Raises:
+            NonFiniteGradientError: see train_step.
+        """
+        run = self.run
+        sequences = self.position.sequences + len(batches) * run.batch.micro_sequences * run.layout.dp
+        result = train_step(
+            self.chunks,
+            self.optimizer,
+            batches,
+            lr=self.lr_after(sequences),
+            clip_norm=run.optimizer.clip_norm,
+        )
+        self.position = Position(step=self.position.step + 1, sequences=sequences)
+        return result
+
+    def lr_after(self, sequences: int) -> float:
+        """Return the learning rate of the step that ends after `sequences` sequences."""
+        return step_lr(
+            sequences * self.run.data.sequence_tokens,
+            schedule=self.run.lr_schedule,
+            peak_lr=self.run.optimizer.lr,
+            total_tokens=self.run.total_tokens,
+        )
+
+    def validate(self, *, windows_per_domain: int) -> ValidationLoss:
+        """Return the validation loss; collective."""
+        return validation_loss(
+            self.chunks,
+            self.corpus.validation,
+            windows_per_domain=windows_per_domain,
+            micro_sequences=self.run.batch.micro_sequences,
+            layout=self.run.layout,
+            device=self.device,
+        )
+
+    def save(self, config: dict[str, Any]) -> None:
+        """Write a checkpoint of this moment; collective.
+
+        Args:
+            config: the run's configuration as JSON values.
+
+        Raises:
+            CheckpointError: see save_checkpoint.
+        """
+        root = self.run.folder / "checkpoints"
+        manifest = Manifest(
+            step=self.position.step,
+            sequences=self.position.sequences,
+            tokens=self.tokens,
+            tokenizer_digest=self.corpus.manifest.tokenizer_digest,
+            config=config,
+            versions={},
+            files={},
+        )
+        save_checkpoint(root, chunks=self.chunks, optimizer=self.optimizer, manifest=manifest)
+        if torch.distributed.get_rank() == 0:
+            remove_old(root, keep=self.run.checkpoint.keep)
+
+    def load(self, folder: Any, manifest: Manifest) -> None:
+        """Go on from a verified checkpoint; collective.
+
+        Raises:
+            CheckpointError: see load_checkpoint.
+        """
+        load_checkpoint(folder, chunks=self.chunks, optimizer=self.optimizer)
+        self.position = Position(step=manifest.step, sequences=manifest.sequences)
+
+
+def build_modules(run: Run, device: Device) -> list[Any]:
+    """Return this rank's model chunks, weights not drawn; reads the current groups."""
+    config = transformer_config(
+        run.model,
+        layout=run.layout,
+        device=device,
+        precision=run.precision,
+        load_balance=run.load_balance,
+        mtp_loss_weight=run.mtp_loss_weight,
+    )
+    vp = run.layout.vp
+    return [
+        build_chunk(
+            run.model,
+            config=config,
+            device=device,
+            stage=Stage(
+                is_first=groups.is_first_stage() and chunk == 0,
+                is_last=groups.is_last_stage() and chunk == vp - 1,
+                vp_stage=chunk if vp > 1 else None,
+            ),
+            max_tokens=run.data.sequence_tokens,
+        )
+        for chunk in range(vp)
+    ]
+
+
+def fit(
+    trainer: Trainer,
+    *,
+    monitor: Callable[[StepResult], None],
+    checkpoint: Callable[[], None],
+    should_stop: Callable[[], bool],
+) -> bool:
+    """Train until the last token or until a rank is asked to stop.
+
+    Args:
+        trainer: this rank's part of the run.
+        monitor: shown each step's result.
+        checkpoint: called after each step; decides by itself whether to write.
+        should_stop: whether this rank has been asked to stop; all ranks stop after the same step.
+
+    Returns:
+        True if the run is finished, False if it was stopped.
+
+    Collective: every rank calls it.
+    """
+    while not trainer.is_finished:
+        batch = trainer.next_batch()
+        result = trainer.step(batch)
+        monitor(result)
+        checkpoint()
+        if bool(max_over_all(torch.tensor(float(should_stop()), device=trainer.device))):
+            return False
+    return True

@@ -1,0 +1,76 @@
+"""Metadata of the project and what it needs; tool settings are in pyproject.toml.
+
+Editable installs only (docs/decisions/0002-import-names.md): the packages have plain names (`data`,
+`kernels`), which is right for a checkout and wrong for a wheel that lands beside other people's.
+"""
+
+import sys
+from typing import NoReturn
+
+from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.sdist import sdist
+
+PACKAGES = ("kernels", "parallel", "data", "pretrain", "launch")
+
+REQUIRED = [
+    "torch>=2.13,<2.14",
+    "megatron-core==0.16.1",  # exact: its internals are adapted, docs/decisions/0001-one-engine.md
+    "hydra-core>=1.3.8,<1.4",
+    "omegaconf>=2.3.1,<2.4",
+    "numpy>=2.1,<3",
+    "psutil>=5.9",  # megatron-core's checkpoint writer imports it without declaring it
+    "tokenizers>=0.23.3,<0.24",
+    "matplotlib>=3.10,<4",
+    "wandb>=0.31,<1",
+]
+
+EXTRAS = {
+    # Here and never in REQUIRED: without its compiled parts, `import transformer_engine` raises
+    # RuntimeError, which no `except ImportError` catches, so it would break every CPU machine. The
+    # range is megatron-core 0.16.1's own. It compiles against the torch that is installed:
+    #   pip install --no-build-isolation -c constraints.txt -e ".[gpu]"
+    # NVIDIA's apex is not listed: the `apex` on PyPI is another project. It is built from source.
+    "gpu": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
+    "data": ["pyarrow>=20", "zstandard>=0.23", "fsspec>=2025.3"],
+    # transformers is the oracle of the checkpoint tests; the trainer never imports it.
+    "dev": ["pytest>=9,<10", "ruff==0.17.6", "pyright[nodejs]==1.1.414", "transformers==5.23.0"],
+}
+
+
+REFUSED = (
+    "axk1-pretrain runs from its checkout: `make install`, or `pip install -e .`. A wheel would "
+    "put packages called data, kernels and launch beside other people's "
+    "(docs/decisions/0002-import-names.md)."
+)
+
+
+class EditableOnlyWheel(bdist_wheel):
+    """Lets an editable install ask for its tags and refuses to build a wheel of copies."""
+
+    def run(self) -> NoReturn:
+        """Refuse, and say what to do instead."""
+        sys.exit(REFUSED)
+
+
+class EditableOnlySource(sdist):
+    """Refuses to build an archive, which could only be installed as copies."""
+
+    def run(self) -> NoReturn:
+        """Refuse, and say what to do instead."""
+        sys.exit(REFUSED)
+
+
+setup(
+    name="axk1-pretrain",
+    version="0.1.0",
+    description="Pretraining framework for the A.X K1 architecture on megatron-core",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(
+        include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]
+    ),
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    cmdclass={"bdist_wheel": EditableOnlyWheel, "sdist": EditableOnlySource},
+)
