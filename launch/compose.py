@@ -10,10 +10,10 @@ A launch file is this and nothing more::
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import hydra
-    from launch.compose import build, run
+    from launch.compose import Composed, build, run
 
     @hydra.main(version_base=None, config_path="../conf", config_name="pretrain")
-    def main(cfg: DictConfig) -> None:
+    def main(cfg: Composed) -> None:
         train(build(RunConfig, cfg))
 
     if __name__ == "__main__":
@@ -44,6 +44,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from launch.config_tree import ConfigError, first_line, join, read, refuse_targets, shown, unread
 
 T = TypeVar("T")
+
+Composed = DictConfig
+"""What Hydra hands to `main`: the annotation for launch files, which do not know OmegaConf."""
 
 USER_ERROR_CODE = 2
 CRASH_CODE = 1

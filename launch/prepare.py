@@ -12,16 +12,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not launch/: see docs/house.md
 
 import hydra
-from omegaconf import DictConfig
 
 from data.corpus.prepare import PrepareConfig, prepare
 from data.corpus.report import ProgressText, summary
 from data.indexed.format import DataError
-from launch.compose import build, run
+from launch.compose import Composed, build, run
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="prepare")
-def main(cfg: DictConfig) -> None:
+def main(cfg: Composed) -> None:
     """Prepare the corpus that the configuration describes, and show what came of it."""
     config = build(PrepareConfig, cfg)
     line = ProgressText(terminal=sys.stdout.isatty())

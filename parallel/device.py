@@ -17,7 +17,6 @@ import importlib.metadata
 import os
 import sys
 import types
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
@@ -42,6 +41,11 @@ class Device:
     """Backend of the process groups."""
 
     @property
+    def name(self) -> str:
+        """What the device calls itself, as `NVIDIA H200`; `cpu` on a CPU."""
+        return "cpu" if self.kind == "cpu" else torch.cuda.get_device_name()
+
+    @property
     def uses_transformer_engine(self) -> bool:
         """Whether layers come from Transformer Engine (CUDA) or are megatron's local ones (CPU)."""
         return self.kind == "cuda"
@@ -49,6 +53,11 @@ class Device:
     def current(self) -> torch.device:
         """Return the device of this rank's tensors."""
         return _CPU if self.kind == "cpu" else torch.device("cuda", torch.cuda.current_device())
+
+    def claim(self, local_rank: int) -> None:
+        """Make the node's device number `local_rank` this process's own; nothing to do on a CPU."""
+        if self.kind == "cuda":
+            torch.cuda.set_device(local_rank)
 
     def peak_memory_bytes(self) -> int:
         """Return the largest memory this process has held, in bytes: resident on CPU, allocated on CUDA."""
@@ -96,7 +105,6 @@ def prepare() -> Device:
     # torch.compile would cost minutes on toy shapes; the first covers imports to come, the second those done.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     torch.compiler.set_stance("force_eager")
-    warnings.filterwarnings("ignore", category=UserWarning, message=".*(Transformer Engine|Apex).*")
     for patch in PATCHES:
         patch()
     return Device(kind="cpu", backend="gloo")

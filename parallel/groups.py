@@ -43,8 +43,7 @@ def join_world(*, store: Any = None, rank: int | None = None, num_ranks: int | N
     """
     device = prepare()
     if not torch.distributed.is_initialized():
-        if device.kind == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        device.claim(int(os.environ.get("LOCAL_RANK", "0")))
         torch.distributed.init_process_group(
             device.backend,
             store=store,

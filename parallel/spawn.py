@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -41,6 +42,7 @@ def _enter_rank(rank: int, num_ranks: int, store_path: str, threads: int) -> Non
         OMP_NUM_THREADS=str(threads),
         TORCHDYNAMO_DISABLE="1",  # must stand before torch is imported: 2 s less for each rank
     )
+    silence_expected_warnings()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     # Imported here because the parent starts ranks without paying for torch.
     torch = importlib.import_module("torch")
@@ -55,23 +57,45 @@ def threads_per_rank(num_ranks: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // num_ranks) if hasattr(os, "sched_getaffinity") else 1
 
 
+def silence_expected_warnings() -> None:
+    """Silence what megatron-core 0.16.1 warns of on every start without meaning for our runs.
+
+    That Transformer Engine and apex are absent (device.py decides what replaces them), a cuda-graph option it sets by
+    itself, torch functions that were renamed, and `.grad` it reads of views of the fp32 masters.
+    """
+    for message in (
+        ".*Transformer Engine and Apex are not installed.*",
+        ".*full scope is deprecated.*",
+        ".*torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated.*",
+        ".*The .grad attribute of a Tensor that is not a leaf Tensor.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def find_function(target: str) -> Callable[..., Any]:
+    """Return the function named by `module:function`, imported now and not before."""
+    silence_expected_warnings()
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def _rank_main(
-    rank: int, num_ranks: int, store_path: str, threads: int, function: Callable[..., int], args: tuple[Any, ...]
+    rank: int, num_ranks: int, store_path: str, threads: int, target: str, args: tuple[Any, ...]
 ) -> None:
     _enter_rank(rank, num_ranks, store_path, threads)
-    code = function(*args)
+    code = find_function(target)(*args)
     importlib.import_module("parallel.groups").leave_world()
     sys.exit(code)
 
 
-def run_ranks(function: Callable[..., int], args: tuple[Any, ...] = (), *, num_ranks: int) -> int:
-    """Run `function(*args)` in each of `num_ranks` new local processes and return the exit code of the run.
+def run_ranks(target: str, args: tuple[Any, ...] = (), *, num_ranks: int) -> int:
+    """Run a function in each of `num_ranks` new local processes and return the exit code of the run.
 
     SIGTERM and SIGINT are passed on to the ranks, which decide what to do; the parent only waits. When a rank fails,
     the others get 60 s to end and are then killed.
 
     Args:
-        function: a module-level function that returns its exit code; ranks import it by name.
+        target: `module:function`, a function that returns its exit code; only the ranks import it.
         args: picklable arguments, the same for every rank.
         num_ranks: processes to start, at least 1.
 
@@ -83,7 +107,7 @@ def run_ranks(function: Callable[..., int], args: tuple[Any, ...] = (), *, num_r
         threads = threads_per_rank(num_ranks)
         processes: list[BaseProcess] = [
             _SPAWN.Process(
-                target=_rank_main, args=(rank, num_ranks, store, threads, function, args), name=f"rank-{rank}"
+                target=_rank_main, args=(rank, num_ranks, store, threads, target, args), name=f"rank-{rank}"
             )
             for rank in range(num_ranks)
         ]

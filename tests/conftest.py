@@ -1,9 +1,27 @@
 """What every test may rely on: an environment that is not the caller's, and stated skips."""
 
 import os
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from data.corpus.prepare import PrepareConfig, prepare
+from data.corpus.sources import SourceConfig
+from parallel.layout import Layout
+from parallel.spawn import RankPool
+from pretrain.model.load_balance import LoadBalance
+from pretrain.model.precision import Precision
+from pretrain.model.spec import ModelSpec
+from pretrain.monitor.telemetry import TelemetryConfig
+from pretrain.training.batch import Batch
+from pretrain.training.lr_schedule import LrSchedule
+from pretrain.training.run import AdamW, CheckpointPolicy, Data, Evaluation, Run
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Left over from a torchrun, a batch job or a developer's shell, each of these changes what a test
 # sees: a rank that waits for peers, a traceback where one line is expected, a metric sent away.
@@ -23,6 +41,34 @@ OURS = {
     "WANDB_MODE": "offline",
     "MPLBACKEND": "Agg",
 }
+
+# One dense and three MoE layers: every part of the architecture, few enough parameters for seconds.
+TINY_MODEL: Mapping[str, int | float] = {
+    "num_layers": 4,
+    "num_dense_layers": 1,
+    "hidden_size": 64,
+    "dense_ffn_size": 160,
+    "num_routed_experts": 8,
+    "num_experts_per_token": 4,
+    "num_shared_experts": 1,
+    "expert_ffn_size": 32,
+    "num_expert_groups": 4,
+    "num_groups_per_token": 2,
+    "routed_scaling": 2.5,
+    "num_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_nope_head_size": 16,
+    "qk_rope_head_size": 8,
+    "v_head_size": 16,
+    "vocab_size": 512,
+    "max_context_tokens": 256,
+    "num_mtp_layers": 1,
+    "init_std": 0.02,
+}
+SUBJECTS = "The rank|A gradient|Every expert|One token|The router|This layer".split("|")
+VERBS = "waits for|sends|counts|adds up|forgets|divides".split("|")
+OBJECTS = "windows of text|bytes on the wire|weights of a matrix|steps of the run".split("|")
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +91,92 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none here"))
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a prepared corpus of two domains: our own sources, and sentences drawn from a seed."""
+    texts = tmp_path_factory.mktemp("texts")
+    draw = random.Random(0)
+    for number in range(120):
+        sentences = [
+            f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.randrange(1000)} {draw.choice(OBJECTS)}."
+            for _ in range(40)
+        ]
+        (texts / f"{number:03d}.txt").write_text(" ".join(sentences), encoding="utf-8")
+    sources = {
+        name: SourceConfig(kind="text_folder", path=str(ROOT / name), glob="**/*.py", domain="code")
+        for name in ("kernels", "data", "parallel", "pretrain")
+    }
+    sources["sentences"] = SourceConfig(kind="text_folder", path=str(texts))
+    folder = tmp_path_factory.mktemp("corpus")
+    config = PrepareConfig(
+        output=str(folder), sources=sources, vocab_size=512, validation_fraction=0.2
+    )
+    prepare(config, progress=lambda *_: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[RankPool]:
+    """Yield two local gloo ranks; they start with the first call and serve the whole test run."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Make this process a world of one gloo rank, for the rest of the test run."""
+    import torch  # only where a test needs ranks: it costs seconds
+
+    from parallel.groups import join_world, leave_world
+
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("world") / "store"), 1)
+    yield join_world(store=store, rank=0, num_ranks=1)
+    leave_world()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    """Return what makes a run of a model of four layers, for a layout.
+
+    `spec` changes sizes of the model, `micro` the sequences of a micro-batch; `bf16`, `bias` and
+    `overlap` choose those variants; other words replace whole fields of the run.
+    """
+
+    def make(
+        layout: Layout | None = None,
+        *,
+        spec: Mapping[str, Any] | None = None,
+        micro: int = 1,
+        bf16: bool = False,
+        bias: bool = False,
+        overlap: bool = False,
+        **changes: Any,
+    ) -> Run:
+        balance = LoadBalance(kind="bias", bias_update_rate=1e-3) if bias else LoadBalance()
+        run = Run(
+            name="tiny",
+            output_root=tmp_path_factory.mktemp("runs"),
+            seed=1,
+            total_tokens=1_000_000,
+            mtp_loss_weight=0.3,
+            model=ModelSpec(**{**TINY_MODEL, **(spec or {})}),
+            layout=layout or Layout(),
+            precision=Precision(kind="bf16" if bf16 else "fp32"),
+            load_balance=balance,
+            # 20,000 parameters in a bucket: several buckets, as in every real run
+            optimizer=AdamW(lr=1e-3, overlap=overlap, bucket_parameters=20_000),
+            lr_schedule=LrSchedule(warmup_tokens=0, decay_tokens=0, final_ratio=1.0),
+            batch=Batch(global_sequences=8, micro_sequences=micro),
+            data=Data(corpus=tiny_corpus, sequence_tokens=64),
+            evaluation=Evaluation(
+                interval_steps=0, windows_per_domain=4, final_windows_per_domain=4
+            ),
+            checkpoint=CheckpointPolicy(interval_steps=0, keep=2, resume="auto"),
+            telemetry=TelemetryConfig(),
+        )
+        return replace(run, **changes)
+
+    return make

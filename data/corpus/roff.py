@@ -86,7 +86,7 @@ _MDOC_WORDS = {
     *_ENCLOSED,
 }  # fmt: skip
 _TRUE_CONDITION = re.compile(r"^\.[ \t]*(?:if|ie)[ \t]+(?:n|!t|!'po4a'hide')[ \t]+(?!\\\{)")
-_TABLE_CELL = re.compile(r"^T\{\n|T\{$|^T\}", re.MULTILINE)
+_TABLE_CELL = re.compile(r"T\{\n|\nT\}")
 _REQUEST = re.compile(r"^[.'][ \t]*([^ \t\\]*)[ \t]*(.*)$")
 
 

@@ -3,8 +3,8 @@
 A document that stands on both sides, or nearly, makes validation a memory test. So documents are
 first gathered into clusters (same family, or nearly the same text), exact copies are dropped, and
 whole clusters go to one side: to validation if a hash of (seed, cluster) falls below the wanted
-fraction. The outcome does not depend on the order of sources or files, and a cluster keeps its side
-when other documents come or go.
+fraction. The outcome does not depend on the order of sources or files, and a cluster that does not
+change keeps its side when other documents come or go (the corrections below apart).
 
 Two corrections, per domain. A cluster of more than a quarter of what validation should hold stays
 in training, or a single one would be most of the measurement. If a domain of at least eight

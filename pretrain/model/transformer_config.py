@@ -66,6 +66,7 @@ def transformer_config(
         persist_layer_norm=on_gpu,
         apply_rope_fusion=on_gpu and spec.rope.scaling_factor > 1,
         cross_entropy_loss_fusion=on_gpu,
+        cuda_graph_scope=[],  # whole layers; the default "full" says the same with a warning
         # gloo may still be reading the buffer that megatron would free (trap T3: wrong numbers without an error).
         deallocate_pipeline_outputs=on_gpu,
     )

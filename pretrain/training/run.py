@@ -5,8 +5,9 @@
 starts.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from parallel.layout import Layout
 from parallel.stages import stage_slots
@@ -97,8 +98,11 @@ class CheckpointPolicy:
     """Every so many steps, and at the end; 0: at the end only."""
     keep: int
     """Newest whole checkpoints that stay."""
-    resume: str
+    resume: Literal["auto", "never"] = "auto"
     """auto: from the newest whole checkpoint if there is one; never: refuse a folder that has one."""
+    when_finished: Literal["stop", "start_again"] = "stop"
+    """What a run does whose last token is trained on: stop does nothing, so that a requeued job ends; start_again
+    moves the folder aside (name.1, name.2, ...) and trains anew."""
 
     def __post_init__(self) -> None:
         if self.interval_steps < 0 or self.keep < 1:
@@ -106,8 +110,6 @@ class CheckpointPolicy:
                 f"checkpoint.interval_steps={self.interval_steps}, keep={self.keep} given; 0 or more, and 1 or more,"
                 " are allowed"
             )
-        if self.resume not in ("auto", "never"):
-            raise ValueError(f"checkpoint.resume={self.resume!r} given, auto or never is allowed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +193,19 @@ class Run:
     def num_steps(self) -> int:
         """Steps from the first to the last token."""
         return self.batch.num_steps(total_tokens=self.total_tokens, sequence_tokens=self.data.sequence_tokens)
+
+
+def as_json(run: Run) -> dict[str, Any]:
+    """Return the configuration as JSON values: what checkpoints and wandb keep of it."""
+    return _plain(asdict(run))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def on_ranks(run: Run, num_ranks: int) -> Run:

@@ -6,14 +6,13 @@ which tokens come next follows from them.
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from data.corpus.manifest import Manifest as CorpusManifest
-from data.stream.loader import WindowStream
 from parallel import groups
 from parallel.device import Device
 from parallel.reduce import max_over_all
@@ -25,10 +24,11 @@ from pretrain.model.assemble import Stage, build_chunk
 from pretrain.model.initialise import initialise_weights
 from pretrain.model.transformer_config import transformer_config
 from pretrain.training.batch import local_slots
+from pretrain.training.corpus import Corpus
 from pretrain.training.evaluate import ValidationLoss, validation_loss
 from pretrain.training.lr_schedule import step_lr
 from pretrain.training.optimizer import make_optimizer, wrap_chunks
-from pretrain.training.run import Run
+from pretrain.training.run import Run, as_json
 from pretrain.training.train_step import StepResult, micro_batches, train_step
 
 log = logging.getLogger(__name__)
@@ -42,15 +42,6 @@ class Position:
     """Optimizer steps done."""
     sequences: int = 0
     """Sequences consumed."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Corpus:
-    """The text of a run, open for reading on this rank."""
-
-    manifest: CorpusManifest
-    train: WindowStream
-    validation: WindowStream
 
 
 class Trainer:
@@ -72,6 +63,7 @@ class Trainer:
         self.corpus = corpus
         self.device = device.current()
         self.position = Position()
+        self.data_wait_s = 0.0
         self.total_steps = run.num_steps
         self.modules = build_modules(run, device)
         initialise_weights(self.modules, std=run.model.init_std, seed=run.seed)
@@ -90,6 +82,7 @@ class Trainer:
 
     def next_batch(self) -> list[MicroBatch]:
         """Return this replica's micro-batches of the step to come."""
+        started = time.monotonic()
         run = self.run
         size = run.batch.size_at(self.position.sequences, sequence_tokens=run.data.sequence_tokens)
         slots = local_slots(
@@ -97,10 +90,11 @@ class Trainer:
         )
         batches: list[MicroBatch] = []
         for micro in slots:
-            windows = self.corpus.train.windows(self.position.sequences + micro.start, len(micro))
+            windows = self.corpus.train.stream.windows(self.position.sequences + micro.start, len(micro))
             tokens = torch.from_numpy(windows.tokens).to(self.device, torch.int64)
             domain_idx = torch.from_numpy(windows.domain_idx).to(self.device, torch.int64)
             batches += micro_batches(tokens, domain_idx, micro_sequences=len(micro))
+        self.data_wait_s = time.monotonic() - started
         return batches
 
     def step(self, batches: Sequence[MicroBatch]) -> StepResult:
@@ -134,18 +128,15 @@ class Trainer:
         """Return the validation loss; collective."""
         return validation_loss(
             self.chunks,
-            self.corpus.validation,
+            self.corpus.validation.stream,
             windows_per_domain=windows_per_domain,
             micro_sequences=self.run.batch.micro_sequences,
             layout=self.run.layout,
             device=self.device,
         )
 
-    def save(self, config: dict[str, Any]) -> None:
+    def save(self) -> None:
         """Write a checkpoint of this moment; collective.
-
-        Args:
-            config: the run's configuration as JSON values.
 
         Raises:
             CheckpointError: see save_checkpoint.
@@ -156,7 +147,7 @@ class Trainer:
             sequences=self.position.sequences,
             tokens=self.tokens,
             tokenizer_digest=self.corpus.manifest.tokenizer_digest,
-            config=config,
+            config=as_json(self.run),
             versions={},
             files={},
         )
@@ -204,7 +195,7 @@ def build_modules(run: Run, device: Device) -> list[Any]:
 def fit(
     trainer: Trainer,
     *,
-    monitor: Callable[[StepResult], None],
+    monitor: Callable[[StepResult, int], None],
     checkpoint: Callable[[], None],
     should_stop: Callable[[], bool],
 ) -> bool:
@@ -212,7 +203,7 @@ def fit(
 
     Args:
         trainer: this rank's part of the run.
-        monitor: shown each step's result.
+        monitor: shown each step's result and the sequences of its global batch.
         checkpoint: called after each step; decides by itself whether to write.
         should_stop: whether this rank has been asked to stop; all ranks stop after the same step.
 
@@ -222,9 +213,10 @@ def fit(
     Collective: every rank calls it.
     """
     while not trainer.is_finished:
+        before = trainer.position.sequences
         batch = trainer.next_batch()
         result = trainer.step(batch)
-        monitor(result)
+        monitor(result, trainer.position.sequences - before)
         checkpoint()
         if bool(max_over_all(torch.tensor(float(should_stop()), device=trainer.device))):
             return False

@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, {root!r})
 import hydra
-from launch.compose import build, job_name, record_exit_code, run
+from launch.compose import Composed, build, job_name, record_exit_code, run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class Config:
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="go")
-def main(cfg):
+def main(cfg: Composed) -> None:
     config = build(Config, cfg)
     said = ("job", job_name(cfg), config.model.hidden_size, os.environ.get("HYDRA_FULL_ERROR"))
     sys.stdout.write(" ".join(map(str, said)) + "\\n")  # one write: ranks share the stream

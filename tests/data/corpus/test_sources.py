@@ -157,7 +157,7 @@ def test_their_documentation_does_not_depend_on_what_is_loaded() -> None:
 
     texts = dict(pairs)
     assert "Return the cosine of x" in texts["math"]
-    assert not re.search(r"0x[0-9a-f]{6}|\x08", "".join(texts.values()))
+    assert not re.search(r" at 0x[0-9a-f]+|\x08", "".join(texts.values()))
     assert sys.base_prefix not in "".join(texts.values())
     assert read_builtin_docs() == pairs
     code = "import numpy, data.corpus.builtin_docs as b; print(len(b.read_builtin_docs()))"

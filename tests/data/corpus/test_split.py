@@ -1,4 +1,4 @@
-"""The split: near duplicates against Jaccard overlaps counted with sets; whole clusters on one side."""
+"""The split: estimated overlaps against overlaps counted with sets; clusters are not torn."""
 
 import itertools
 import random

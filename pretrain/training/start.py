@@ -1,0 +1,103 @@
+"""How does a configuration become a running job?
+
+Everything a user can get wrong is checked here, in one process without torch, before any rank starts: the machine, the
+corpus down to every token id, the checkpoint the run would go on from. Then the local ranks are started, or, under
+torchrun, this process becomes one.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from data.indexed.format import DataError
+from parallel.spawn import find_function, run_ranks
+from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
+from pretrain.checkpoint.resume import check_same_run, find_newest
+from pretrain.model.precision import check_available
+from pretrain.training.corpus import Corpus, open_run_corpus
+from pretrain.training.exit_file import WRONG_INPUT, clear_exit, write_exit
+from pretrain.training.run import Run, as_json, on_ranks
+
+RANK_MAIN = "pretrain.training.job:train"
+USER_ERRORS = (ValueError, DataError, CheckpointError)
+"""What the user can mend; each ends with exit code 2."""
+
+
+def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None = None) -> int:
+    """Check a run, start it, and return its exit code.
+
+    Args:
+        run: the whole configuration.
+        config_yaml: the same as text, kept as `config.yaml` in the run's folder.
+        environment: read for torchrun's WORLD_SIZE and RANK; None: the process's own.
+
+    Raises:
+        ValueError: if the layout does not divide the ranks, or the machine cannot run the configuration.
+        DataError: if the corpus is missing, damaged, or not of its tokenizer.
+        CheckpointError: if the run's checkpoints are damaged or of another model.
+    """
+    environment = os.environ if environment is None else environment
+    under_torchrun = "RANK" in environment and "WORLD_SIZE" in environment
+    is_first = not under_torchrun or environment["RANK"] == "0"
+    if is_first:
+        clear_exit(run.folder)
+    try:
+        if under_torchrun:
+            run = on_ranks(run, int(environment["WORLD_SIZE"]))
+        check(run, every_id=is_first)
+    except USER_ERRORS as error:
+        if is_first:
+            write_exit(run.folder, code=WRONG_INPUT, reason=str(error))
+        raise
+    if under_torchrun:
+        return int(find_function(RANK_MAIN)(run, config_yaml))
+    return run_ranks(RANK_MAIN, (run, config_yaml), num_ranks=run.layout.num_ranks)
+
+
+def check(run: Run, *, every_id: bool) -> None:
+    """Refuse a run that could not train; reads the corpus, writes nothing.
+
+    Args:
+        run: the configuration, on its ranks.
+        every_id: read every token id of the corpus, too (one process of a run is enough).
+
+    Raises:
+        ValueError, DataError, CheckpointError: see `start`.
+    """
+    check_available(run.precision)
+    corpus = open_run_corpus(run)
+    try:
+        if every_id:
+            corpus.train.stream.check_ids()
+            corpus.validation.stream.check_ids()
+        _check_checkpoint(run, corpus)
+    finally:
+        corpus.close()
+
+
+def _check_checkpoint(run: Run, corpus: Corpus) -> None:
+    root = run.folder / "checkpoints"
+    if run.checkpoint.resume == "never" and list_checkpoints(root):
+        raise CheckpointError(
+            f"checkpoint.resume=never given, but {root} has checkpoints: set checkpoint.resume=auto to go on from"
+            " them, choose another name, or move the folder away"
+        )
+    found = find_newest(root)
+    if found is not None and not starts_again(run, step=found[1].step):
+        folder, manifest = found
+        digest = corpus.manifest.tokenizer_digest
+        check_same_run(manifest, folder=folder, config=as_json(run), tokenizer_digest=digest)
+
+
+def starts_again(run: Run, *, step: int) -> bool:
+    """Return whether a run whose newest checkpoint is of `step` is to be trained anew."""
+    return step >= run.num_steps and run.checkpoint.when_finished == "start_again"
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename a run's folder to the first free of name.1, name.2, ... and return the new path."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    os.rename(folder, aside)
+    return aside
