@@ -23,7 +23,7 @@ install: $(STAMP) ## make .venv and install what constraints.txt pins
 
 run: $(STAMP) ## train a small model on two local CPU ranks, the defaults of conf/pretrain.yaml
 	$(VENV) launch/prepare.py
-	$(VENV) launch/pretrain.py $(ARGS)
+	$(VENV) launch/pretrain.py when_finished=start_again $(ARGS)
 
 test: $(STAMP) ## run the tests
 	$(VENV) -m pytest tests $(ARGS)

@@ -1,9 +1,10 @@
-"""How does one AdamW update look when megatron-core expects the state layout of TE's and apex's FusedAdam?
+"""How does AdamW look with the state layout of TE's and apex's FusedAdam?
 
-megatron-core's distributed optimizer saves and loads the state of a *FusedAdam*: `step` is a number in the parameter
-group and each parameter has `exp_avg` and `exp_avg_sq` only (distrib_optimizer.py:640-680, 818). torch.optim.AdamW
-keeps `step` as a tensor beside them, and loading such a state fails with KeyError 'step'. `FlatAdamW` has the first
-layout and calls torch's fused CPU kernel for the arithmetic, so its trajectory is torch.optim.AdamW's to the bit.
+megatron-core's distributed optimizer saves and loads the state of a *FusedAdam*: `step` is a number
+in the parameter group and each parameter has `exp_avg` and `exp_avg_sq` only
+(distrib_optimizer.py:640-680, 818). torch.optim.AdamW keeps `step` as a tensor beside them, and
+loading such a state fails with KeyError 'step'. `FlatAdamW` has the first layout and calls torch's
+fused CPU kernel for the arithmetic, so its trajectory is torch.optim.AdamW's to the bit.
 """
 
 from collections.abc import Callable, Iterable
@@ -42,8 +43,12 @@ class FlatAdamW(torch.optim.Optimizer):
             ValueError: if `adam_w_mode` is False.
         """
         if not adam_w_mode:
-            raise ValueError("adam_w_mode=False given; only decoupled weight decay is offered: set it to True")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+            raise ValueError(
+                "adam_w_mode=False given; only decoupled weight decay is offered: set it to True"
+            )
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -51,7 +56,7 @@ class FlatAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; returns the closure's loss if one is given."""
+        """Update every parameter that has a gradient; return the closure's loss, if any."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             group["step"] = int(group.get("step", 0)) + 1
@@ -68,7 +73,7 @@ class FlatAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         # The kernel increments and reads one step tensor per parameter; ours lives in the group.
         steps = [torch.tensor(float(group["step"]), device=p.device) for p in params]
-        torch._fused_adamw_(  # pyright: ignore[reportPrivateUsage]  torch exposes no public fused functional
+        torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]  torch exposes no public fused functional
             params,
             [p.grad for p in params],
             [self.state[p]["exp_avg"] for p in params],

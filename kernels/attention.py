@@ -43,7 +43,9 @@ def causal_attention(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSW: Tensor, *, scale: f
     return out_BNSH[..., :value_size]
 
 
-def causal_attention_reference(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSW: Tensor, *, scale: float) -> Tensor:
+def causal_attention_reference(
+    q_BNSH: Tensor, k_BNSH: Tensor, v_BNSW: Tensor, *, scale: float
+) -> Tensor:
     """Return the same as `causal_attention`, with the scores written out and the softmax in fp32."""
     sequence = q_BNSH.shape[-2]
     scores_BNSS = (q_BNSH @ k_BNSH.transpose(-1, -2)).float() * scale

@@ -1,8 +1,9 @@
 """What does this machine offer: an accelerator, Transformer Engine, apex?
 
-The only file that probes, and it imports what it probes for only when asked, so that configurations can be read
-without torch. NVIDIA's apex is detected, never listed as a dependency: the package named `apex` on PyPI is another
-project. The bare transformer-engine wheel raises RuntimeError, not ImportError, when imported.
+The only file that probes, and it imports what it probes for only when asked, so that configurations
+can be read without torch. NVIDIA's apex is detected, never listed as a dependency: the package
+named `apex` on PyPI is another project. The bare transformer-engine wheel raises RuntimeError, not
+ImportError, when imported.
 """
 
 import functools
@@ -20,7 +21,8 @@ def has_cuda() -> bool:
 def has_transformer_engine() -> bool:
     """Return whether Transformer Engine can really be used here.
 
-    Needs an importable `transformer_engine.pytorch` and a CUDA device; an empty meta package counts as absent.
+    Needs an importable `transformer_engine.pytorch` and a CUDA device; an empty meta package counts
+    as absent.
 
     Source: docs/decisions/0004-dependencies.md.
     """
@@ -35,5 +37,8 @@ def has_transformer_engine() -> bool:
 
 @functools.cache
 def has_nvidia_apex() -> bool:
-    """Return whether NVIDIA's apex is installed, told from PyPI's `apex` by its fused optimizers."""
-    return importlib.util.find_spec("apex") is not None and importlib.util.find_spec("apex.optimizers") is not None
+    """Return whether NVIDIA's apex is installed; PyPI's `apex` has no `optimizers`."""
+    return (
+        importlib.util.find_spec("apex") is not None
+        and importlib.util.find_spec("apex.optimizers") is not None
+    )

@@ -1,7 +1,8 @@
 """How is RMSNorm computed, and in which order are the roundings?
 
-transformers' AXK1 takes the statistics in fp32, casts x * rsqrt(mean(x^2) + eps) back to the input's dtype and only
-then multiplies by the weight. In bf16 the order shows in the last bit, so it is kept.
+transformers' AXK1 takes the statistics in fp32, casts x * rsqrt(mean(x^2) + eps) back to the
+input's dtype and only then multiplies by the weight. In bf16 the order shows in the last bit, so it
+is kept.
 
 B batch, S sequence, D model.
 """

@@ -36,6 +36,7 @@ from typing import Any, TypeVar, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -180,8 +181,8 @@ def record_exit_code(code: int) -> None:
 def job_name(cfg: DictConfig) -> str:
     """Return the run's name, the same on every start: `cfg.name`, in a sweep with its overrides.
 
-    A job of `-m layout=a,b name=first` is called `first/layout=a`: no timestamp and no job number,
-    so the same command finds its own folders again. Characters that a folder name cannot hold are
+    A job of `-m layout=a,b name=first` is called `first/layout=a`, after the keys that vary: no
+    timestamp and no job number, so the same command finds its own folders again. Characters that a folder name cannot hold are
     replaced, and a digest then keeps two jobs apart.
 
     Raises:
@@ -198,8 +199,24 @@ def job_name(cfg: DictConfig) -> str:
     hydra_cfg = HydraConfig.get()
     skipped = {"name", *hydra_cfg.job.config.override_dirname.exclude_keys}
     overrides = [str(text).lstrip("+") for text in hydra_cfg.overrides.task]
-    kept = sorted(text for text in overrides if text.partition("=")[0] not in skipped)
+    keys = _swept_keys(sys.argv[1:])
+    kept = sorted(
+        text
+        for text in overrides
+        if (key := text.partition("=")[0]) not in skipped and (not keys or key in keys)
+    )
     return f"{name}/{_folder(','.join(kept) or 'defaults')}"
+
+
+def _swept_keys(words: Sequence[str]) -> set[str]:
+    """Return the keys that the command line gives several values."""
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return {
+        override.get_key_element().lstrip("+")
+        for override in parsed
+        if override.is_sweep_override()
+    }
 
 
 def _folder(text: str) -> str:

@@ -1,7 +1,7 @@
 """Continue a text from a checkpoint.
 
     python launch/generate.py checkpoint=runs/demo prompt='"def main("'
-    python launch/generate.py checkpoint=runs/demo prompt='"안녕하세요, [서울]은"' sampling.temperature=0
+    python launch/generate.py checkpoint=runs/demo prompt='"안녕, [서울]은"' max_new_tokens=20
     python launch/generate.py checkpoint=runs/demo prompt_file=README.md max_new_tokens=50
 
 The inner quotes are for Hydra: they let it take commas, brackets and any other character.

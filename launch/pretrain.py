@@ -1,7 +1,7 @@
 """Pretrain a model.
 
-    python launch/pretrain.py                                            # the demo, on local CPU ranks
-    python launch/pretrain.py layout.pp=2 layout.ep=1 name=pp2           # another layout
+    python launch/pretrain.py                                            # the demo, on local CPU
+    ranks python launch/pretrain.py layout.pp=2 layout.ep=1 name=pp2           # another layout
     python launch/pretrain.py -m optimizer.lr=1e-3,2e-3                  # a sweep, fresh ranks each
     torchrun --nproc-per-node 2 launch/pretrain.py optimizer.lr=3e-4     # under torchrun
 

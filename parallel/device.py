@@ -1,12 +1,16 @@
+# pyright: basic
+# (megatron-core and torch.distributed are loosely typed; strict mode would check them, not us)
 """On which device do we run, and what must change in megatron-core so that it runs without CUDA?
 
-megatron-core says `torch.cuda.current_device()` and `device="cuda"` in some seventy files. On a machine without CUDA
-`prepare()` gives every `megatron.core` module a view of torch in which those words mean the CPU; torch itself is not
-changed but for four Tensor methods that a module's view cannot reach. On a CUDA machine nothing is patched: megatron
-runs as NVIDIA ships it, with Transformer Engine.
+megatron-core says `torch.cuda.current_device()` and `device="cuda"` in some seventy files. On a
+machine without CUDA `prepare()` gives every `megatron.core` module a view of torch in which those
+words mean the CPU; torch itself is not changed but for four Tensor methods that a module's view
+cannot reach. On a CUDA machine nothing is patched: megatron runs as NVIDIA ships it, with
+Transformer Engine.
 
-Each patch below is a function whose docstring names the line of megatron-core 0.16.1 that needs it. The patches were
-measured against that version only, so any other version is refused. Source: docs/decisions/0001.
+Each patch below is a function whose docstring names the line of megatron-core 0.16.1 that needs it.
+The patches were measured against that version only, so any other version is refused. Source:
+docs/decisions/0001.
 """
 
 import contextlib
@@ -60,7 +64,7 @@ class Device:
             torch.cuda.set_device(local_rank)
 
     def peak_memory_bytes(self) -> int:
-        """Return the largest memory this process has held, in bytes: resident on CPU, allocated on CUDA."""
+        """Return the most bytes this process has held: resident on CPU, allocated on CUDA."""
         if self.kind == "cuda":
             return torch.cuda.max_memory_allocated()
         resource = importlib.import_module("resource")
@@ -79,8 +83,10 @@ def check_megatron_version(installed: str | None = None) -> None:
     installed = installed if installed is not None else importlib.metadata.version("megatron-core")
     if installed != TESTED_MEGATRON:
         raise RuntimeError(
-            f"megatron-core {installed} is installed, only {TESTED_MEGATRON} is allowed: the CPU patches and the"
-            " known traps were measured on it. Run `make install`, or `pip install -c constraints.txt megatron-core`."
+            f"megatron-core {installed} is installed, only {TESTED_MEGATRON} is allowed: the CPU"
+            f" patches and the"
+            " known traps were measured on it. Run `make install`, or `pip install -c"
+            " constraints.txt megatron-core`."
         )
 
 
@@ -91,18 +97,21 @@ def prepare() -> Device:
     Every process calls it before it builds groups or modules (parallel/groups.py does).
 
     Raises:
-        RuntimeError: if megatron-core has another version than the tested one, or the machine has CUDA but no
-            Transformer Engine: megatron's local modules have TE-absent bugs on a GPU, and FP8 would silently not run.
+        RuntimeError: if megatron-core has another version than the tested one, or the machine has
+            CUDA but no Transformer Engine: megatron's local modules have TE-absent bugs on a GPU,
+            and FP8 would silently not run.
     """
     check_megatron_version()
     if has_cuda():
         if not has_transformer_engine():
             raise RuntimeError(
                 "this machine has CUDA but no usable Transformer Engine: install the extra with"
-                " `pip install -c constraints.txt -e '.[gpu]'`, or hide the GPU with CUDA_VISIBLE_DEVICES="
+                " `pip install -c constraints.txt -e '.[gpu]'`, or hide the GPU with"
+                " CUDA_VISIBLE_DEVICES="
             )
         return Device(kind="cuda", backend="nccl")
-    # torch.compile would cost minutes on toy shapes; the first covers imports to come, the second those done.
+    # torch.compile would cost minutes on toy shapes; the first covers imports to come, the second
+    # those done.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     torch.compiler.set_stance("force_eager")
     for patch in PATCHES:
@@ -134,7 +143,7 @@ class _Event:
 
 
 class _CpuCuda:
-    """What `torch.cuda` means to megatron.core on a CPU; a name not listed here is torch's own and raises there."""
+    """What `torch.cuda` means to megatron.core on a CPU; other names are torch's and raise."""
 
     Stream, Event = _Stream, _Event
     _stream = _Stream()
@@ -171,10 +180,9 @@ class _CpuCuda:
         torch.manual_seed(seed)
 
 
-_FACTORIES = (
-    "tensor zeros ones empty full rand randn randint randperm arange linspace eye as_tensor"
-    " zeros_like ones_like empty_like full_like"
-).split()
+_NEW = ("tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye", "as_tensor")
+_RANDOM = ("rand", "randn", "randint", "randperm")
+_FACTORIES = (*_NEW, *_RANDOM, "zeros_like", "ones_like", "empty_like", "full_like")
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -221,7 +229,9 @@ class _CpuViewFinder(importlib.abc.MetaPathFinder):
         if not _is_megatron(fullname):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        spec = next(
+            filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None
+        )
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
@@ -237,8 +247,9 @@ class _CpuViewFinder(importlib.abc.MetaPathFinder):
 def patch_module_views() -> None:
     """Give every megatron.core module, imported or to be imported, the CPU view of torch.
 
-    Needed by some 37 sites, among them token_dispatcher.py:452 (side stream), router.py:169 (buffers),
-    param_and_grad_buffer.py:812 (buffers), schedules.py:287 (deallocation), finalize_model_grads.py, p2p_communication.py.
+    Needed by some 37 sites, among them token_dispatcher.py:452 (side stream), router.py:169
+    (buffers), param_and_grad_buffer.py:812 (buffers), schedules.py:287 (deallocation),
+    finalize_model_grads.py, p2p_communication.py.
     """
     sys.meta_path.insert(0, _CpuViewFinder())
     for name, module in list(sys.modules.items()):
@@ -258,15 +269,17 @@ def patch_tensor_methods() -> None:
 def patch_tensor_type_names() -> None:
     """Let megatron's optimizers read 'torch.cuda.FloatTensor' from `Tensor.type()`.
 
-    Needed by distrib_optimizer.py:361, :420, :582, optimizer.py:671, :690 and clip_grads.py:167, which compare the
-    name. The caller's module decides, so that nobody else sees the changed name.
+    Needed by distrib_optimizer.py:361, :420, :582, optimizer.py:671, :690 and clip_grads.py:167,
+    which compare the name. The caller's module decides, so that nobody else sees the changed name.
     """
     type_of = torch.Tensor.type
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = type_of(self, *args, **kwargs)
         asks_name = not args and not kwargs
-        if asks_name and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.optimizer"):
+        if asks_name and sys._getframe(1).f_globals.get("__name__", "").startswith(
+            "megatron.core.optimizer"
+        ):
             return result.replace("torch.", "torch.cuda.", 1)
         return result
 
@@ -278,19 +291,23 @@ def patch_rng_state() -> None:
 
     Needed by tensor_parallel/random.py:41 and :72, which index torch.cuda.default_generators.
     """
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+        state
+    )
 
 
 def patch_split_sizes() -> None:
     """Turn the dispatcher's split sizes into numpy arrays although they already are on the CPU.
 
-    Needed by token_dispatcher.py:877: moe_utils.py:1093 converts CUDA tensors only, and all_to_all_single refuses
-    tensors as split sizes.
+    Needed by token_dispatcher.py:877: moe_utils.py:1093 converts CUDA tensors only, and
+    all_to_all_single refuses tensors as split sizes.
     """
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
-    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
@@ -302,12 +319,13 @@ def patch_split_sizes() -> None:
 def patch_absent_transformer_engine() -> None:
     """Tell MLA and the router that Transformer Engine is absent, which they get wrong in 0.16.1.
 
-    Needed by multi_latent_attention.py:56 (its imports succeed with mocks, so isinstance(x, MagicMock) raises at
-    :182) and moe_utils.py:1192 (`te_general_gemm` is undefined without TE: NameError in the router).
+    Needed by multi_latent_attention.py:56 (its imports succeed with mocks, so isinstance(x,
+    MagicMock) raises at :182) and moe_utils.py:1192 (`te_general_gemm` is undefined without TE:
+    NameError in the router).
     """
-    extensions = importlib.import_module("megatron.core.extensions.transformer_engine")
-    attention = importlib.import_module("megatron.core.transformer.multi_latent_attention")
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    extensions: Any = importlib.import_module("megatron.core.extensions.transformer_engine")
+    attention: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     attention.HAVE_TE = extensions.HAVE_TE
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
@@ -316,10 +334,11 @@ def patch_absent_transformer_engine() -> None:
 def patch_optimizer() -> None:
     """Give megatron an AdamW with FusedAdam's state layout, as TE and apex would.
 
-    Needed by distrib_optimizer.py:640-680 and :818: with torch's AdamW, loading a distributed optimizer fails.
+    Needed by distrib_optimizer.py:640-680 and :818: with torch's AdamW, loading a distributed
+    optimizer fails.
     """
-    optimizer = importlib.import_module("megatron.core.optimizer")
-    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer: Any = importlib.import_module("megatron.core.optimizer")
+    distributed: Any = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     optimizer.Adam = distributed.Adam = FlatAdamW
     optimizer.USING_PYTORCH_OPTIMIZER = distributed.USING_PYTORCH_OPTIMIZER = False
     distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True

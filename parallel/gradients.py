@@ -1,8 +1,11 @@
+# pyright: basic
+# (megatron-core and torch.distributed are loosely typed; strict mode would check them, not us)
 """How large is the gradient over all axes, and is it fit to be applied?
 
-megatron's ChainedOptimizer knows which parameters are shared or duplicated on which axis. Its `step` computes the
-norm, clips and updates in one go, so a NaN would reach the weights; here the same three parts run with the verdict
-between them. The norm is reduced over all ranks, so every rank reaches the same verdict.
+megatron's ChainedOptimizer knows which parameters are shared or duplicated on which axis. Its
+`step` computes the norm, clips and updates in one go, so a NaN would reach the weights; here the
+same three parts run with the verdict between them. The norm is reduced over all ranks, so every
+rank reaches the same verdict.
 """
 
 import math

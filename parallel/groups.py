@@ -1,8 +1,11 @@
+# pyright: basic
+# (megatron-core and torch.distributed are loosely typed; strict mode would check them, not us)
 """Which process groups does a layout need, and who starts and stops them?
 
 The only file that touches megatron's parallel_state. Groups are cached by their ranks: megatron's
-`destroy_model_parallel` only forgets its groups, and making them anew costs file descriptors and threads each time
-(measured: +120 and +55 for each layout and rank), so a process that tries many layouts keeps and reuses them.
+`destroy_model_parallel` only forgets its groups, and making them anew costs file descriptors and
+threads each time (measured: +120 and +55 for each layout and rank), so a process that tries many
+layouts keeps and reuses them.
 """
 
 import datetime
@@ -18,7 +21,8 @@ from parallel.device import Device, prepare
 from parallel.layout import Layout, LayoutError
 
 TIMEOUT = datetime.timedelta(minutes=10)
-"""One time-out for every group; torch's new_group would give 30 minutes whatever the first group has."""
+"""One time-out for every group; torch's new_group would give 30 minutes whatever the first group
+has."""
 
 _groups: dict[tuple[int, ...], Any] = {}
 _DESTROYED_BY_MEGATRON = (
@@ -27,14 +31,17 @@ _DESTROYED_BY_MEGATRON = (
     "_EXPERT_DATA_PARALLEL_GROUP_GLOO",
     "_INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP_GLOO",
 )
-"""The groups that destroy_model_parallel really destroys (parallel_state.py:2150-2223); on gloo they are cached."""
+"""The groups that destroy_model_parallel really destroys (parallel_state.py:2150-2223); on gloo
+they are cached."""
 
 
-def join_world(*, store: Any = None, rank: int | None = None, num_ranks: int | None = None) -> Device:
+def join_world(
+    *, store: Any = None, rank: int | None = None, num_ranks: int | None = None
+) -> Device:
     """Start torch.distributed for this process if it has not been started.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun and parallel/spawn.py set them,
-    unless a store is given.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun and
+    parallel/spawn.py set them, unless a store is given.
 
     Returns:
         The device this rank computes on.
@@ -72,7 +79,9 @@ def start_groups(layout: Layout) -> None:
     """
     running = torch.distributed.get_world_size()
     if layout.num_ranks != running:
-        raise LayoutError(f"{layout} given, but {running} ranks are running: set layout.num_ranks={running}")
+        raise LayoutError(
+            f"{layout} given, but {running} ranks are running: set layout.num_ranks={running}"
+        )
     stop_groups()
     with _cached_groups():
         parallel_state.initialize_model_parallel(
@@ -98,7 +107,7 @@ def stop_groups() -> None:
 
 @contextmanager
 def _cached_groups() -> Iterator[None]:
-    """While inside, megatron's parallel_state takes groups from the cache on gloo, where all groups are alike."""
+    """Let parallel_state take groups from the cache on gloo, where all groups are alike."""
     if torch.distributed.get_backend() != "gloo":
         yield
         return
@@ -134,7 +143,8 @@ def data_rank() -> int:
 
 def expert_rank() -> int:
     """Return this rank's place on the expert axis, 0 <= rank < ep."""
-    return int(parallel_state.get_expert_model_parallel_rank())
+    rank: Any = parallel_state.get_expert_model_parallel_rank()
+    return int(rank)
 
 
 def tensor_rank() -> int:
@@ -158,7 +168,7 @@ def pipeline_group() -> Any:
 
 
 def embedding_group() -> Any:
-    """Return the group of the stages that hold a copy of the input embedding, or None outside it."""
+    """Return the group of the stages with a copy of the input embedding; None outside it."""
     return parallel_state.get_embedding_group(check_initialized=False)
 
 

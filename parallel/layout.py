@@ -1,9 +1,9 @@
 """How do the ranks of a run divide the model, the batch and the experts?
 
-A rank stands on two grids at once. Attention and dense layers see tp x cp x dp x pp; routed experts see
-etp x ep x expert_dp x pp. Both have the same number of ranks, so the two data-parallel sizes follow from the rest:
-dp = num_ranks / (tp cp pp), expert_dp = num_ranks / (etp ep pp). Integers only: the planner and the tests share
-this file.
+A rank stands on two grids at once. Attention and dense layers see tp x cp x dp x pp; routed experts
+see etp x ep x expert_dp x pp. Both have the same number of ranks, so the two data-parallel sizes
+follow from the rest: dp = num_ranks / (tp cp pp), expert_dp = num_ranks / (etp ep pp). Integers
+only: the planner and the tests share this file.
 """
 
 from dataclasses import dataclass, fields
@@ -18,14 +18,15 @@ class Layout:
     """Sizes of the parallel axes; each counts ranks (vp: model chunks) and is at least 1.
 
     Raises:
-        LayoutError: if a size is below 1, a grid does not divide the ranks, or the combination is known to give wrong
-            numbers in megatron-core 0.16.1.
+        LayoutError: if a size is below 1, a grid does not divide the ranks, or the combination is
+            known to give wrong numbers in megatron-core 0.16.1.
 
     Source: report, infrastructure (PP 16, EP 8, CP 4-8); megatron-core parallel_state.py.
     """
 
     num_ranks: int = 1
-    """All ranks of the run. `python launch/...` starts so many; under torchrun WORLD_SIZE replaces it."""
+    """All ranks of the run. `python launch/...` starts so many; under torchrun WORLD_SIZE replaces
+    it."""
     tp: int = 1
     """Tensor: attention heads and dense FFN columns are cut; sequence parallelism comes with it."""
     cp: int = 1
@@ -50,8 +51,10 @@ class Layout:
             raise LayoutError(f"{self}: layout.vp={self.vp} needs layout.pp of at least 2")
         if self.tp > 1 and self.ep == 1 and self.etp == 1:
             raise LayoutError(
-                f"{self}: with layout.tp={self.tp}, megatron-core 0.16.1 does not sum the expert gradients over the"
-                " tensor ranks unless the experts are cut as well: set layout.ep or layout.etp to 2 or more"
+                f"{self}: with layout.tp={self.tp}, megatron-core 0.16.1 does not sum the expert"
+                f" gradients over the"
+                " tensor ranks unless the experts are cut as well: set layout.ep or layout.etp to"
+                " 2 or more"
             )
 
     def _check_grid(self, *axes: str) -> None:
@@ -61,8 +64,10 @@ class Layout:
         if self.num_ranks % replica:
             product = " * ".join(f"layout.{axis}={getattr(self, axis)}" for axis in axes)
             raise LayoutError(
-                f"{self.num_ranks} ranks given (layout.num_ranks, or WORLD_SIZE under torchrun), but"
-                f" {product} = {replica} must divide them: change the number of ranks or one of the factors"
+                f"{self.num_ranks} ranks given (layout.num_ranks, or WORLD_SIZE under torchrun),"
+                f" but"
+                f" {product} = {replica} must divide them: change the number of ranks or one of"
+                f" the factors"
             )
 
     @property
@@ -77,10 +82,12 @@ class Layout:
 
     @property
     def sequence_parallel(self) -> bool:
-        """Whether norms and residuals are cut along the sequence; megatron requires it with MoE and tp > 1."""
+        """Whether norms and residuals are cut along the sequence; MoE with tp > 1 needs it."""
         return self.tp > 1
 
     def __str__(self) -> str:
         """Return every factor, as `tp1 cp1 pp2 vp1 ep1 etp1 dp1 (2 ranks)`."""
         axes = ("tp", "cp", "pp", "vp", "ep", "etp", "dp")
-        return " ".join(f"{axis}{getattr(self, axis)}" for axis in axes) + f" ({self.num_ranks} ranks)"
+        return (
+            " ".join(f"{axis}{getattr(self, axis)}" for axis in axes) + f" ({self.num_ranks} ranks)"
+        )

@@ -1,3 +1,5 @@
+# pyright: basic
+# (megatron-core and torch.distributed are loosely typed; strict mode would check them, not us)
 """How do scalars of all ranks become one number?"""
 
 import torch
@@ -14,7 +16,7 @@ def sum_over_data(values: Tensor) -> Tensor:
 
 
 def from_last_stage(values: Tensor) -> Tensor:
-    """Return the last stage's `values` on every stage of the pipeline; collective over the pipeline axis.
+    """Return the last stage's `values` on every stage; collective over the pipeline axis.
 
     Args:
         values: any shape; its content matters on the last stage only, its shape and dtype on all.

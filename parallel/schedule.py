@@ -1,8 +1,12 @@
+# pyright: basic
+# (megatron-core and torch.distributed are loosely typed; strict mode would check them, not us)
 """How does one global batch run through the pipeline?
 
-megatron-core's schedules do it: no pipeline, 1F1B, or interleaved. This file only says what one of our micro-batches
+megatron-core's schedules do it: no pipeline, 1F1B, or interleaved. This file only says what one of
+our micro-batches
 is and how its loss is counted: as a sum over tokens, divided once by all tokens of the global batch
-(`calculate_per_token_loss`), so that the number of micro-batches and replicas never changes the loss.
+(`calculate_per_token_loss`), so that the number of micro-batches and replicas never changes the
+loss.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +59,8 @@ def forward_backward(
         forward_only: True for validation: no gradients.
 
     Returns:
-        What `read_loss` returned for every micro-batch on the last stage, an empty list on the others.
+        What `read_loss` returned for every micro-batch on the last stage, an empty list on the
+        others.
 
     Collective: every rank calls it; gradients are reduced inside (finalize_model_grads).
     """
@@ -75,7 +80,9 @@ def _forward_step(
     batches: Iterator[MicroBatch], chunk: torch.nn.Module, *, read_loss: ReadLoss
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     batch = next(batches)
-    position_ids = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
+    position_ids = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(
+        batch.tokens
+    )
     output = chunk(batch.tokens, position_ids, None, labels=batch.labels, loss_mask=batch.loss_mask)
 
     def sum_loss(token_loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

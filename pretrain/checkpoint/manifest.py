@@ -1,8 +1,10 @@
 """When is a checkpoint whole, and what is in it?
 
-A checkpoint is a folder `step_00000100`. It is written under another name, its manifest last, synced to disk, and then
-renamed: a folder with the right name is complete or damaged later, never half written. The manifest lists every file
-with its size and SHA-256, which are checked before anything in them is parsed. No torch.
+A checkpoint is a folder `step_00000100`. It is written under another name, its manifest last,
+synced to disk, and then
+renamed: a folder with the right name is complete or damaged later, never half written. The manifest
+    lists every file with its size and SHA-256, which are checked before anything in them is parsed.
+    No torch.
 
 Source: our choice, docs/decisions/0008.
 """
@@ -22,7 +24,7 @@ _STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is damaged, unreadable, or of another model; the message names the file or key."""
+    """A checkpoint is damaged, unreadable, or of another model; names the file or key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +65,9 @@ def list_checkpoints(root: Path) -> list[Path]:
     """Return the committed checkpoints below `root`, oldest first."""
     if not root.is_dir():
         return []
-    folders = [path for path in root.iterdir() if path.is_dir() and _STEP_FOLDER.fullmatch(path.name)]
+    folders = [
+        path for path in root.iterdir() if path.is_dir() and _STEP_FOLDER.fullmatch(path.name)
+    ]
     return sorted(folders)
 
 
@@ -94,12 +98,15 @@ def read_manifest(folder: Path) -> Manifest:
         files = {name: FileRecord(**entry) for name, entry in record.pop("files").items()}
         manifest = Manifest(files=files, **record)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is not a checkpoint: {MANIFEST_NAME} is missing") from error
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: {MANIFEST_NAME} is missing"
+        ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read as a manifest: {error}") from error
     if manifest.schema_version > SCHEMA_VERSION:
         raise CheckpointError(
-            f"{path} has schema {manifest.schema_version}, this code reads up to {SCHEMA_VERSION}: use newer code"
+            f"{path} has schema {manifest.schema_version}, this code reads up to"
+            f" {SCHEMA_VERSION}: use newer code"
         )
     return manifest
 

@@ -1,7 +1,8 @@
 """From which checkpoint does a run go on, and is it this run's model?
 
-The newest committed checkpoint whose files are as they were written. A damaged one is named in a warning and passed
-over; if all are damaged the run stops, because starting from scratch would look like going on. No torch.
+The newest committed checkpoint whose files are as they were written. A damaged one is named in a
+warning and passed over; if all are damaged the run stops, because starting from scratch would look
+like going on. No torch.
 """
 
 import logging
@@ -19,9 +20,22 @@ from pretrain.checkpoint.manifest import (
 
 log = logging.getLogger(__name__)
 
+_IDENTITY = (
+    "model",
+    "seed",
+    "precision",
+    "load_balance.kind",
+    "data.sequence_tokens",
+    "batch",
+    *(f"layout.{axis}" for axis in ("num_ranks", "tp", "cp", "pp", "vp", "ep", "etp")),
+    "optimizer.overlap",
+    "optimizer.bucket_parameters",
+)
+"""Keys whose values a run must share with the checkpoint it goes on from."""
+
 
 def find_newest(root: Path) -> tuple[Path, Manifest] | None:
-    """Return the newest whole checkpoint below `root` with its manifest, or None if there never was one.
+    """Return the newest whole checkpoint below `root` with its manifest, None if there is none.
 
     Reads every byte of the checkpoint it returns (digests).
 
@@ -41,14 +55,15 @@ def find_newest(root: Path) -> tuple[Path, Manifest] | None:
         log.warning("passing over damaged checkpoint %s: %s", folder, "; ".join(damage))
     if folders:
         raise CheckpointError(
-            f"all {len(folders)} checkpoints below {root} are damaged (named above): restore one, or move the folder"
+            f"all {len(folders)} checkpoints below {root} are damaged (named above): restore one,"
+            f" or move the folder"
             " away to start from scratch"
         )
     return None
 
 
 def open_checkpoint(path: Path) -> tuple[Path, Manifest]:
-    """Return the checkpoint a user means by `path`: itself, or the newest of a run folder, verified.
+    """Return the checkpoint meant by `path`, verified: itself, or the newest of a run folder.
 
     Raises:
         CheckpointError: if there is none or it is damaged.
@@ -68,7 +83,7 @@ def open_checkpoint(path: Path) -> tuple[Path, Manifest]:
 def check_same_run(
     manifest: Manifest, *, folder: Path, config: Mapping[str, Any], tokenizer_digest: str
 ) -> None:
-    """Refuse to go on with another model, tokenizer, data order or layout of the optimizer than the checkpoint's.
+    """Refuse another model, tokenizer, data order or optimizer layout than the checkpoint's.
 
     Args:
         manifest: the checkpoint's.
@@ -82,14 +97,10 @@ def check_same_run(
     if manifest.tokenizer_digest != tokenizer_digest:
         raise CheckpointError(
             f"{folder} was trained with tokenizer {manifest.tokenizer_digest[:12]}, the corpus has"
-            f" {tokenizer_digest[:12]}: point data.corpus at the corpus of the checkpoint, or choose another name"
+            f" {tokenizer_digest[:12]}: point data.corpus at the corpus of the checkpoint, or"
+            f" choose another name"
         )
-    identity = (
-        "model", "seed", "precision", "load_balance.kind", "data.sequence_tokens", "batch",
-        "layout.num_ranks", "layout.tp", "layout.cp", "layout.pp", "layout.vp", "layout.ep", "layout.etp",
-        "optimizer.overlap", "optimizer.bucket_parameters",
-    )  # fmt: skip
-    for key in identity:
+    for key in _IDENTITY:
         _check_key(key, _at(manifest.config, key), _at(config, key), folder)
 
 
@@ -104,7 +115,8 @@ def _check_key(key: str, saved: Any, given: Any, folder: Path) -> None:
             else "going on would continue another model or other data"
         )
         raise CheckpointError(
-            f"{folder} has {key}={saved}, {key}={given} given; {why}: set {key}={saved}, or choose another name"
+            f"{folder} has {key}={saved}, {key}={given} given; {why}: set {key}={saved}, or"
+            f" choose another name"
         )
 
 

@@ -1,11 +1,13 @@
 """How does the state of all ranks become one folder, and come back?
 
-megatron's dist_checkpointing says which part of which tensor each rank owns; torch's distributed checkpoint writes
-them, in this process: megatron's own writer starts processes that import the launch script again, 4 to 13 s for a toy.
+megatron's dist_checkpointing says which part of which tensor each rank owns; torch's distributed
+checkpoint writes
+them, in this process: megatron's own writer starts processes that import the launch script again, 4
+    to 13 s for a toy.
 
-The optimizer is stored in megatron's `dp_reshardable` form. `fully_reshardable` is silently wrong in 0.16.1 when the
-distributed optimizer has more than one bucket (trap T5: it only warns that it "can lead to data corruption"), so that
-warning is an error here.
+The optimizer is stored in megatron's `dp_reshardable` form. `fully_reshardable` is silently wrong
+in 0.16.1 when the distributed optimizer has more than one bucket (trap T5: it only warns that it
+"can lead to data corruption"), so that warning is an error here.
 """
 
 import importlib.metadata
@@ -27,8 +29,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.transformer.module import MegatronModule
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint import save as save_in_process
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_in_process
 
 from parallel.groups import data_context_group
 from parallel.seeds import random_state, restore_random_state
@@ -62,16 +64,23 @@ logging.getLogger("megatron.core.optimizer.distrib_optimizer").addFilter(_NoCorr
 class _WriteInProcess(SaveShardedStrategy):
     """Writes a sharded state in this process, each file synced to disk."""
 
-    can_handle_sharded_objects = True
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        """Objects (random states) are written beside tensors."""
+        return True
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1)
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, keep_only_main_replica=True
+        )
         save_in_process(
             mcore_to_pyt_state_dict(state, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
+            storage_writer=FileSystemWriter(
+                checkpoint_dir, single_file_per_rank=True, sync_files=True
+            ),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
@@ -85,7 +94,11 @@ def _unwrap(chunk: Any) -> MegatronModule:
 def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
     """Return the sharded state of this rank's model chunks, wrapped or not."""
     states = [_unwrap(chunk).sharded_state_dict(metadata=_metadata()) for chunk in chunks]
-    return {"model": states[0]} if len(chunks) == 1 else {f"model{i}": state for i, state in enumerate(states)}
+    return (
+        {"model": states[0]}
+        if len(chunks) == 1
+        else {f"model{i}": state for i, state in enumerate(states)}
+    )
 
 
 def _metadata() -> dict[str, Any]:
@@ -97,7 +110,9 @@ def _random_state() -> ShardedObject:
     return ShardedObject("random_state", random_state(), (num_ranks,), (rank,), replica_id=0)
 
 
-def save_checkpoint(root: Path, *, chunks: Sequence[Any], optimizer: Any, manifest: Manifest) -> Path:
+def save_checkpoint(
+    root: Path, *, chunks: Sequence[Any], optimizer: Any, manifest: Manifest
+) -> Path:
     """Write a checkpoint and return its folder; when it returns, the folder is whole on every rank.
 
     Args:
@@ -107,7 +122,8 @@ def save_checkpoint(root: Path, *, chunks: Sequence[Any], optimizer: Any, manife
         manifest: step, position and configuration; `files` and `versions` are filled in here.
 
     Raises:
-        CheckpointError: if writing failed on any rank; nothing is left that looks like a checkpoint.
+        CheckpointError: if writing failed on any rank; nothing is left that looks like a
+            checkpoint.
 
     Collective: every rank calls it.
     """
@@ -118,13 +134,16 @@ def save_checkpoint(root: Path, *, chunks: Sequence[Any], optimizer: Any, manife
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     torch.distributed.barrier()
+    _gather_weights(chunks)
     model = model_state(chunks)
     state = {
         **model,
         "optimizer": optimizer.sharded_state_dict(model, metadata=_metadata()),
         "random_state": _random_state(),
     }
-    dist_checkpointing.save(state, str(writing), sharded_strategy=_WriteInProcess(), content_metadata=dict(_FORMAT))
+    dist_checkpointing.save(
+        state, str(writing), sharded_strategy=_WriteInProcess(), content_metadata=dict(_FORMAT)
+    )
     files = _digest_own_files(writing)
     if rank == 0:
         versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
@@ -136,6 +155,17 @@ def save_checkpoint(root: Path, *, chunks: Sequence[Any], optimizer: Any, manife
         sync_folder(root)
     torch.distributed.barrier()
     return final
+
+
+def _gather_weights(chunks: Sequence[Any]) -> None:
+    """Bring every rank's weights up to date; collective.
+
+    With overlap the optimizer updates a rank's own shard only, and the others arrive during the
+    next forward pass: until then a rank holds, and would save, shards of the step before.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _digest_own_files(folder: Path) -> dict[str, FileRecord]:
@@ -191,9 +221,10 @@ def load_weights(folder: Path, *, chunks: Sequence[Any]) -> None:
 
 def _load(state: dict[str, Any], folder: Path) -> Mapping[str, Any]:
     try:
-        return dist_checkpointing.load(state, str(folder))
+        loaded: Any = dist_checkpointing.load(state, str(folder))
     except (KeyError, dist_checkpointing.core.CheckpointingException) as error:
         raise CheckpointError(f"{folder} does not hold this model: {str(error)[:500]}") from error
+    return loaded
 
 
 def _put_model(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
@@ -203,7 +234,7 @@ def _put_model(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
 
 
 def remove_old(root: Path, *, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and what interrupted saves left; rank 0 calls it."""
+    """Delete all but the newest `keep` checkpoints, and debris of saves; rank 0 calls it."""
     for folder in list_checkpoints(root)[:-keep]:
         doomed = folder.with_name(f".deleting_{folder.name}")
         os.rename(folder, doomed)  # from here on nobody takes it for a checkpoint

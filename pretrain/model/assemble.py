@@ -1,8 +1,8 @@
 """How does this rank's part of the model come together from megatron-core's modules?
 
-megatron's layer specs, with a few modules exchanged: the layer and the router of MoE blocks (second RMSNorm, scale of
-the auxiliary loss), and, where there is no Transformer Engine, the norms, the core attention and the two
-down-projections of MLA. Nothing of megatron is copied.
+megatron's layer specs, with a few modules exchanged: the layer and the router of MoE blocks (second
+RMSNorm, scale of the auxiliary loss), and, where there is no Transformer Engine, the norms, the
+core attention and the two down-projections of MLA. Nothing of megatron is copied.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,6 @@ from pretrain.model.dual_norm_layer import DualNormLayer
 from pretrain.model.norm import LATENT_NORM_EPS, RMSNorm
 from pretrain.model.router import ScaledAuxLossRouter
 from pretrain.model.spec import ModelSpec
-
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,12 +54,14 @@ def build_chunk(
 
     Reads the current process groups, so they must be started.
     """
-    decoder = get_gpt_decoder_block_spec(
+    decoder: Any = get_gpt_decoder_block_spec(
         config, device.uses_transformer_engine, normalization="RMSNorm", vp_stage=stage.vp_stage
     )
     norm = _norm(decoder.layer_norm, device)
     exchange = _exchange_modules(spec, norm, device)
-    decoder = replace(decoder, layer_specs=[exchange(layer) for layer in decoder.layer_specs], layer_norm=norm)
+    decoder = replace(
+        decoder, layer_specs=[exchange(layer) for layer in decoder.layer_specs], layer_norm=norm
+    )
     return GPTModel(
         config,
         decoder,
@@ -79,7 +80,9 @@ def _norm(transformer_engine_norm: Any, device: Device) -> Any:
     return transformer_engine_norm if device.uses_transformer_engine else RMSNorm
 
 
-def _exchange_modules(spec: ModelSpec, norm: Any, device: Device) -> Callable[[ModuleSpec], ModuleSpec]:
+def _exchange_modules(
+    spec: ModelSpec, norm: Any, device: Device
+) -> Callable[[ModuleSpec], ModuleSpec]:
     def exchange(layer: ModuleSpec) -> ModuleSpec:
         parts: Any = layer.submodules
         if not device.uses_transformer_engine:
@@ -89,17 +92,23 @@ def _exchange_modules(spec: ModelSpec, norm: Any, device: Device) -> Callable[[M
                 q_layernorm=latent_norm,
                 kv_layernorm=latent_norm,
                 core_attention=CoreAttention,
-                # Replicated, as Transformer Engine does: megatron's local spec cuts them by columns, whose gathered
-                # rotary key then gets only the local heads' gradient (trap T1, wrong numbers with tp > 1).
+                # Replicated, as Transformer Engine does: megatron's local spec cuts them by
+                # columns, whose gathered
+                # rotary key then gets only the local heads' gradient (trap T1, wrong numbers with
+                # tp > 1).
                 linear_q_down_proj=ReplicatedLinear,
                 linear_kv_down_proj=ReplicatedLinear,
             )
-            parts = replace(parts, input_layernorm=norm, pre_mlp_layernorm=norm, self_attention=attention)
+            parts = replace(
+                parts, input_layernorm=norm, pre_mlp_layernorm=norm, self_attention=attention
+            )
         if parts.mlp.module is not MoELayer:
             return ModuleSpec(module=layer.module, params=layer.params, submodules=parts)
         parts = replace(parts, mlp=replace_submodules(parts.mlp, router=ScaledAuxLossRouter))
         if spec.dual_norm:
-            return ModuleSpec(module=DualNormLayer, params={"post_mlp_norm": norm}, submodules=parts)
+            return ModuleSpec(
+                module=DualNormLayer, params={"post_mlp_norm": norm}, submodules=parts
+            )
         return ModuleSpec(module=layer.module, params=layer.params, submodules=parts)
 
     return exchange
@@ -108,7 +117,9 @@ def _exchange_modules(spec: ModelSpec, norm: Any, device: Device) -> Callable[[M
 def replace_submodules(module: ModuleSpec, **parts: Any) -> ModuleSpec:
     """Return a copy of `module` with some of its submodules exchanged."""
     submodules: Any = module.submodules
-    return ModuleSpec(module=module.module, params=module.params, submodules=replace(submodules, **parts))
+    return ModuleSpec(
+        module=module.module, params=module.params, submodules=replace(submodules, **parts)
+    )
 
 
 def _mtp_spec(
@@ -121,12 +132,15 @@ def _mtp_spec(
     if not config.mtp_num_layers:
         return None
     on_gpu = device.uses_transformer_engine
-    last_layer = get_gpt_decoder_layer_specs(config, on_gpu, "RMSNorm")[-1]
+    layer_specs: Any = get_gpt_decoder_layer_specs(config, on_gpu, "RMSNorm")
     block = get_gpt_decoder_block_spec(config, on_gpu, normalization="RMSNorm", vp_stage=vp_stage)
-    mtp = get_gpt_mtp_block_spec(
-        config, replace(block, layer_specs=[exchange(last_layer)]), on_gpu, vp_stage=vp_stage
+    mtp: Any = get_gpt_mtp_block_spec(
+        config, replace(block, layer_specs=[exchange(layer_specs[-1])]), on_gpu, vp_stage=vp_stage
     )
     if mtp is None:
         return None
-    layers = [replace_submodules(layer, enorm=norm, hnorm=norm, layer_norm=norm) for layer in mtp.layer_specs]
+    layers = [
+        replace_submodules(layer, enorm=norm, hnorm=norm, layer_norm=norm)
+        for layer in mtp.layer_specs
+    ]
     return replace(mtp, layer_specs=layers)

@@ -41,7 +41,12 @@ class CoreAttention(torch.nn.Module):
         self.scale = softmax_scale
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_megatron: object
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **_megatron: object,
     ) -> Tensor:
         """Return the attention output.
 

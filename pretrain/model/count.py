@@ -1,8 +1,9 @@
 """How many parameters and how much arithmetic does a model have?
 
-Closed forms over ModelSpec, no torch. The parameter counts are checked against megatron's modules on the meta device
-and against transformers (tests/pretrain/model). FLOP counts matrix products only, 2 for each multiply-add, forward
-and backward (3 forward passes), attention causal: a query sees (S + 1) / 2 keys on average.
+Closed forms over ModelSpec, no torch. The parameter counts are checked against megatron's modules
+on the meta device and against transformers (tests/pretrain/model). FLOP counts matrix products
+only, 2 for each multiply-add, forward and backward (3 forward passes), attention causal: a query
+sees (S + 1) / 2 keys on average.
 """
 
 from dataclasses import dataclass
@@ -83,8 +84,9 @@ def count_parameters(spec: ModelSpec) -> ParameterCount:
 def flop_per_token(spec: ModelSpec, *, sequence_tokens: int) -> float:
     """Return the floating-point operations to train on one token, MTP included.
 
-    Convention: 6 per parameter of every matrix a token passes (head once for the main model and once for each MTP
-    module; router and input embedding excluded) plus causal attention scores and values; recomputation is not counted.
+    Convention: 6 per parameter of every matrix a token passes (head once for the main model and
+        once for each MTP module; router and input embedding excluded) plus causal attention scores
+        and values; recomputation is not counted.
 
     Args:
         spec: the model.
@@ -101,7 +103,9 @@ def flop_per_token(spec: ModelSpec, *, sequence_tokens: int) -> float:
     attention = 2 * attention_matrices + scores
     ffn = 2 * 3 * spec.hidden_size
     dense_layer = attention + ffn * spec.dense_ffn_size
-    moe_layer = attention + ffn * (spec.num_experts_per_token * spec.expert_ffn_size + spec.shared_ffn_size)
+    moe_layer = attention + ffn * (
+        spec.num_experts_per_token * spec.expert_ffn_size + spec.shared_ffn_size
+    )
     head = 2 * spec.vocab_size * spec.hidden_size
     mtp_module = 2 * 2 * spec.hidden_size**2 + moe_layer + head
     forward = (

@@ -1,8 +1,9 @@
 """The second RMSNorm of an A.X K1 block, after its MoE part.
 
-x + post_norm(routed(pre_norm(x)) + shared(pre_norm(x))): the norm acts on the whole output of the MoE block, the 2.5
-on the routed sum included, before the residual is added; MoE layers only, not on attention. megatron-core's layer has
-no such place, so the one method between the MoE block and the residual is overridden.
+x + post_norm(routed(pre_norm(x)) + shared(pre_norm(x))): the norm acts on the whole output of the
+MoE block, the 2.5 on the routed sum included, before the residual is added; MoE layers only, not on
+attention. megatron-core's layer has no such place, so the one method between the MoE block and the
+residual is overridden.
 
 Source: report section 2 (dual normalization); transformers 5.23 AXK1DecoderLayer.
 """
@@ -33,7 +34,10 @@ class DualNormLayer(TransformerLayer):
             eps=self.config.layernorm_epsilon,
         )
 
-    def _forward_post_mlp(self, mlp_output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor) -> Tensor:
+    def _forward_post_mlp(
+        self, mlp_output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor
+    ) -> Tensor:
         output, bias = mlp_output_with_bias
         assert bias is None, "A.X K1 has no biases"
-        return super()._forward_post_mlp((self.post_mlp_layernorm(output), None), residual)
+        result: Any = super()._forward_post_mlp((self.post_mlp_layernorm(output), None), residual)
+        return result

@@ -1,7 +1,8 @@
 """How many tokens did each expert of each layer get?
 
-A hook on megatron's routers counts the routing map of every training forward pass; under recomputation only the pass
-that keeps gradients counts. The counts of all ranks are added when they are read, once for each logged step.
+A hook on megatron's routers counts the routing map of every training forward pass; under
+recomputation only the pass that keeps gradients counts. The counts of all ranks are added when they
+are read, once for each logged step.
 
 L layers (decoder and MTP), E experts.
 """
@@ -17,7 +18,9 @@ from torch import Tensor
 class ExpertLoad:
     """Token counts by layer and expert on this rank, since the last `take`."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], *, num_layers: int, num_experts: int) -> None:
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], *, num_layers: int, num_experts: int
+    ) -> None:
         """Hook the routers.
 
         Args:
@@ -30,7 +33,8 @@ class ExpertLoad:
         for chunk in chunks:
             for name, module in chunk.named_modules():
                 if isinstance(module, TopKRouter):
-                    layer = num_layers - 1 if name.startswith("mtp.") else module.layer_number - 1
+                    number = int(module.layer_number or 0)
+                    layer = num_layers - 1 if name.startswith("mtp.") else number - 1
                     module.register_forward_hook(self._counter(layer))
 
     def _counter(self, layer: int) -> Any:

@@ -1,7 +1,7 @@
 """What are the MTP and load-balance losses that megatron adds beside the main loss?
 
-megatron keeps both in module-level trackers and averages them with ReduceOp.AVG, which gloo does not have; here they
-are summed over all ranks and divided. Reading clears them.
+megatron keeps both in module-level trackers and averages them with ReduceOp.AVG, which gloo does
+not have; here they are summed over all ranks and divided. Reading clears them.
 """
 
 import torch
@@ -14,7 +14,7 @@ from parallel.reduce import sum_over_all
 
 
 def take_mtp_loss(layout: Layout, *, num_microbatches: int, device: torch.device) -> float:
-    """Return the MTP loss in nats per token since the last call, mean over micro-batches and replicas.
+    """Return the mean MTP loss since the last call, in nats per token.
 
     Args:
         layout: its replicas.
@@ -27,16 +27,19 @@ def take_mtp_loss(layout: Layout, *, num_microbatches: int, device: torch.device
     own = tracked.clone().sum() if tracked is not None else torch.zeros((), device=device)
     if tracked is not None:
         tracked.zero_()
-    copies = layout.dp * layout.cp * layout.tp  # every tensor rank of the last stage holds the same value
+    copies = (
+        layout.dp * layout.cp * layout.tp
+    )  # every tensor rank of the last stage holds the same value
     return float(sum_over_all(own)) / (copies * num_microbatches)
 
 
 def take_aux_loss(
     layout: Layout, *, num_microbatches: int, num_moe_layers: int, device: torch.device
 ) -> float:
-    """Return the load-balance loss before its coefficient since the last call, mean over MoE layers.
+    """Return the mean load-balance loss since the last call, before its coefficient.
 
-    1 is perfectly even, E / K all tokens on the same experts. Tensor and context ranks each hold a part.
+    1 is perfectly even, E / K all tokens on the same experts. Tensor and context ranks each hold a
+    part.
 
     Args:
         layout: its replicas.

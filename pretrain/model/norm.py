@@ -1,7 +1,8 @@
 """RMSNorm as a module that megatron-core's specs can build.
 
-megatron's own local norm refuses sequence parallelism (torch_norm.py, WrappedTorchNorm) and its order of roundings is
-not transformers'. On a GPU Transformer Engine's norm is used instead (assemble.py).
+megatron's own local norm refuses sequence parallelism (torch_norm.py, WrappedTorchNorm) and its
+order of roundings is not transformers'. On a GPU Transformer Engine's norm is used instead
+(assemble.py).
 """
 
 from typing import Any
@@ -32,7 +33,8 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = fixed_eps if fixed_eps is not None else eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Tells megatron to sum this gradient over the tensor ranks, each of which saw a part of the sequence.
+        # Tells megatron to sum this gradient over the tensor ranks, each of which saw a part of the
+        # sequence.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  megatron's mark
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """In which number formats does the model train?
 
-fp32 and bf16 run anywhere. `fp8_hybrid` is the report's FP8 (E4M3 forward, E5M2 backward): Transformer Engine's
-`Format.HYBRID`. Without Transformer Engine megatron-core would silently train in high precision
-(fp8_utils.get_fp8_context returns a null context), so it is refused.
+fp32 and bf16 run anywhere. `fp8_hybrid` is the report's FP8 (E4M3 forward, E5M2 backward):
+Transformer Engine's `Format.HYBRID`. Without Transformer Engine megatron-core would silently train
+in high precision (fp8_utils.get_fp8_context returns a null context), so it is refused.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from kernels.backend import has_transformer_engine
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
-    """Format of the weights, activations and matrix products; gradients are summed and masters kept in fp32.
+    """Format of weights, activations and products; gradient sums and masters stay fp32.
 
     Source: report, infrastructure (FP8, E4M3 forward, E5M2 backward, parameters kept in FP32).
     """
@@ -37,6 +37,8 @@ def check_available(precision: Precision) -> None:
     """
     if precision.kind == "fp8_hybrid" and not has_transformer_engine():
         raise ValueError(
-            "precision.kind=fp8_hybrid given, but this machine has no usable Transformer Engine (CUDA device and the"
-            " extra `gpu`); fp32 and bf16 are allowed here: set precision=bf16. It is never replaced silently."
+            "precision.kind=fp8_hybrid given, but this machine has no usable Transformer Engine"
+            " (CUDA device and the"
+            " extra `gpu`); fp32 and bf16 are allowed here: set precision=bf16. It is never"
+            " replaced silently."
         )

@@ -1,14 +1,18 @@
 """The router, with the scale of its auxiliary loss put right.
 
-With `calculate_per_token_loss` every gradient is divided by all tokens of the global batch, so an auxiliary loss, a
-mean over the tokens of a micro-batch, must first be multiplied by the number of tokens it is a mean over. megatron-core
-0.16.1 multiplies by a wrong number in three cases, none of which raises:
+With `calculate_per_token_loss` every gradient is divided by all tokens of the global batch, so an
+auxiliary loss, a mean over the tokens of a micro-batch, must first be multiplied by the number of
+tokens it is a mean over. megatron-core 0.16.1 multiplies by a wrong number in three cases, none of
+which raises:
 
-- with tensor or context ranks, by the local tokens only (Megatron-LM #1652, #5047): the loss weakens with tp * cp;
-- sequence-level, by the tokens of one sequence (#5798): it weakens with the sequences in a micro-batch;
+- with tensor or context ranks, by the local tokens only (Megatron-LM #1652, #5047): the loss
+  weakens with tp * cp;
+- sequence-level, by the tokens of one sequence (#5798): it weakens with the sequences in a
+  micro-batch;
 - global, by the tokens of one replica although the mean is over all (#3672): it weakens with dp.
 
-Each rank holds its share of the sum, so the right factor is its own tokens times the ranks the mean was taken over.
+Each rank holds its share of the sum, so the right factor is its own tokens times the ranks the mean
+was taken over.
 """
 
 from typing import Any
@@ -19,7 +23,7 @@ from torch import Tensor
 
 
 class ScaledAuxLossRouter(TopKRouter):
-    """megatron's top-k router whose auxiliary losses do not depend on layout or micro-batch size."""
+    """A top-k router whose auxiliary losses depend neither on layout nor on micro-batch."""
 
     def attach_and_log_load_balancing_loss(
         self,

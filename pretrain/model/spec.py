@@ -1,10 +1,10 @@
 """What are the sizes of the model, in the report's words?
 
-One frozen `ModelSpec` holds all of them; conf/model/*.yaml are its values. Everything that follows from them
-(counts, FLOP, bytes) is in count.py. No torch: the planner runs on a login node.
+One frozen `ModelSpec` holds all of them; conf/model/*.yaml are its values. Everything that follows
+from them (counts, FLOP, bytes) is in count.py. No torch: the planner runs on a login node.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,7 +14,8 @@ class Rope:
     Raises:
         ValueError: if a value is out of range.
 
-    Source: transformers 5.23 AXK1Config; YaRN, arXiv 2309.00071. What the report leaves open: docs/report.md.
+    Source: transformers 5.23 AXK1Config; YaRN, arXiv 2309.00071. What the report leaves open:
+        docs/report.md.
     """
 
     base: float = 10_000.0
@@ -36,7 +37,9 @@ class Rope:
         if self.base <= 1:
             raise ValueError(f"rope.base={self.base} given, above 1 is allowed")
         if self.scaling_factor < 1:
-            raise ValueError(f"rope.scaling_factor={self.scaling_factor} given, 1 (no YaRN) or more is allowed")
+            raise ValueError(
+                f"rope.scaling_factor={self.scaling_factor} given, 1 (no YaRN) or more is allowed"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +47,8 @@ class ModelSpec:
     """Every size of an A.X K1; the defaults are none, conf/model gives all values.
 
     Raises:
-        ValueError: if a size is impossible, or group scores would differ between megatron-core and transformers.
+        ValueError: if a size is impossible, or group scores would differ between megatron-core and
+            transformers.
 
     Source: report section 2; transformers 5.23 AXK1Config (docs/report.md lists each value).
     """
@@ -98,29 +102,31 @@ class ModelSpec:
     rope: Rope = Rope()
 
     def __post_init__(self) -> None:
-        positive = (
-            "num_layers hidden_size dense_ffn_size num_routed_experts num_experts_per_token expert_ffn_size"
-            " num_expert_groups num_groups_per_token num_heads q_lora_rank kv_lora_rank qk_nope_head_size"
-            " qk_rope_head_size v_head_size vocab_size max_context_tokens"
-        ).split()
-        for name in positive:
+        may_be_zero = ("num_dense_layers", "num_shared_experts", "num_mtp_layers")
+        sizes = [f.name for f in fields(self) if f.type is int and f.name not in may_be_zero]
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} given, at least 1 is allowed")
         if not 0 <= self.num_dense_layers < self.num_layers:
             raise ValueError(
-                f"model.num_dense_layers={self.num_dense_layers} given, 0 to {self.num_layers - 1} is allowed"
+                f"model.num_dense_layers={self.num_dense_layers} given, 0 to"
+                f" {self.num_layers - 1} is allowed"
                 f" with model.num_layers={self.num_layers}: at least one layer is MoE"
             )
         if self.num_shared_experts < 1 or self.num_mtp_layers not in (0, 1):
             raise ValueError(
-                f"model.num_shared_experts={self.num_shared_experts}, model.num_mtp_layers={self.num_mtp_layers}"
+                f"model.num_shared_experts={self.num_shared_experts},"
+                f" model.num_mtp_layers={self.num_mtp_layers}"
                 " given; at least 1, and 0 or 1, are allowed"
             )
         if self.qk_rope_head_size % 2:
-            raise ValueError(f"model.qk_rope_head_size={self.qk_rope_head_size} given, an even size is allowed")
+            raise ValueError(
+                f"model.qk_rope_head_size={self.qk_rope_head_size} given, an even size is allowed"
+            )
         if self.v_head_size > self.qk_head_size:
             raise ValueError(
-                f"model.v_head_size={self.v_head_size} given, at most qk_nope_head_size + qk_rope_head_size ="
+                f"model.v_head_size={self.v_head_size} given, at most qk_nope_head_size +"
+                f" qk_rope_head_size ="
                 f" {self.qk_head_size} is allowed"
             )
         self._check_groups()
@@ -129,22 +135,29 @@ class ModelSpec:
         experts, groups = self.num_routed_experts, self.num_expert_groups
         if experts % groups or self.num_groups_per_token > groups:
             raise ValueError(
-                f"model.num_expert_groups={groups} and num_groups_per_token={self.num_groups_per_token} given; the"
-                f" groups must divide num_routed_experts={experts}, and a token chooses at most all groups"
+                f"model.num_expert_groups={groups} and"
+                f" num_groups_per_token={self.num_groups_per_token} given; the"
+                f" groups must divide num_routed_experts={experts}, and a token chooses at most"
+                f" all groups"
             )
         choices = self.num_groups_per_token * (experts // groups)
         if self.num_experts_per_token > choices:
             raise ValueError(
-                f"model.num_experts_per_token={self.num_experts_per_token} given, at most the {choices} experts of"
+                f"model.num_experts_per_token={self.num_experts_per_token} given, at most the"
+                f" {choices} experts of"
                 f" {self.num_groups_per_token} groups are allowed"
             )
         if groups > 1 and self.num_experts_per_token != 2 * self.num_groups_per_token:
             raise ValueError(
-                f"model.num_experts_per_token={self.num_experts_per_token} with num_groups_per_token="
+                f"model.num_experts_per_token={self.num_experts_per_token} with"
+                f" num_groups_per_token="
                 f"{self.num_groups_per_token} given; with groups on, 2 * num_groups_per_token ="
-                f" {2 * self.num_groups_per_token} experts per token are allowed: transformers and vLLM always score a"
-                " group by its best two experts, megatron-core by its best (experts per token / groups per token), so"
-                " any other ratio would train another routing than is served. Change one of the two keys, or set"
+                f" {2 * self.num_groups_per_token} experts per token are allowed: transformers"
+                f" and vLLM always score a"
+                " group by its best two experts, megatron-core by its best (experts per token /"
+                " groups per token), so"
+                " any other ratio would train another routing than is served. Change one of the"
+                " two keys, or set"
                 " model.num_expert_groups=1"
             )
 

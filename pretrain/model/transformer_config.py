@@ -1,7 +1,7 @@
 """Which megatron-core config does a ModelSpec become?
 
-The one place where the report's words are translated into megatron's. Every option is named that differs from
-megatron's default or that the numbers depend on.
+The one place where the report's words are translated into megatron's. Every option is named that
+differs from megatron's default or that the numbers depend on.
 """
 
 from typing import Any
@@ -16,7 +16,11 @@ from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision, check_available
 from pretrain.model.spec import ModelSpec
 
-_AUX_LOSS = {"sequence_aux": "seq_aux_loss", "global_aux": "global_aux_loss", "bias": "seq_aux_loss"}
+_AUX_LOSS = {
+    "sequence_aux": "seq_aux_loss",
+    "global_aux": "global_aux_loss",
+    "bias": "seq_aux_loss",
+}
 
 
 def transformer_config(
@@ -39,7 +43,8 @@ def transformer_config(
         mtp_loss_weight: factor on the MTP loss beside the main loss, >= 0.
 
     Raises:
-        ValueError: if the machine cannot run the precision, or the stages cannot hold the layers (LayoutError).
+        ValueError: if the machine cannot run the precision, or the stages cannot hold the layers
+            (LayoutError).
     """
     check_available(precision)
     dtype = torch.bfloat16 if precision.is_low else torch.float32
@@ -67,7 +72,8 @@ def transformer_config(
         apply_rope_fusion=on_gpu and spec.rope.scaling_factor > 1,
         cross_entropy_loss_fusion=on_gpu,
         cuda_graph_scope=[],  # whole layers; the default "full" says the same with a warning
-        # gloo may still be reading the buffer that megatron would free (trap T3: wrong numbers without an error).
+        # gloo may still be reading the buffer that megatron would free (trap T3: wrong numbers
+        # without an error).
         deallocate_pipeline_outputs=on_gpu,
     )
 
@@ -138,11 +144,14 @@ def _layout(spec: ModelSpec, layout: Layout, on_gpu: bool) -> dict[str, Any]:
     }
     if layout.pp > 1:
         slots = stage_slots(
-            num_layers=spec.num_layers, num_mtp_layers=spec.num_mtp_layers, num_stages=layout.pp * layout.vp
+            num_layers=spec.num_layers,
+            num_mtp_layers=spec.num_mtp_layers,
+            num_stages=layout.pp * layout.vp,
         )
         sizes["pipeline_model_parallel_layout"] = megatron_pipeline_layout(slots)
     if layout.vp > 1 and not on_gpu:
-        # Two stages of an interleaved pipeline exchange forward and backward in pairs gloo cannot tell apart.
+        # Two stages of an interleaved pipeline exchange forward and backward in pairs gloo cannot
+        # tell apart.
         sizes |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     return sizes
 

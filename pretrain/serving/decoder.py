@@ -1,7 +1,7 @@
 """How does a checkpoint continue a text?
 
-One process reads the weights of any layout; MTP is left out. Every token runs the whole window again: right for
-looking at small models, slow for large ones (the latent cache is another issue).
+One process reads the weights of any layout; MTP is left out. Every token runs the whole window
+again: right for looking at small models, slow for large ones (the latent cache is another issue).
 """
 
 import tempfile
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]  public
 
 from parallel import groups
 from parallel.layout import Layout
@@ -35,7 +36,7 @@ class Decoder:
             CheckpointError: if the checkpoint is not of this model.
         """
         with tempfile.TemporaryDirectory() as folder:
-            store = torch.distributed.FileStore(str(Path(folder) / "store"), 1)
+            store = FileStore(str(Path(folder) / "store"), 1)
             device = groups.join_world(store=store, rank=0, num_ranks=1)
             groups.start_groups(Layout())
         self._device = device.current()

@@ -11,7 +11,12 @@ from pretrain.training.run import Run
 
 
 def generate(
-    generation: Generation, *, run: Run, folder: Path, manifest: Manifest, write: Callable[[str], object]
+    generation: Generation,
+    *,
+    run: Run,
+    folder: Path,
+    manifest: Manifest,
+    write: Callable[[str], object],
 ) -> None:
     """Write the prompt and its continuation, piece by piece.
 
@@ -27,7 +32,9 @@ def generate(
     """
     path = run.data.corpus / "tokenizer.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder} needs the tokenizer {path}, which is not there: prepare the corpus again")
+        raise CheckpointError(
+            f"{folder} needs the tokenizer {path}, which is not there: prepare the corpus again"
+        )
     codec = Codec(path)
     if codec.digest != manifest.tokenizer_digest:
         raise CheckpointError(
@@ -40,7 +47,10 @@ def generate(
     shown = 0
     decoder = Decoder(run, folder)
     for token in decoder.continue_ids(
-        prompt, max_new_tokens=generation.max_new_tokens, sampling=generation.sampling, stop_id=codec.eod_id
+        prompt,
+        max_new_tokens=generation.max_new_tokens,
+        sampling=generation.sampling,
+        stop_id=codec.eod_id,
     ):
         ids.append(token)
         text = codec.decode(ids)

@@ -1,4 +1,4 @@
-"""What is asked of a model: a text to continue, and how? No torch, so that a wrong request is refused at once."""
+"""What is asked of a model? No torch, so that a wrong request is refused at once."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +17,16 @@ class Sampling:
     temperature: float = 0.8
     """Divides the logits; 0: always the most likely token."""
     top_p: float = 0.95
-    """The smallest set of tokens with this share of the probability is drawn from, 0 < top_p <= 1."""
+    """The smallest set of tokens with this share of the probability is drawn from, 0 < top_p <=
+    1."""
     seed: int = 0
     """Of the draw."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.seed < 0:
             raise ValueError(
-                f"sampling.temperature={self.temperature}, top_p={self.top_p}, seed={self.seed} given; 0 or more, above"
+                f"sampling.temperature={self.temperature}, top_p={self.top_p}, seed={self.seed}"
+                f" given; 0 or more, above"
                 " 0 and at most 1, and 0 or more are allowed"
             )
 
@@ -50,7 +52,8 @@ class Generation:
     def __post_init__(self) -> None:
         if bool(self.prompt) == (self.prompt_file is not None):
             raise ValueError(
-                "give one of prompt and prompt_file, as prompt='\"def main(\"' (the inner quotes let Hydra take commas"
+                "give one of prompt and prompt_file, as prompt='\"def main(\"' (the inner quotes"
+                " let Hydra take commas"
                 " and brackets)"
             )
         if self.prompt_file is not None and not self.prompt_file.is_file():
@@ -61,4 +64,8 @@ class Generation:
     @property
     def text(self) -> str:
         """The text to continue."""
-        return self.prompt if self.prompt_file is None else self.prompt_file.read_text(encoding="utf-8")
+        return (
+            self.prompt
+            if self.prompt_file is None
+            else self.prompt_file.read_text(encoding="utf-8")
+        )

@@ -1,7 +1,7 @@
 """How many sequences are in a step, and which of them does this replica take?
 
-The batch is a function of the sequences consumed so far, never of the ranks: sizes and order are the same on any
-layout. A ramp raises the size in equal steps of its first size. Integers only.
+The batch is a function of the sequences consumed so far, never of the ranks: sizes and order are
+    the same on any layout. A ramp raises the size in equal steps of its first size. Integers only.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ class Batch:
     Raises:
         ValueError: if a size is below 1 or the ramp does not fit the full size.
 
-    Source: the report is silent; DeepSeek-V3 ramps 3,072 to 15,360 sequences over 469B tokens (docs/report.md).
+    Source: the report is silent; DeepSeek-V3 ramps 3,072 to 15,360 sequences over 469B tokens
+        (docs/report.md).
     """
 
     global_sequences: int
@@ -29,13 +30,15 @@ class Batch:
     def __post_init__(self) -> None:
         if self.global_sequences < 1 or self.micro_sequences < 1:
             raise ValueError(
-                f"batch.global_sequences={self.global_sequences}, micro_sequences={self.micro_sequences} given, at"
+                f"batch.global_sequences={self.global_sequences},"
+                f" micro_sequences={self.micro_sequences} given, at"
                 " least 1 is allowed"
             )
         start = self.ramp_from_sequences
         if start < 0 or self.ramp_tokens < 0 or bool(start) != bool(self.ramp_tokens):
             raise ValueError(
-                f"batch.ramp_from_sequences={start}, ramp_tokens={self.ramp_tokens} given; both above 0 or both 0"
+                f"batch.ramp_from_sequences={start}, ramp_tokens={self.ramp_tokens} given; both"
+                f" above 0 or both 0"
             )
         if start and self.global_sequences % start:
             raise ValueError(
@@ -83,8 +86,10 @@ class Batch:
         for size in self.sizes():
             if size % share:
                 raise ValueError(
-                    f"a batch of {size} sequences given, but dp={dp} replicas * batch.micro_sequences="
-                    f"{self.micro_sequences} = {share} must divide it: change batch.global_sequences,"
+                    f"a batch of {size} sequences given, but dp={dp} replicas *"
+                    f" batch.micro_sequences="
+                    f"{self.micro_sequences} = {share} must divide it: change"
+                    f" batch.global_sequences,"
                     " batch.ramp_from_sequences, batch.micro_sequences or the layout"
                 )
 
@@ -92,8 +97,8 @@ class Batch:
 def local_slots(size: int, *, micro_sequences: int, dp: int, data_rank: int) -> list[range]:
     """Return this replica's micro-batches of a batch, as ranges of slots in it.
 
-    Micro-batch m of replica r holds slots [(m dp + r) micro, + micro): neighbours in the order of the data go to
-    different replicas.
+    Micro-batch m of replica r holds slots [(m dp + r) micro, + micro): neighbours in the order of
+    the data go to different replicas.
 
     Args:
         size: sequences in the batch, a multiple of micro_sequences * dp.

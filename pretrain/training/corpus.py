@@ -32,7 +32,8 @@ def open_run_corpus(run: Run) -> Corpus:
     folder = run.data.corpus
     if not (folder / "manifest.json").is_file():
         raise ValueError(
-            f"data.corpus={folder} given, but no prepared corpus is there: run `python launch/prepare.py"
+            f"data.corpus={folder} given, but no prepared corpus is there: run `python"
+            f" launch/prepare.py"
             f" output={folder}` first, or set data.corpus to a folder that it wrote"
         )
     digest = Codec(folder / "tokenizer.json").digest

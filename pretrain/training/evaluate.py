@@ -1,7 +1,7 @@
 """What is the loss on text the model has not seen, in all and by domain?
 
-The same windows each time, cut among the replicas; the tail is padded with windows that do not count, so that every
-rank runs the same number of forward passes.
+The same windows each time, cut among the replicas; the tail is padded with windows that do not
+count, so that every rank runs the same number of forward passes.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,8 @@ class ValidationLoss:
     loss_by_domain: dict[str, float]
     """Each domain that has at least one window."""
     loss: float
-    """Mean over the domains' tokens in the whole validation text, each domain weighted by its size."""
+    """Mean over the domains' tokens in the whole validation text, each domain weighted by its
+    size."""
 
 
 def validation_loss(
@@ -62,7 +63,10 @@ def validation_loss(
     domain_idx[:num_counted] = torch.from_numpy(windows.domain_idx)
     batches = list(
         micro_batches(
-            tokens.to(device), domain_idx.to(device), micro_sequences=micro_sequences, num_counted=num_counted
+            tokens.to(device),
+            domain_idx.to(device),
+            micro_sequences=micro_sequences,
+            num_counted=num_counted,
         )
     )
     for chunk in chunks:

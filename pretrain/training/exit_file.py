@@ -1,9 +1,12 @@
 """What does a run say when it ends? `exit.json` in the run's folder.
 
-torchrun turns every failure into 1, so a batch script reads the trainer's own code here. Written whole or not at all.
+torchrun turns every failure into 1, so a batch script reads the trainer's own code here. Written
+whole or not at all.
 
-Codes: 0 finished, 1 failed (a traceback was printed), 2 wrong configuration or data (the user can mend it), 75 asked to
-stop: saved, run the same command to go on. Source: docs/decisions/0008; BSD sysexits (75, EX_TEMPFAIL).
+Codes: 0 finished, 1 failed (a traceback was printed), 2 wrong configuration or data (the user can
+    mend it), 75 asked to
+stop: saved, run the same command to go on. Source: docs/decisions/0008; BSD sysexits (75,
+    EX_TEMPFAIL).
 """
 
 import json

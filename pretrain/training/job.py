@@ -1,7 +1,7 @@
 """What does one rank do between its start and its exit code?
 
-Joins the others, goes on from the newest checkpoint or starts afresh, trains, validates, saves, and ends with one of
-the codes of exit_file.py. Rank 0 writes what people read.
+Joins the others, goes on from the newest checkpoint or starts afresh, trains, validates, saves, and
+ends with one of the codes of exit_file.py. Rank 0 writes what people read.
 """
 
 import logging
@@ -11,7 +11,6 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -19,11 +18,9 @@ import torch
 from parallel import groups
 from parallel.device import Device
 from pretrain.checkpoint.resume import find_newest
-from pretrain.monitor.plots import plot_run
-from pretrain.monitor.records import read_metrics
-from pretrain.monitor.summary import RunSummary, TextScore, summary_table
 from pretrain.monitor.telemetry import Telemetry, open_telemetry
-from pretrain.training.corpus import Corpus, open_run_corpus
+from pretrain.training.closing import describe, draw_curves
+from pretrain.training.corpus import open_run_corpus
 from pretrain.training.exit_file import FAILED, FINISHED, INTERRUPTED, WRONG_INPUT, write_exit
 from pretrain.training.observe import Observer, Score, make_throughput
 from pretrain.training.run import Run, as_json
@@ -35,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Remembers that the process was asked to stop (SIGTERM, SIGINT); a second SIGINT stops it at once."""
+    """Remembers SIGTERM and SIGINT; a second SIGINT stops the process at once."""
 
     def __init__(self) -> None:
         """Take over the two signals."""
@@ -84,11 +81,11 @@ def train(run: Run, config_yaml: str) -> int:
 def _train(run: Run, config_yaml: str, device: Device, stop: StopRequest) -> tuple[int, str, int]:
     found = find_newest(run.folder / "checkpoints")
     if found is not None and found[1].step >= run.num_steps:
-        if not starts_again(run, step=found[1].step):
-            _say(f"run {run.name} is finished ({found[1].step} steps): nothing to do. Next: choose another name, raise"
-                 " total_tokens, or set checkpoint.when_finished=start_again")  # fmt: skip
-            return FINISHED, "was finished already", found[1].step
+        assert starts_again(run, step=found[1].step), (
+            "start.py ends a finished run before it gets here"
+        )
         found = None
+        torch.distributed.barrier()  # nobody reads the folder any more
         if _is_first():
             _say(f"the finished run {run.name} is kept in {move_aside(run.folder)}; training anew")
     torch.distributed.barrier()
@@ -145,7 +142,7 @@ def _fit(
         saved_step = trainer.position.step
 
     def checkpoint() -> None:
-        interval = run.checkpoint.interval_steps
+        interval = run.checkpoints.interval_steps
         if interval and trainer.position.step % interval == 0:
             save()
 
@@ -154,98 +151,29 @@ def _fit(
     step = trainer.position.step
     if not finished:
         save()
-        _say(f"\nasked to stop ({stop.received or 'another rank'}): saved step {step} of {trainer.total_steps};"
-             " run the same command to go on")  # fmt: skip
+        _say(
+            f"\nasked to stop ({stop.received or 'another rank'}): saved step {step} of"
+            f" {trainer.total_steps}; run the same command to go on"
+        )
         return INTERRUPTED, "asked to stop, saved", step
     with throughput.pause():
-        scores = _validate(trainer, observer, windows_per_domain=run.evaluation.final_windows_per_domain)
+        scores = _validate(
+            trainer, observer, windows_per_domain=run.evaluation.final_windows_per_domain
+        )
     save()
     if _is_first():
-        flop_per_s = throughput.average_tokens_per_s
-        summary = RunSummary(
-            name=run.name,
-            step=step,
-            total_steps=trainer.total_steps,
-            num_tokens=trainer.tokens,
-            train_loss=_mean_of_last(observer.losses),
-            first_train_loss=observer.losses[0] if observer.losses else None,
-            validation=_text_score("all", scores, trainer.corpus),
-            domains=tuple(_text_score(name, scores, trainer.corpus) for name in scores if name != "all"),
-            vocabulary_size=run.model.vocab_size,
-            tokens_per_s=flop_per_s,
-            achieved_flop_per_s=None if flop_per_s is None else throughput.achieved_flop_per_s(flop_per_s),
-            mfu=None if flop_per_s is None else throughput.mfu(flop_per_s),
-            elapsed_s=time.monotonic() - started,
-            memory_peak_bytes=observer.memory_peak_bytes,
-            places=_places(run),
-            next_commands=_next_commands(run),
-        )
-        _plot(run, trainer.corpus)
-        _say("\n" + summary_table(summary))
+        elapsed_s = time.monotonic() - started
+        draw_curves(run, trainer.corpus)
+        _say("\n" + describe(trainer, observer, throughput, scores, elapsed_s=elapsed_s))
     return FINISHED, "trained on every token", step
 
 
-def _validate(trainer: Trainer, observer: Observer, *, windows_per_domain: int) -> Mapping[str, Score]:
+def _validate(
+    trainer: Trainer, observer: Observer, *, windows_per_domain: int
+) -> Mapping[str, Score]:
     begun = time.monotonic()
     result = trainer.validate(windows_per_domain=windows_per_domain)
     return observer.validated(result, duration_s=time.monotonic() - begun)
-
-
-def _mean_of_last(losses: list[float], count: int = 20) -> float:
-    last = losses[-count:]
-    return sum(last) / len(last) if last else float("nan")
-
-
-def _text_score(name: str, scores: Mapping[str, Score], corpus: Corpus) -> TextScore:
-    text = corpus.validation
-    domains = list(text.bytes_by_domain) if name == "all" else [name]
-    compressed = [text.manifest.splits["validation"][domain].compressed for domain in domains]
-    num_bytes = sum(text.bytes_by_domain[domain] for domain in domains)
-    known = [entry for entry in compressed if entry is not None]
-    whole = len(known) == len(domains)
-    return TextScore(
-        name=name,
-        loss=scores[name].loss,
-        bits_per_byte=scores[name].bits_per_byte,
-        gzip_bits_per_byte=8 * sum(entry.gzip_bytes for entry in known) / num_bytes if whole else None,
-        xz_bits_per_byte=8 * sum(entry.xz_bytes for entry in known) / num_bytes if whole else None,
-    )
-
-
-def _plot(run: Run, corpus: Corpus) -> None:
-    records = read_metrics(run.folder / "metrics.jsonl")
-    totals = corpus.manifest.validation_compressed
-    num_bytes = sum(corpus.validation.bytes_by_domain.values())
-    baselines = (
-        {}
-        if totals is None
-        else {"gzip": 8 * totals.gzip_bytes / num_bytes, "xz": 8 * totals.xz_bytes / num_bytes}
-    )
-    plot_run(
-        records,
-        run.folder / "curves.png",
-        title=run.name,
-        vocabulary_size=run.model.vocab_size,
-        baselines_bits_per_byte=baselines,
-    )
-
-
-def _places(run: Run) -> dict[str, str]:
-    names = {
-        "curves": "curves.png",
-        "metrics": "metrics.jsonl",
-        "configuration": "config.yaml",
-        "checkpoints": "checkpoints",
-    }
-    return {label: str(run.folder / name) for label, name in names.items()}
-
-
-def _next_commands(run: Run) -> list[str]:
-    return [
-        f"python launch/generate.py checkpoint={run.folder} prompt='\"def main(\"'",
-        f"torchrun --nproc-per-node 2 launch/pretrain.py name={run.name}_pp2 layout.ep=1 layout.pp=2",
-        f"python launch/pretrain.py -m name={run.name}_lr optimizer.lr=1e-3,2e-3",
-    ]
 
 
 def _is_first() -> bool:

@@ -1,7 +1,8 @@
 """What is the learning rate after so many tokens?
 
-Warm-up, stable, decay (WSD): linear from 0 over the warm-up, constant, then cosine to the final rate, which it reaches
-with the last token. Lengths are in tokens, so that a change of batch size or of ranks never moves the schedule.
+Warm-up, stable, decay (WSD): linear from 0 over the warm-up, constant, then cosine to the final
+rate, which it reaches with the last token. Lengths are in tokens, so that a change of batch size or
+of ranks never moves the schedule.
 """
 
 import math
@@ -15,8 +16,8 @@ class LrSchedule:
     Raises:
         ValueError: if a length or the ratio is out of range.
 
-    Source: report section 4 gives the shape (constant, then decay); lengths and final ratio are silent there and our
-    choice after DeepSeek-V3 and A.X K2 (docs/report.md).
+    Source: report section 4 gives the shape (constant, then decay); lengths and final ratio are
+        silent there and our choice after DeepSeek-V3 and A.X K2 (docs/report.md).
     """
 
     warmup_tokens: int
@@ -29,7 +30,8 @@ class LrSchedule:
     def __post_init__(self) -> None:
         if self.warmup_tokens < 0 or self.decay_tokens < 0 or not 0 <= self.final_ratio <= 1:
             raise ValueError(
-                f"lr_schedule.warmup_tokens={self.warmup_tokens}, decay_tokens={self.decay_tokens}, final_ratio="
+                f"lr_schedule.warmup_tokens={self.warmup_tokens},"
+                f" decay_tokens={self.decay_tokens}, final_ratio="
                 f"{self.final_ratio} given; lengths of 0 or more and a ratio of 0 to 1 are allowed"
             )
 

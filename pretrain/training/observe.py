@@ -1,7 +1,9 @@
 """What does a run show of itself while it trains?
 
-After each step the loss, the gradient norm, the rate and the speed; every `console_interval_steps` what costs a
-collective: expert loads, MTP and load-balance losses, memory. Values are the same on every rank; rank 0 writes them.
+After each step the loss, the gradient norm, the rate and the speed; every `console_interval_steps`
+what costs a
+collective: expert loads, MTP and load-balance losses, memory. Values are the same on every rank;
+    rank 0 writes them.
 
 L layers (decoder and MTP), E experts.
 """
@@ -51,7 +53,12 @@ class Observer:
     """Turns steps, validations and saves of one rank into records."""
 
     def __init__(
-        self, trainer: Trainer, *, device: Device, throughput: Throughput, telemetry: Telemetry | None
+        self,
+        trainer: Trainer,
+        *,
+        device: Device,
+        throughput: Throughput,
+        telemetry: Telemetry | None,
     ) -> None:
         """Hook the routers.
 
@@ -105,13 +112,18 @@ class Observer:
         run, device = self._trainer.run, self._trainer.device
         num_microbatches, self._microbatches_unread = self._microbatches_unread, 0
         num_routers = run.model.num_moe_layers + run.model.num_mtp_layers
-        peak = torch.tensor(float(self._device.peak_memory_bytes()), dtype=torch.float64, device=device)
+        peak = torch.tensor(
+            float(self._device.peak_memory_bytes()), dtype=torch.float64, device=device
+        )
         self.memory_peak_bytes = int(max_over_all(peak))
         return {
             **_load_metrics(sum_over_all(self._load.take()), run.model.num_dense_layers),
             "mtp_loss": take_mtp_loss(run.layout, num_microbatches=num_microbatches, device=device),
             "aux_loss": take_aux_loss(
-                run.layout, num_microbatches=num_microbatches, num_moe_layers=num_routers, device=device
+                run.layout,
+                num_microbatches=num_microbatches,
+                num_moe_layers=num_routers,
+                device=device,
             ),
             "memory_peak_bytes": self.memory_peak_bytes,
         }

@@ -1,7 +1,8 @@
 """Which optimizer updates the weights?
 
-megatron-core's distributed optimizer over AdamW on every layout, one rank included: fp32 masters and moments are cut
-over the data-parallel ranks, expert parameters over the expert-data-parallel ranks.
+megatron-core's distributed optimizer over AdamW on every layout, one rank included: fp32 masters
+and moments are cut over the data-parallel ranks, expert parameters over the expert-data-parallel
+ranks.
 """
 
 from collections.abc import Sequence
@@ -41,7 +42,8 @@ def wrap_chunks(
         bucket_size=adamw.bucket_parameters if adamw.overlap else None,
     )
     wrapped: list[torch.nn.Module] = [
-        DistributedDataParallel(config, ddp, chunk, disable_bucketing=idx > 0) for idx, chunk in enumerate(chunks)
+        DistributedDataParallel(config, ddp, chunk, disable_bucketing=idx > 0)
+        for idx, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
     if adamw.overlap:
@@ -50,7 +52,7 @@ def wrap_chunks(
     return wrapped
 
 
-def make_optimizer(chunks: Sequence[torch.nn.Module], *, adamw: AdamW, precision: Precision) -> Any:
+def make_optimizer(chunks: Sequence[Any], *, adamw: AdamW, precision: Precision) -> Any:
     """Return megatron's ChainedOptimizer over `chunks`.
 
     Weight decay leaves out one-dimensional parameters (norm scales).

@@ -1,8 +1,8 @@
 """What is the whole configuration of a run, and do its parts fit each other?
 
-`Run` is what conf/pretrain.yaml composes to. Configurations stand beside their owners; those whose owner imports torch
-(AdamW, Data, Evaluation, CheckpointPolicy) stand here, so that a wrong configuration is refused before torch or a rank
-starts.
+`Run` is what conf/pretrain.yaml composes to. Configurations stand beside their owners; those whose
+owner imports torch (AdamW, Data, Evaluation, CheckpointPolicy) stand here, so that a wrong
+configuration is refused before torch or a rank starts.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +26,8 @@ class AdamW:
     Raises:
         ValueError: if a value is out of range.
 
-    Source: the report is silent; DeepSeek-V3's values (arXiv 2412.19437, section 4.2; docs/report.md).
+    Source: the report is silent; DeepSeek-V3's values (arXiv 2412.19437, section 4.2;
+        docs/report.md).
     """
 
     lr: float
@@ -49,12 +50,18 @@ class AdamW:
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "clip_norm", "bucket_parameters"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} given, above 0 is allowed")
+                raise ValueError(
+                    f"optimizer.{name}={getattr(self, name)} given, above 0 is allowed"
+                )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} given, 0 <= value < 1 is allowed")
+                raise ValueError(
+                    f"optimizer.{name}={getattr(self, name)} given, 0 <= value < 1 is allowed"
+                )
         if self.weight_decay < 0:
-            raise ValueError(f"optimizer.weight_decay={self.weight_decay} given, 0 or more is allowed")
+            raise ValueError(
+                f"optimizer.weight_decay={self.weight_decay} given, 0 or more is allowed"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +75,9 @@ class Data:
 
     def __post_init__(self) -> None:
         if self.sequence_tokens < 2:
-            raise ValueError(f"data.sequence_tokens={self.sequence_tokens} given, at least 2 is allowed")
+            raise ValueError(
+                f"data.sequence_tokens={self.sequence_tokens} given, at least 2 is allowed"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,31 +92,33 @@ class Evaluation:
     """The same at the end of the run."""
 
     def __post_init__(self) -> None:
-        if self.interval_steps < 0 or self.windows_per_domain < 1 or self.final_windows_per_domain < 1:
+        if (
+            self.interval_steps < 0
+            or self.windows_per_domain < 1
+            or self.final_windows_per_domain < 1
+        ):
             raise ValueError(
-                f"evaluation.interval_steps={self.interval_steps}, windows_per_domain={self.windows_per_domain},"
-                f" final_windows_per_domain={self.final_windows_per_domain} given; 0 or more, and 1 or more, are allowed"
+                f"evaluation.interval_steps={self.interval_steps},"
+                f" windows_per_domain={self.windows_per_domain},"
+                f" final_windows_per_domain={self.final_windows_per_domain} given; 0 or more, and"
+                f" 1 or more, are allowed"
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointPolicy:
-    """When checkpoints are written, how many stay, and whether a run goes on from one."""
+    """When checkpoints are written, and how many stay."""
 
     interval_steps: int
     """Every so many steps, and at the end; 0: at the end only."""
     keep: int
     """Newest whole checkpoints that stay."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: from the newest whole checkpoint if there is one; never: refuse a folder that has one."""
-    when_finished: Literal["stop", "start_again"] = "stop"
-    """What a run does whose last token is trained on: stop does nothing, so that a requeued job ends; start_again
-    moves the folder aside (name.1, name.2, ...) and trains anew."""
 
     def __post_init__(self) -> None:
         if self.interval_steps < 0 or self.keep < 1:
             raise ValueError(
-                f"checkpoint.interval_steps={self.interval_steps}, keep={self.keep} given; 0 or more, and 1 or more,"
+                f"checkpoints.interval_steps={self.interval_steps}, keep={self.keep} given; 0 or"
+                f" more, and 1 or more,"
                 " are allowed"
             )
 
@@ -121,7 +132,8 @@ class Run:
     """
 
     name: str
-    """Folder of the run below `output_root`; no timestamp, so that a requeued job finds its checkpoints."""
+    """Folder of the run below `output_root`; no timestamp, so that a requeued job finds its
+    checkpoints."""
     output_root: Path
     """Where run folders live."""
     seed: int
@@ -139,23 +151,32 @@ class Run:
     batch: Batch
     data: Data
     evaluation: Evaluation
-    checkpoint: CheckpointPolicy
+    checkpoints: CheckpointPolicy
     telemetry: TelemetryConfig
+    resume: Literal["auto", "never"] = "auto"
+    """auto: from the newest whole checkpoint if there is one; never: refuse a folder that has
+    one."""
+    when_finished: Literal["stop", "start_again"] = "stop"
+    """What a run does whose last token is trained on: stop does nothing, so that a requeued job
+    ends; start_again moves the folder aside (name.1, name.2, ...) and trains anew."""
 
     def __post_init__(self) -> None:
         if self.total_tokens < 1 or self.seed < 0 or self.mtp_loss_weight < 0:
             raise ValueError(
-                f"total_tokens={self.total_tokens}, seed={self.seed}, mtp_loss_weight={self.mtp_loss_weight} given;"
+                f"total_tokens={self.total_tokens}, seed={self.seed},"
+                f" mtp_loss_weight={self.mtp_loss_weight} given;"
                 " at least 1, 0 and 0 are allowed"
             )
         if self.lr_schedule.warmup_tokens + self.lr_schedule.decay_tokens > self.total_tokens:
             raise ValueError(
                 f"lr_schedule.warmup_tokens={self.lr_schedule.warmup_tokens} + decay_tokens="
-                f"{self.lr_schedule.decay_tokens} given, at most total_tokens={self.total_tokens} is allowed"
+                f"{self.lr_schedule.decay_tokens} given, at most total_tokens={self.total_tokens}"
+                f" is allowed"
             )
         if self.data.sequence_tokens > self.model.max_context_tokens:
             raise ValueError(
-                f"data.sequence_tokens={self.data.sequence_tokens} given, at most model.max_context_tokens="
+                f"data.sequence_tokens={self.data.sequence_tokens} given, at most"
+                f" model.max_context_tokens="
                 f"{self.model.max_context_tokens} is allowed"
             )
         self._check_layout()
@@ -164,7 +185,8 @@ class Run:
         layout, model = self.layout, self.model
         if model.num_routed_experts % layout.ep:
             raise ValueError(
-                f"layout.ep={layout.ep} given; it must divide model.num_routed_experts={model.num_routed_experts}"
+                f"layout.ep={layout.ep} given; it must divide"
+                f" model.num_routed_experts={model.num_routed_experts}"
             )
         if model.num_heads % layout.tp or model.vocab_size % layout.tp:
             raise ValueError(
@@ -192,7 +214,9 @@ class Run:
     @property
     def num_steps(self) -> int:
         """Steps from the first to the last token."""
-        return self.batch.num_steps(total_tokens=self.total_tokens, sequence_tokens=self.data.sequence_tokens)
+        return self.batch.num_steps(
+            total_tokens=self.total_tokens, sequence_tokens=self.data.sequence_tokens
+        )
 
 
 def as_json(run: Run) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """How does a configuration become a running job?
 
-Everything a user can get wrong is checked here, in one process without torch, before any rank starts: the machine, the
-corpus down to every token id, the checkpoint the run would go on from. Then the local ranks are started, or, under
-torchrun, this process becomes one.
+Everything a user can get wrong is checked here, in one process without torch, before any rank
+    starts: the machine, the corpus down to every token id, the checkpoint the run would go on from.
+    Then the local ranks are started, or, under torchrun, this process becomes one.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,14 @@ from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
 from pretrain.checkpoint.resume import check_same_run, find_newest
 from pretrain.model.precision import check_available
 from pretrain.training.corpus import Corpus, open_run_corpus
-from pretrain.training.exit_file import WRONG_INPUT, clear_exit, write_exit
+from pretrain.training.exit_file import FINISHED, WRONG_INPUT, clear_exit, write_exit
 from pretrain.training.run import Run, as_json, on_ranks
 
+log = logging.getLogger(__name__)
+
+_NEXT_WHEN_FINISHED = (
+    "Next: choose another name, raise total_tokens, or set when_finished=start_again"
+)
 RANK_MAIN = "pretrain.training.job:train"
 USER_ERRORS = (ValueError, DataError, CheckpointError)
 """What the user can mend; each ends with exit code 2."""
@@ -32,7 +38,8 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
         environment: read for torchrun's WORLD_SIZE and RANK; None: the process's own.
 
     Raises:
-        ValueError: if the layout does not divide the ranks, or the machine cannot run the configuration.
+        ValueError: if the layout does not divide the ranks, or the machine cannot run the
+            configuration.
         DataError: if the corpus is missing, damaged, or not of its tokenizer.
         CheckpointError: if the run's checkpoints are damaged or of another model.
     """
@@ -44,18 +51,23 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
     try:
         if under_torchrun:
             run = on_ranks(run, int(environment["WORLD_SIZE"]))
-        check(run, every_id=is_first)
+        done = check(run, every_id=is_first)
     except USER_ERRORS as error:
         if is_first:
             write_exit(run.folder, code=WRONG_INPUT, reason=str(error))
         raise
+    if done:
+        if is_first:
+            write_exit(run.folder, code=FINISHED, reason="was finished already", step=run.num_steps)
+            log.warning("run %s is finished: nothing to do. %s", run.name, _NEXT_WHEN_FINISHED)
+        return FINISHED
     if under_torchrun:
         return int(find_function(RANK_MAIN)(run, config_yaml))
     return run_ranks(RANK_MAIN, (run, config_yaml), num_ranks=run.layout.num_ranks)
 
 
-def check(run: Run, *, every_id: bool) -> None:
-    """Refuse a run that could not train; reads the corpus, writes nothing.
+def check(run: Run, *, every_id: bool) -> bool:
+    """Refuse a run that could not train; return whether it is finished already.
 
     Args:
         run: the configuration, on its ranks.
@@ -70,28 +82,30 @@ def check(run: Run, *, every_id: bool) -> None:
         if every_id:
             corpus.train.stream.check_ids()
             corpus.validation.stream.check_ids()
-        _check_checkpoint(run, corpus)
+        return _check_checkpoint(run, corpus)
     finally:
         corpus.close()
 
 
-def _check_checkpoint(run: Run, corpus: Corpus) -> None:
+def _check_checkpoint(run: Run, corpus: Corpus) -> bool:
     root = run.folder / "checkpoints"
-    if run.checkpoint.resume == "never" and list_checkpoints(root):
+    if run.resume == "never" and list_checkpoints(root):
         raise CheckpointError(
-            f"checkpoint.resume=never given, but {root} has checkpoints: set checkpoint.resume=auto to go on from"
+            f"resume=never given, but {root} has checkpoints: set resume=auto to go on from"
             " them, choose another name, or move the folder away"
         )
     found = find_newest(root)
-    if found is not None and not starts_again(run, step=found[1].step):
-        folder, manifest = found
-        digest = corpus.manifest.tokenizer_digest
-        check_same_run(manifest, folder=folder, config=as_json(run), tokenizer_digest=digest)
+    if found is None or starts_again(run, step=found[1].step):
+        return False
+    folder, manifest = found
+    digest = corpus.manifest.tokenizer_digest
+    check_same_run(manifest, folder=folder, config=as_json(run), tokenizer_digest=digest)
+    return manifest.step >= run.num_steps
 
 
 def starts_again(run: Run, *, step: int) -> bool:
     """Return whether a run whose newest checkpoint is of `step` is to be trained anew."""
-    return step >= run.num_steps and run.checkpoint.when_finished == "start_again"
+    return step >= run.num_steps and run.when_finished == "start_again"
 
 
 def move_aside(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """What happens in one training step?
 
-Gradients of one global batch, their norm and the finite verdict, the clip, the update: nothing else, and nothing of it
-knows where the batch came from or who watches.
+Gradients of one global batch, their norm and the finite verdict, the clip, the update: nothing
+    else, and nothing of it knows where the batch came from or who watches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,7 +62,9 @@ def train_step(
     )
     set_lr(optimizer, lr)
     gradient_norm = apply_gradients(optimizer, clip_norm=clip_norm)
-    return StepResult(loss=_mean_loss(kept, batches[0].loss_mask.device), gradient_norm=gradient_norm)
+    return StepResult(
+        loss=_mean_loss(kept, batches[0].loss_mask.device), gradient_norm=gradient_norm
+    )
 
 
 def _sum_and_count(batch: MicroBatch, token_loss_BS: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def _sum_and_count(batch: MicroBatch, token_loss_BS: Tensor) -> Tensor:
 
 
 def _mean_loss(kept: Sequence[Tensor], device: torch.device) -> float:
-    """Return the loss of the global batch; summed in fp64 so that the number of replicas does not show."""
+    """Return the loss of the global batch; summed in fp64, so that replicas do not show."""
     total = torch.zeros(2, dtype=torch.float64, device=device)
     if is_last_stage():
         for sum_and_count in kept:
@@ -91,7 +93,9 @@ def micro_batches(
         micro_sequences: B; C is a multiple of it.
         num_counted: only the first so many windows count towards the loss; None: all.
     """
-    counted = torch.arange(len(tokens), device=tokens.device) < (len(tokens) if num_counted is None else num_counted)
+    counted = torch.arange(len(tokens), device=tokens.device) < (
+        len(tokens) if num_counted is None else num_counted
+    )
     for start in range(0, len(tokens), micro_sequences):
         window = slice(start, start + micro_sequences)
         inputs = tokens[window, :-1].contiguous()

@@ -1,8 +1,8 @@
 """How does a run go from its first token to its last?
 
-`fit` is the loop: next batch, train step, monitor, checkpoint. Everything else here brings the parts of a rank
-together before it and takes leave after it. The state of a run is two integers, steps done and sequences consumed;
-which tokens come next follows from them.
+`fit` is the loop: next batch, train step, monitor, checkpoint. Everything else here brings the
+parts of a rank together before it and takes leave after it. The state of a run is two integers,
+steps done and sequences consumed; which tokens come next follows from them.
 """
 
 import logging
@@ -86,11 +86,16 @@ class Trainer:
         run = self.run
         size = run.batch.size_at(self.position.sequences, sequence_tokens=run.data.sequence_tokens)
         slots = local_slots(
-            size, micro_sequences=run.batch.micro_sequences, dp=run.layout.dp, data_rank=groups.data_rank()
+            size,
+            micro_sequences=run.batch.micro_sequences,
+            dp=run.layout.dp,
+            data_rank=groups.data_rank(),
         )
         batches: list[MicroBatch] = []
         for micro in slots:
-            windows = self.corpus.train.stream.windows(self.position.sequences + micro.start, len(micro))
+            windows = self.corpus.train.stream.windows(
+                self.position.sequences + micro.start, len(micro)
+            )
             tokens = torch.from_numpy(windows.tokens).to(self.device, torch.int64)
             domain_idx = torch.from_numpy(windows.domain_idx).to(self.device, torch.int64)
             batches += micro_batches(tokens, domain_idx, micro_sequences=len(micro))
@@ -104,7 +109,9 @@ class Trainer:
             NonFiniteGradientError: see train_step.
         """
         run = self.run
-        sequences = self.position.sequences + len(batches) * run.batch.micro_sequences * run.layout.dp
+        sequences = (
+            self.position.sequences + len(batches) * run.batch.micro_sequences * run.layout.dp
+        )
         result = train_step(
             self.chunks,
             self.optimizer,
@@ -153,7 +160,7 @@ class Trainer:
         )
         save_checkpoint(root, chunks=self.chunks, optimizer=self.optimizer, manifest=manifest)
         if torch.distributed.get_rank() == 0:
-            remove_old(root, keep=self.run.checkpoint.keep)
+            remove_old(root, keep=self.run.checkpoints.keep)
 
     def load(self, folder: Any, manifest: Manifest) -> None:
         """Go on from a verified checkpoint; collective.

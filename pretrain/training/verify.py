@@ -1,8 +1,8 @@
 """Does a layout train the same model?
 
-`loss_curve` runs the real trainer for a few steps without telemetry and returns what can be compared: losses and
-gradient norms as exact floats. Two layouts of one configuration must agree to rounding; two starts of one layout, the
-second from the first's checkpoint, must agree to the bit.
+`loss_curve` runs the real trainer for a few steps without telemetry and returns what can be
+compared: losses and gradient norms as exact floats. Two layouts of one configuration must agree to
+rounding; two starts of one layout, the second from the first's checkpoint, must agree to the bit.
 """
 
 import hashlib

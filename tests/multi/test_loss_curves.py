@@ -36,9 +36,7 @@ def assert_same(curve: Curve, reference: Curve) -> None:
         relative_difference(curve.gradient_norms, reference.gradient_norms[:num_steps])
         < NORM_TOLERANCE
     )
-    assert (
-        relative_difference(curve.mtp_losses, reference.mtp_losses[:num_steps]) < LOSS_TOLERANCE
-    )
+    assert relative_difference(curve.mtp_losses, reference.mtp_losses[:num_steps]) < LOSS_TOLERANCE
     # The load of an expert is a count: one token on the other side of a tie moves it by 1 in 2,000.
     assert relative_difference(curve.aux_losses, reference.aux_losses[:num_steps]) < 1e-4
     if num_steps == len(reference.losses):

@@ -8,7 +8,6 @@ the messages. The mistakes known from other ports move logits by 0.1 and more, w
 `test_a_known_mistake_is_seen` makes sure of.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from parallel.groups import leave_world
 from pretrain.model.norm import LATENT_NORM_EPS
 from pretrain.model.spec import ModelSpec, Rope
 from pretrain.serving.names import HUB_ROUTER_BIAS, to_hugging_face
@@ -28,7 +26,7 @@ from tests.pretrain.serving import twin
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning")
     for message in ("MLP requires ffn_hidden_size", "Warning. tp_group is None")
-]
+] + [pytest.mark.usefixtures("one_rank")]
 
 LOGITS_ATOL = 2e-5
 LOSS_RTOL = 1e-6
@@ -53,18 +51,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world_of_one() -> Iterator[None]:
-    yield
-    leave_world()
-
-
 def both(case: dict[str, Any], folder: Path) -> tuple[Any, Any, ModelSpec]:
     """Return our model, transformers' with the same weights, and their sizes."""
     case = dict(case)
     balance = case.pop("balance", twin.NO_BALANCE)
     spec = twin.tiny_spec(**case)
-    ours = twin.build_ours(spec, folder, balance=balance)
+    ours = twin.build_ours(spec, balance=balance)
     twin.scatter_vectors(ours)
     theirs = twin.build_transformers(
         twin.tensors(ours), spec, folder / "hub", attn_implementation="eager"
@@ -226,14 +218,14 @@ def test_a_known_mistake_is_seen(mistake: Any, tmp_path: Path) -> None:
 
     mistake(ours)
 
-    difference, scale = largest_difference(ours, theirs, spec)
+    difference, _ = largest_difference(ours, theirs, spec)
     assert difference > MISTAKE, f"{mistake.__name__}: logits moved by {difference:.2e} only"
 
 
-def test_latent_norms_keep_their_own_eps(tmp_path: Path) -> None:
+def test_latent_norms_keep_their_own_eps() -> None:
     # A wrong eps moves these logits by some 1e-5: asked of the modules, because too small to see.
     spec = twin.tiny_spec()
-    model = twin.build_ours(spec, tmp_path)
+    model = twin.build_ours(spec)
     for layer in model.decoder.layers:
         attention = layer.self_attention
         assert attention.q_layernorm.eps == attention.kv_layernorm.eps == LATENT_NORM_EPS == 1e-6

@@ -1,13 +1,12 @@
 """Does the table of names lead from our model to the hub and back, with nothing lost or added?"""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from parallel.groups import leave_world
+from pretrain.model.load_balance import LoadBalance
 from pretrain.model.spec import ModelSpec
 from pretrain.serving.names import from_hugging_face, name_table, to_hugging_face
 from tests.pretrain.serving import twin
@@ -21,23 +20,18 @@ pytestmark = [
 SPEC = twin.tiny_spec(num_mtp_layers=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def world_of_one() -> Iterator[None]:
-    yield
-    leave_world()
-
-
 def random_state(spec: ModelSpec, *, router_bias: bool = True) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     rows = name_table(spec, router_bias=router_bias)
     return {row.megatron: torch.randn(row.shape, generator=generator) for row in rows}
 
 
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("dual_norm", [True, False])
 @pytest.mark.parametrize("balance", [twin.NO_BALANCE, twin.BIAS], ids=["no_bias", "bias"])
-def test_every_tensor_of_our_model_has_one_row(balance, dual_norm: bool, tmp_path: Path) -> None:
+def test_every_tensor_of_our_model_has_one_row(balance: LoadBalance, dual_norm: bool) -> None:
     spec = twin.tiny_spec(num_mtp_layers=1, dual_norm=dual_norm)
-    model = twin.build_ours(spec, tmp_path, balance=balance)
+    model = twin.build_ours(spec, balance=balance)
 
     rows = name_table(spec, router_bias=balance.uses_bias)
 
@@ -127,11 +121,13 @@ def test_a_rounded_router_bias_is_refused() -> None:
 
 @pytest.mark.parametrize("convert", [to_hugging_face, from_hugging_face])
 @pytest.mark.parametrize("fault", ["missing", "unknown", "shape"])
-def test_a_faulty_state_is_refused_by_name(convert, fault: str) -> None:
+def test_a_faulty_state_is_refused_by_name(
+    convert: Callable[..., dict[str, Tensor]], fault: str
+) -> None:
     state = random_state(SPEC)
     if convert is from_hugging_face:
         state = to_hugging_face(state, SPEC)
-    name = [name for name in state if ".2." in name and name.endswith("bias")][0]
+    name = next(name for name in state if ".2." in name and name.endswith("bias"))
     if fault == "missing":
         del state[name]
     elif fault == "unknown":

@@ -56,16 +56,14 @@ def tiny_spec(**changes: Any) -> ModelSpec:
     return ModelSpec(**(TINY | changes))
 
 
-def build_ours(spec: ModelSpec, folder: Path, *, balance: LoadBalance = NO_BALANCE) -> Any:
-    """Return our model in fp32 on a world of one rank, its weights drawn with seed 0.
+def build_ours(spec: ModelSpec, *, balance: LoadBalance = NO_BALANCE) -> Any:
+    """Return our model in fp32 in the current world of one rank, its weights drawn with seed 0.
 
     Args:
         spec: the model's sizes.
-        folder: where the ranks meet, if this process is in no world yet.
         balance: decides whether routers have a bias.
     """
-    store = torch.distributed.FileStore(str(folder / "store"), 1)
-    device = join_world(store=store, rank=0, num_ranks=1)
+    device = join_world()
     layout = Layout()
     start_groups(layout)
     seed_ranks(0)

@@ -1,0 +1,115 @@
+"""What does a finished run tell: how good, how fast, where things are, what to try next?"""
+
+from collections.abc import Mapping
+
+from pretrain.monitor.plots import plot_run
+from pretrain.monitor.records import read_metrics
+from pretrain.monitor.summary import RunSummary, TextScore, summary_table
+from pretrain.monitor.throughput import Throughput
+from pretrain.training.corpus import Corpus
+from pretrain.training.observe import Observer, Score
+from pretrain.training.run import Run
+from pretrain.training.trainer import Trainer
+
+_LAST_STEPS = 20
+
+
+def describe(
+    trainer: Trainer,
+    observer: Observer,
+    throughput: Throughput,
+    scores: Mapping[str, Score],
+    *,
+    elapsed_s: float,
+) -> str:
+    """Return the summary of a finished run as text.
+
+    Args:
+        trainer: the run at its end.
+        observer: what it saw of this attempt.
+        throughput: the clock of its steps.
+        scores: the last validation, by domain and `all`.
+        elapsed_s: wall clock of this attempt, in seconds.
+    """
+    run, losses = trainer.run, observer.losses
+    tokens_per_s = throughput.average_tokens_per_s
+    last = losses[-_LAST_STEPS:]
+    return summary_table(
+        RunSummary(
+            name=run.name,
+            step=trainer.position.step,
+            total_steps=trainer.total_steps,
+            num_tokens=trainer.tokens,
+            train_loss=sum(last) / len(last) if last else float("nan"),
+            first_train_loss=losses[0] if losses else None,
+            validation=_text_score("all", scores, trainer.corpus),
+            domains=tuple(
+                _text_score(name, scores, trainer.corpus) for name in scores if name != "all"
+            ),
+            vocabulary_size=run.model.vocab_size,
+            tokens_per_s=tokens_per_s,
+            achieved_flop_per_s=None
+            if tokens_per_s is None
+            else throughput.achieved_flop_per_s(tokens_per_s),
+            mfu=None if tokens_per_s is None else throughput.mfu(tokens_per_s),
+            elapsed_s=elapsed_s,
+            memory_peak_bytes=observer.memory_peak_bytes,
+            places=_places(run),
+            next_commands=_next_commands(run),
+        )
+    )
+
+
+def draw_curves(run: Run, corpus: Corpus) -> None:
+    """Draw the run's metrics into `curves.png`, with gzip and xz as baselines."""
+    totals = corpus.manifest.validation_compressed
+    num_bytes = sum(corpus.validation.bytes_by_domain.values())
+    baselines = (
+        {}
+        if totals is None
+        else {"gzip": 8 * totals.gzip_bytes / num_bytes, "xz": 8 * totals.xz_bytes / num_bytes}
+    )
+    plot_run(
+        read_metrics(run.folder / "metrics.jsonl"),
+        run.folder / "curves.png",
+        title=run.name,
+        vocabulary_size=run.model.vocab_size,
+        baselines_bits_per_byte=baselines,
+    )
+
+
+def _text_score(name: str, scores: Mapping[str, Score], corpus: Corpus) -> TextScore:
+    text = corpus.validation
+    domains = list(text.bytes_by_domain) if name == "all" else [name]
+    compressed = [text.manifest.splits["validation"][domain].compressed for domain in domains]
+    num_bytes = sum(text.bytes_by_domain[domain] for domain in domains)
+    known = [entry for entry in compressed if entry is not None]
+    whole = len(known) == len(domains)
+    return TextScore(
+        name=name,
+        loss=scores[name].loss,
+        bits_per_byte=scores[name].bits_per_byte,
+        gzip_bits_per_byte=8 * sum(entry.gzip_bytes for entry in known) / num_bytes
+        if whole
+        else None,
+        xz_bits_per_byte=8 * sum(entry.xz_bytes for entry in known) / num_bytes if whole else None,
+    )
+
+
+def _places(run: Run) -> dict[str, str]:
+    names = {
+        "curves": "curves.png",
+        "metrics": "metrics.jsonl",
+        "configuration": "config.yaml",
+        "checkpoints": "checkpoints",
+    }
+    return {label: str(run.folder / name) for label, name in names.items()}
+
+
+def _next_commands(run: Run) -> list[str]:
+    return [
+        f"python launch/generate.py checkpoint={run.folder} prompt='\"def main(\"'",
+        f"torchrun --nproc-per-node 2 launch/pretrain.py name={run.name}_pp2 layout.ep=1"
+        f" layout.pp=2",
+        f"python launch/pretrain.py -m name={run.name}_lr optimizer.lr=1e-3,2e-3",
+    ]

@@ -1,0 +1,85 @@
+"""A run that starts again from its checkpoint goes on as if it had never stopped, to the bit.
+
+The oracle is the run itself: it saves after step 10 and goes on to step 14; a second start reads that checkpoint and
+takes the last four steps again. Text, weights, moments, router bias and random state must all be back for that.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from parallel.layout import Layout
+from parallel.spawn import RankPool
+from pretrain.training.batch import Batch
+from pretrain.training.run import Run
+from pretrain.training.verify import Curve, loss_curve
+
+SAVED, LAST = 10, 14
+BATCH = Batch(global_sequences=4, micro_sequences=1)
+
+MakeRun = Callable[..., Run]
+
+
+def assert_goes_on(resumed: Curve, whole: Curve) -> None:
+    assert resumed.first_step == SAVED
+    assert resumed.losses == whole.losses[SAVED:]
+    assert resumed.gradient_norms == whole.gradient_norms[SAVED:]
+    assert resumed.validation == whole.validation
+
+
+@pytest.mark.parametrize("variant", [{"bias": True}, {"bf16": True}], ids=["fp32-bias", "bf16"])
+@pytest.mark.parametrize(
+    ("layout", "overlap"),
+    [
+        (Layout(num_ranks=2, ep=2), False),
+        (Layout(num_ranks=2, pp=2), False),
+        (Layout(num_ranks=2), True),
+    ],
+    ids=["ep2", "pp2 with MTP", "dp2 in many buckets"],
+)
+def test_two_ranks_go_on_to_the_bit(
+    layout: Layout, overlap: bool, variant: dict[str, bool], tiny_run: MakeRun, two_ranks: RankPool
+) -> None:
+    run = tiny_run(layout, overlap=overlap, batch=BATCH, **variant)
+    whole, _ = two_ranks.run(loss_curve, run, num_steps=LAST, save_after=SAVED)
+    resumed, _ = two_ranks.run(loss_curve, run, num_steps=LAST - SAVED, resume=True)
+    assert not overlap or whole.num_buckets >= 3
+    assert_goes_on(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{}, {"bf16": True, "bias": True, "overlap": True}],
+    ids=["fp32", "bf16-bias-overlap"],
+)
+def test_one_rank_goes_on_to_the_bit(
+    variant: dict[str, bool], tiny_run: MakeRun, one_rank: object
+) -> None:
+    run = tiny_run(batch=BATCH, **variant)
+    whole = loss_curve(run, num_steps=LAST, save_after=SAVED)
+    resumed = loss_curve(run, num_steps=LAST - SAVED, resume=True)
+    assert_goes_on(resumed, whole)
+
+
+def test_saving_does_not_disturb_the_run(tiny_run: MakeRun, one_rank: object) -> None:
+    run = tiny_run(batch=BATCH, bias=True)
+    saving = loss_curve(run, num_steps=4, save_after=2)
+    assert saving == loss_curve(run, num_steps=4)
+
+
+@pytest.fixture
+def doomed_ranks() -> Iterator[RankPool]:
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+def test_ranks_killed_after_the_save_are_replaced_without_a_trace(
+    tiny_run: MakeRun, doomed_ranks: RankPool, two_ranks: RankPool
+) -> None:
+    run = tiny_run(Layout(num_ranks=2, ep=2), batch=BATCH, bias=True, bf16=True)
+    whole, _ = two_ranks.run(loss_curve, run, num_steps=LAST)
+    doomed_ranks.run(loss_curve, run, num_steps=SAVED, save_after=SAVED)
+    doomed_ranks.close()  # SIGKILL
+    resumed, _ = two_ranks.run(loss_curve, run, num_steps=LAST - SAVED, resume=True)
+    assert_goes_on(resumed, whole)

@@ -1,0 +1,60 @@
+"""Does every file of conf/ compose into a configuration that stands?"""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from launch.compose import build
+from pretrain.model.spec import ModelSpec
+from pretrain.training.run import Run
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+COMMANDS = sorted(path.stem for path in CONF.glob("*.yaml"))
+GROUPS = sorted(
+    f"{path.parent.name}={path.stem}"
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name != "cluster"
+)
+CLUSTERS = sorted(path.stem for path in CONF.glob("cluster/*.yaml"))
+# A choice that needs others beside it to stand: without them the run is refused, and rightly so.
+WITH = {
+    "layout=pp16_ep8": ["model=axk1_519b", "batch=axk1"],
+    "lr_schedule=wsd": ["total_tokens=9_260_000_000_000"],
+    "data=axk1": ["model=axk1_519b"],
+}
+
+
+def composed(*overrides: str) -> Run:
+    with initialize_config_dir(str(CONF), version_base=None):
+        return build(Run, compose("pretrain", list(overrides)))
+
+
+@pytest.mark.parametrize("choice", GROUPS)
+def test_every_choice_of_every_group_stands(choice: str) -> None:
+    run = composed(choice, *WITH.get(choice, []))
+    assert isinstance(run.model, ModelSpec)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_composes(command: str) -> None:
+    with initialize_config_dir(str(CONF), version_base=None):
+        assert compose(command)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_every_cluster_is_the_full_model_in_fp8_on_its_ranks(cluster: str) -> None:
+    run = composed(f"+cluster={cluster}")
+    assert run.layout.num_ranks == int(cluster.rpartition("_")[2])
+    assert run.model.num_layers == 61
+    assert run.precision.kind == "fp8_hybrid"
+
+
+def test_the_command_line_wins_over_a_cluster() -> None:
+    assert composed("+cluster=h200_1536", "layout.pp=8").layout.pp == 8
+
+
+def test_1024_and_1536_gpus_share_every_batch_of_the_ramp() -> None:
+    for cluster in CLUSTERS:
+        run = composed(f"+cluster={cluster}")
+        run.batch.check_divisible(run.layout.dp)
