@@ -1,10 +1,17 @@
 """What does a finished run tell: how good, how fast, where things are, what to try next?"""
 
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 
 from pretrain.monitor.plots import plot_run
 from pretrain.monitor.records import read_metrics
-from pretrain.monitor.summary import RunSummary, TextScore, summary_table
+from pretrain.monitor.summary import RunSummary, TextScore
 from pretrain.monitor.throughput import Throughput
 from pretrain.training.corpus import Corpus
 from pretrain.training.observe import Observer, Score
@@ -14,15 +21,15 @@ from pretrain.training.trainer import Trainer
 _LAST_STEPS = 20
 
 
-def describe(
+def summarise(
     trainer: Trainer,
     observer: Observer,
     throughput: Throughput,
     scores: Mapping[str, Score],
     *,
     elapsed_s: float,
-) -> str:
-    """Return the summary of a finished run as text.
+) -> RunSummary:
+    """Return the figures of a finished run.
 
     Args:
         trainer: the run at its end.
@@ -34,30 +41,56 @@ def describe(
     run, losses = trainer.run, observer.losses
     tokens_per_s = throughput.average_tokens_per_s
     last = losses[-_LAST_STEPS:]
-    return summary_table(
-        RunSummary(
-            name=run.name,
-            step=trainer.position.step,
-            total_steps=trainer.total_steps,
-            num_tokens=trainer.tokens,
-            train_loss=sum(last) / len(last) if last else float("nan"),
-            first_train_loss=losses[0] if losses else None,
-            validation=_text_score("all", scores, trainer.corpus),
-            domains=tuple(
-                _text_score(name, scores, trainer.corpus) for name in scores if name != "all"
-            ),
-            vocabulary_size=run.model.vocab_size,
-            tokens_per_s=tokens_per_s,
-            achieved_flop_per_s=None
-            if tokens_per_s is None
-            else throughput.achieved_flop_per_s(tokens_per_s),
-            mfu=None if tokens_per_s is None else throughput.mfu(tokens_per_s),
-            elapsed_s=elapsed_s,
-            memory_peak_bytes=observer.memory_peak_bytes,
-            places=_places(run),
-            next_commands=_next_commands(run),
-        )
+    return RunSummary(
+        name=run.name,
+        step=trainer.position.step,
+        total_steps=trainer.total_steps,
+        num_tokens=trainer.tokens,
+        train_loss=sum(last) / len(last) if last else float("nan"),
+        first_train_loss=losses[0] if losses else None,
+        validation=_text_score("all", scores, trainer.corpus),
+        domains=tuple(
+            _text_score(name, scores, trainer.corpus) for name in scores if name != "all"
+        ),
+        vocabulary_size=run.model.vocab_size,
+        tokens_per_s=tokens_per_s,
+        achieved_flop_per_s=None
+        if tokens_per_s is None
+        else throughput.achieved_flop_per_s(tokens_per_s),
+        mfu=None if tokens_per_s is None else throughput.mfu(tokens_per_s),
+        elapsed_s=elapsed_s,
+        memory_peak_bytes=observer.memory_peak_bytes,
+        places=_places(run),
+        next_commands=_next_commands(run),
     )
+
+
+def write_summary(summary: RunSummary, folder: Path) -> None:
+    """Write the figures as `summary.json`, with the command and commit that made them."""
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": _commit(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")},
+        **asdict(summary),
+    }
+    writing = folder / ".summary.json"
+    writing.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(writing, folder / "summary.json")
+
+
+def _commit() -> str:
+    """Return the commit of this code, with `+` after it if files differ; `unknown` without git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
 def draw_curves(run: Run, corpus: Corpus) -> None:
@@ -100,6 +133,7 @@ def _places(run: Run) -> dict[str, str]:
     names = {
         "curves": "curves.png",
         "metrics": "metrics.jsonl",
+        "summary": "summary.json",
         "configuration": "config.yaml",
         "checkpoints": "checkpoints",
     }

@@ -18,8 +18,9 @@ import torch
 from parallel import groups
 from parallel.device import Device
 from pretrain.checkpoint.resume import find_newest
+from pretrain.monitor.summary import summary_table
 from pretrain.monitor.telemetry import Telemetry, open_telemetry
-from pretrain.training.closing import describe, draw_curves
+from pretrain.training.closing import draw_curves, summarise, write_summary
 from pretrain.training.corpus import open_run_corpus
 from pretrain.training.exit_file import FAILED, FINISHED, INTERRUPTED, WRONG_INPUT, write_exit
 from pretrain.training.observe import Observer, Score, make_throughput
@@ -164,7 +165,9 @@ def _fit(
     if _is_first():
         elapsed_s = time.monotonic() - started
         draw_curves(run, trainer.corpus)
-        _say("\n" + describe(trainer, observer, throughput, scores, elapsed_s=elapsed_s))
+        summary = summarise(trainer, observer, throughput, scores, elapsed_s=elapsed_s)
+        write_summary(summary, run.folder)
+        _say("\n" + summary_table(summary))
     return FINISHED, "trained on every token", step
 
 

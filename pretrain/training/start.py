@@ -21,9 +21,7 @@ from pretrain.training.run import Run, as_json, on_ranks
 
 log = logging.getLogger(__name__)
 
-_NEXT_WHEN_FINISHED = (
-    "Next: choose another name, raise total_tokens, or set when_finished=start_again"
-)
+_NEXT = "choose another name, raise total_tokens, or set when_finished=start_again"
 RANK_MAIN = "pretrain.training.job:train"
 USER_ERRORS = (ValueError, DataError, CheckpointError)
 """What the user can mend; each ends with exit code 2."""
@@ -59,7 +57,7 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
     if done:
         if is_first:
             write_exit(run.folder, code=FINISHED, reason="was finished already", step=run.num_steps)
-            log.warning("run %s is finished: nothing to do. %s", run.name, _NEXT_WHEN_FINISHED)
+            log.warning("run %s is finished: nothing to do. Next: %s", run.name, _NEXT)
         return FINISHED
     if under_torchrun:
         return int(find_function(RANK_MAIN)(run, config_yaml))

@@ -1,0 +1,110 @@
+"""Write every table of figures in README and docs/ from the JSON beside it.
+
+    python docs/figures.py            # rewrite the tables
+    python docs/figures.py --check    # exit 1 if a page differs from its JSON (a test calls this)
+
+A table stands between `<!-- figures: NAME -->` and `<!-- end figures -->`; NAME.json in
+docs/figures/ names the command and the commit that made it. Make the JSON anew with that command,
+for instance `make run` and then
+`cp runs/demo/summary.json docs/figures/demo.json`.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end figures -->)", re.DOTALL)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows, the first the header, as an aligned Markdown table."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def demo_table(record: Mapping[str, Any]) -> str:
+    """Return the demo run's losses beside gzip and xz."""
+    rows = [("text", "nats/token", "of ln(V)", "bits/byte", "gzip -9", "xz -9e")]
+    ln_v = math.log(record["vocabulary_size"])
+    for score in (record["validation"], *record["domains"]):
+        name = "validation" if score["name"] == "all" else score["name"]
+        rows.append(
+            (
+                name,
+                f"{score['loss']:.3f}",
+                f"{score['loss'] / ln_v:.3f}",
+                f"{score['bits_per_byte']:.3f}",
+                f"{score['gzip_bits_per_byte']:.3f}",
+                f"{score['xz_bits_per_byte']:.3f}",
+            )
+        )
+    return markdown_table(rows)
+
+
+def bench_step_table(record: Mapping[str, Any]) -> str:
+    """Return the step times beside transformers' and the bare matrix products'."""
+    rows = [("training step", "dtype", "threads", "tokens", "parameters", "ms, minimum", "ratio")]
+    rows += [
+        (
+            row["name"],
+            row["dtype"],
+            str(row["threads"]),
+            f"{row['tokens']:,}",
+            f"{row['parameters']:,}",
+            f"{row['min_ms']:.0f}",
+            f"{row['ratio']:.2f}",
+        )
+        for row in record["rows"]
+    ]
+    return markdown_table(rows)
+
+
+TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "demo": demo_table,
+    "bench_step": bench_step_table,
+}
+
+
+def rendered(text: str) -> str:
+    """Return a page with every table made anew from its JSON."""
+
+    def replace(block: re.Match[str]) -> str:
+        name = block.group(2)
+        record = json.loads((ROOT / "docs" / "figures" / f"{name}.json").read_text("utf-8"))
+        made_by = f"`{record['command']}` at commit {record['commit']}.\n"
+        return f"{block.group(1)}{TABLES[name](record)}\n{made_by}{block.group(3)}"
+
+    return BLOCK.sub(replace, text)
+
+
+def main() -> int:
+    """Rewrite or check the pages."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = 0
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        new = rendered(text)
+        if new == text:
+            continue
+        stale += 1
+        print(f"{page.relative_to(ROOT)}: {'differs from its JSON' if check else 'written'}")
+        if not check:
+            page.write_text(new, encoding="utf-8")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Causal attention with narrow values: against scores written out, forward and backward."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.attention import causal_attention, causal_attention_reference
+
+SHAPES = [  # B, N, S, H, W
+    (1, 1, 1, 4, 4),
+    (2, 3, 16, 24, 16),
+    (2, 3, 17, 24, 16),
+    (1, 2, 33, 192, 128),
+    (2, 2, 9, 8, 8),
+    (1, 2, 8, 8, 1),
+]
+
+
+def draw(shape: tuple[int, int, int, int, int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    B, N, S, H, W = shape
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(B, N, S, H), (B, N, S, H), (B, N, S, W)]
+    return [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_agrees_with_the_reference_forward_and_backward(
+    shape: tuple[int, int, int, int, int],
+) -> None:
+    scale = shape[3] ** -0.5
+    results: list[list[Tensor]] = []
+    for attention in (causal_attention, causal_attention_reference):
+        qkv = [tensor.requires_grad_() for tensor in draw(shape)]
+        out = attention(*qkv, scale=scale)
+        out.square().sum().backward()
+        results.append([out, *(tensor.grad for tensor in qkv if tensor.grad is not None)])
+    for given, expected in zip(*results, strict=True):
+        assert given.shape == expected.shape
+        # fp32 sums of up to 192 products in another order
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_agrees_to_its_precision() -> None:
+    qkv = draw((2, 3, 32, 24, 16), torch.bfloat16)
+    given = causal_attention(*qkv, scale=24**-0.5)
+    expected = causal_attention_reference(*(t.double() for t in qkv), scale=24**-0.5)
+    assert given.dtype == torch.bfloat16
+    torch.testing.assert_close(given.double(), expected, rtol=2**-6, atol=2**-6)
+
+
+def test_the_first_query_sees_the_first_key_only() -> None:
+    q, k, v = draw((1, 2, 5, 8, 6))
+    out = causal_attention(q, k, v, scale=1.0)
+    torch.testing.assert_close(out[:, :, 0], v[:, :, 0])
+
+
+def test_a_later_key_changes_no_earlier_output() -> None:
+    q, k, v = draw((1, 2, 8, 8, 6))
+    before = causal_attention(q, k, v, scale=1.0)
+    k[:, :, 5:], v[:, :, 5:] = 9.0, -9.0
+    after = causal_attention(q, k, v, scale=1.0)
+    torch.testing.assert_close(after[:, :, :5], before[:, :, :5])
+    assert not torch.allclose(after[:, :, 5:], before[:, :, 5:])
+
+
+def test_values_wider_than_queries_are_refused_by_key() -> None:
+    with pytest.raises(ValueError, match=r"value heads of 9 given.*model\.v_head_size"):
+        causal_attention(*draw((1, 1, 4, 8, 9)), scale=1.0)
