@@ -14,6 +14,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 TORCH_INDEX ?=
 # Further words for the command: make run ARGS='layout=single', make test ARGS='-k layout'
 ARGS ?=
+# Where `make run` finds what it trained.
+RUN_FOLDER := runs/$(or $(patsubst name=%,%,$(filter name=%,$(ARGS))),demo)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +26,8 @@ install: $(STAMP) ## make .venv and install what constraints.txt pins
 run: $(STAMP) ## train a small model on two local CPU ranks, the defaults of conf/pretrain.yaml
 	$(VENV) launch/prepare.py
 	$(VENV) launch/pretrain.py when_finished=start_again $(ARGS)
+	@echo; echo "a sample:"
+	@$(VENV) launch/generate.py checkpoint=$(RUN_FOLDER) prompt='"def main("' max_new_tokens=80
 
 test: $(STAMP) ## run the tests
 	$(VENV) -m pytest tests $(ARGS)

@@ -182,8 +182,8 @@ def job_name(cfg: DictConfig) -> str:
     """Return the run's name, the same on every start: `cfg.name`, in a sweep with its overrides.
 
     A job of `-m layout=a,b name=first` is called `first/layout=a`, after the keys that vary: no
-    timestamp and no job number, so the same command finds its own folders again. Characters that a folder name cannot hold are
-    replaced, and a digest then keeps two jobs apart.
+    timestamp and no job number, so the same command finds its own folders again. Characters that a
+    folder name cannot hold are replaced, and a digest then keeps two jobs apart.
 
     Raises:
         ConfigError: if `name` is missing or could not be a folder name.
@@ -302,7 +302,10 @@ def _report(error: Exception, *, full_error: str | None) -> int:
     """Print the one message that the user needs; return the exit code of a user error."""
     if full_error == "1":
         traceback.print_exception(error)
-    print(f"error: {_explained(error)}", file=sys.stderr, flush=True)
+    if (
+        os.environ.get("RANK", "0") == "0"
+    ):  # under torchrun every rank gets here with the same words
+        print(f"error: {_explained(error)}", file=sys.stderr, flush=True)
     return USER_ERROR_CODE
 
 

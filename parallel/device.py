@@ -247,9 +247,9 @@ class _CpuViewFinder(importlib.abc.MetaPathFinder):
 def patch_module_views() -> None:
     """Give every megatron.core module, imported or to be imported, the CPU view of torch.
 
-    Needed by some 37 sites, among them token_dispatcher.py:452 (side stream), router.py:169
-    (buffers), param_and_grad_buffer.py:812 (buffers), schedules.py:287 (deallocation),
-    finalize_model_grads.py, p2p_communication.py.
+    Needed by some 37 sites, among them token_dispatcher.py:445 (side stream), router.py:169
+    (buffers), param_and_grad_buffer.py:806 (buffers), schedules.py:596 (token count),
+    p2p_communication.py:313 (what a stage receives).
     """
     sys.meta_path.insert(0, _CpuViewFinder())
     for name, module in list(sys.modules.items()):
@@ -289,7 +289,7 @@ def patch_tensor_type_names() -> None:
 def patch_rng_state() -> None:
     """Let megatron's random-state tracker keep the CPU generator's state.
 
-    Needed by tensor_parallel/random.py:41 and :72, which index torch.cuda.default_generators.
+    Needed by tensor_parallel/random.py:66 and :103, which index torch.cuda.default_generators.
     """
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
@@ -303,7 +303,7 @@ def patch_rng_state() -> None:
 def patch_split_sizes() -> None:
     """Turn the dispatcher's split sizes into numpy arrays although they already are on the CPU.
 
-    Needed by token_dispatcher.py:877: moe_utils.py:1093 converts CUDA tensors only, and
+    Needed by token_dispatcher.py:876: moe_utils.py:1093 converts CUDA tensors only, and
     all_to_all_single refuses tensors as split sizes.
     """
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
@@ -319,9 +319,9 @@ def patch_split_sizes() -> None:
 def patch_absent_transformer_engine() -> None:
     """Tell MLA and the router that Transformer Engine is absent, which they get wrong in 0.16.1.
 
-    Needed by multi_latent_attention.py:56 (its imports succeed with mocks, so isinstance(x,
-    MagicMock) raises at :182) and moe_utils.py:1192 (`te_general_gemm` is undefined without TE:
-    NameError in the router).
+    Needed by multi_latent_attention.py:62 and :185 (its imports succeed with mocks, and
+    isinstance(x, MagicMock) raises) and moe_utils.py:1192 (`te_general_gemm` is undefined without
+    TE: NameError in the router).
     """
     extensions: Any = importlib.import_module("megatron.core.extensions.transformer_engine")
     attention: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
@@ -334,7 +334,7 @@ def patch_absent_transformer_engine() -> None:
 def patch_optimizer() -> None:
     """Give megatron an AdamW with FusedAdam's state layout, as TE and apex would.
 
-    Needed by distrib_optimizer.py:640-680 and :818: with torch's AdamW, loading a distributed
+    Needed by distrib_optimizer.py:640 and :818: with torch's AdamW, loading a distributed
     optimizer fails.
     """
     optimizer: Any = importlib.import_module("megatron.core.optimizer")

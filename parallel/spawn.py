@@ -85,6 +85,16 @@ def find_function(target: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
+def call_with_own(target: str, values: Sequence[Any]) -> Any:
+    """Return `function(values[rank])`, for checks in which each rank brings something else.
+
+    Args:
+        target: `module:function`.
+        values: one argument for each rank.
+    """
+    return find_function(target)(values[int(os.environ["RANK"])])
+
+
 def _rank_main(
     rank: int, num_ranks: int, store_path: str, threads: int, target: str, args: tuple[Any, ...]
 ) -> None:
@@ -121,7 +131,10 @@ def run_ranks(target: str, args: tuple[Any, ...] = (), *, num_ranks: int) -> int
             for rank in range(num_ranks)
         ]
 
+        received: list[int] = []
+
         def pass_on(signum: int, _frame: FrameType | None) -> None:
+            received.append(signum)
             for process in processes:
                 if process.is_alive() and process.pid:
                     os.kill(process.pid, signum)
@@ -130,6 +143,8 @@ def run_ranks(target: str, args: tuple[Any, ...] = (), *, num_ranks: int) -> int
         try:
             for process in processes:
                 process.start()
+                for signum in received:  # it came before this rank was there to get it
+                    os.kill(process.pid or 0, signum)
             return _wait_for_all(processes)
         finally:
             for signum, handler in previous.items():

@@ -6,7 +6,7 @@ them, in this process: megatron's own writer starts processes that import the la
     to 13 s for a toy.
 
 The optimizer is stored in megatron's `dp_reshardable` form. `fully_reshardable` is silently wrong
-in 0.16.1 when the distributed optimizer has more than one bucket (trap T5: it only warns that it
+in 0.16.1 when the distributed optimizer has more than one bucket (it only warns that it
 "can lead to data corruption"), so that warning is an error here.
 """
 
@@ -50,7 +50,7 @@ _VERSIONED = ("torch", "megatron-core", "numpy")
 
 
 class _NoCorruption(logging.Filter):
-    """Turns megatron's warning about corrupt optimizer state into the error it is (trap T5)."""
+    """Turns megatron's warning about corrupt optimizer state into the error it is."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if "data corruption" in record.getMessage():

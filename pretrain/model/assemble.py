@@ -20,7 +20,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from parallel import groups
 from parallel.device import Device
+from parallel.layout import Layout
 from pretrain.model.attention import CoreAttention
 from pretrain.model.dual_norm_layer import DualNormLayer
 from pretrain.model.norm import LATENT_NORM_EPS, RMSNorm
@@ -38,6 +40,39 @@ class Stage:
     """Holds the final norm, the head and the loss."""
     vp_stage: int | None = None
     """Index of the chunk on its rank with virtual pipeline, else None."""
+
+
+def build_chunks(
+    spec: ModelSpec,
+    *,
+    config: MLATransformerConfig,
+    device: Device,
+    layout: Layout,
+    max_tokens: int,
+) -> list[GPTModel]:
+    """Return all model chunks of this rank, one or, with virtual pipeline, vp of them.
+
+    Args:
+        spec: the model's sizes.
+        config: megatron's config of it (transformer_config.py).
+        device: decides between Transformer Engine's modules and local ones.
+        layout: the one whose process groups are started.
+        max_tokens: longest sequence, in tokens.
+    """
+    return [
+        build_chunk(
+            spec,
+            config=config,
+            device=device,
+            stage=Stage(
+                is_first=groups.is_first_stage() and chunk == 0,
+                is_last=groups.is_last_stage() and chunk == layout.vp - 1,
+                vp_stage=chunk if layout.vp > 1 else None,
+            ),
+            max_tokens=max_tokens,
+        )
+        for chunk in range(layout.vp)
+    ]
 
 
 def build_chunk(
@@ -94,7 +129,7 @@ def _exchange_modules(
                 core_attention=CoreAttention,
                 # Replicated, as Transformer Engine does: megatron's local spec cuts them by
                 # columns, whose gathered
-                # rotary key then gets only the local heads' gradient (trap T1, wrong numbers with
+                # rotary key then gets only the local heads' gradient (wrong numbers with
                 # tp > 1).
                 linear_q_down_proj=ReplicatedLinear,
                 linear_kv_down_proj=ReplicatedLinear,

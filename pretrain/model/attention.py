@@ -1,8 +1,8 @@
 """Core attention for MLA on machines without Transformer Engine.
 
-megatron's local DotProductAttention does not take MLA's head sizes (`k_channels`, `v_channels`) and asserts against
-context parallelism. The projections, the latents, the rotary embedding and the tensor-parallel cuts stay megatron's
-MLASelfAttention.
+megatron's local DotProductAttention does not take MLA's head sizes (`k_channels`, `v_channels`) and
+asserts against context parallelism. The projections, the latents, the rotary embedding and the
+tensor-parallel cuts stay megatron's MLASelfAttention.
 
 S sequence, B batch, N local heads, H query and key head, W value head.
 """
@@ -35,7 +35,8 @@ class CoreAttention(torch.nn.Module):
         super().__init__()
         if config.context_parallel_size > 1:
             raise ValueError(
-                f"layout.cp={config.context_parallel_size} given, but without Transformer Engine only layout.cp=1 is"
+                f"layout.cp={config.context_parallel_size} given, but without Transformer Engine"
+                f" only layout.cp=1 is"
                 " allowed: the K/V exchange between context ranks is not built for the CPU yet"
             )
         self.scale = softmax_scale

@@ -34,7 +34,7 @@ def initialise_weights(chunks: Sequence[torch.nn.Module], *, std: float, seed: i
     """Fill every matrix of `chunks` with its own draw of N(0, std^2), in place.
 
     Also marks the parameters whose tensor ranks hold different parts: megatron's gradient norm
-        counts unmarked ones on the first tensor rank only (tensor_parallel/layers.py:100), and its
+        counts unmarked ones on the first tensor rank only (tensor_parallel/layers.py:92), and its
         modules set the mark nowhere but in the initialisation that this one replaces.
 
     Args:

@@ -72,7 +72,7 @@ def transformer_config(
         apply_rope_fusion=on_gpu and spec.rope.scaling_factor > 1,
         cross_entropy_loss_fusion=on_gpu,
         cuda_graph_scope=[],  # whole layers; the default "full" says the same with a warning
-        # gloo may still be reading the buffer that megatron would free (trap T3: wrong numbers
+        # gloo may still be reading the buffer that megatron would free (wrong numbers
         # without an error).
         deallocate_pipeline_outputs=on_gpu,
     )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from parallel.layout import Layout
 from parallel.stages import stage_slots
 from pretrain.model.load_balance import LoadBalance
-from pretrain.model.precision import Precision, check_available
+from pretrain.model.precision import Precision
 from pretrain.model.spec import ModelSpec
 from pretrain.monitor.telemetry import TelemetryConfig
 from pretrain.training.batch import Batch
@@ -239,12 +239,3 @@ def on_ranks(run: Run, num_ranks: int) -> Run:
         ValueError: if the layout or the batch does not divide them.
     """
     return replace(run, layout=replace(run.layout, num_ranks=num_ranks))
-
-
-def check_machine(run: Run) -> None:
-    """Refuse what this machine cannot run, before any rank starts.
-
-    Raises:
-        ValueError: see precision.check_available.
-    """
-    check_available(run.precision)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data.indexed.format import DataError
+from kernels.backend import has_transformer_engine
 from parallel.spawn import find_function, run_ranks
 from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
 from pretrain.checkpoint.resume import check_same_run, find_newest
@@ -75,6 +76,11 @@ def check(run: Run, *, every_id: bool) -> bool:
         ValueError, DataError, CheckpointError: see `start`.
     """
     check_available(run.precision)
+    if run.layout.cp > 1 and not has_transformer_engine():
+        raise ValueError(
+            f"layout.cp={run.layout.cp} given, but without Transformer Engine only layout.cp=1 is"
+            " allowed: the exchange of keys and values is not built for the CPU yet"
+        )
     corpus = open_run_corpus(run)
     try:
         if every_id:

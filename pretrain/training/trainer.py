@@ -20,7 +20,7 @@ from parallel.schedule import MicroBatch
 from parallel.seeds import seed_ranks
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.sharded import load_checkpoint, remove_old, save_checkpoint
-from pretrain.model.assemble import Stage, build_chunk
+from pretrain.model.assemble import build_chunks
 from pretrain.model.initialise import initialise_weights
 from pretrain.model.transformer_config import transformer_config
 from pretrain.training.batch import local_slots
@@ -172,7 +172,7 @@ class Trainer:
         self.position = Position(step=manifest.step, sequences=manifest.sequences)
 
 
-def build_modules(run: Run, device: Device) -> list[Any]:
+def build_modules(run: Run, device: Device) -> Sequence[Any]:
     """Return this rank's model chunks, weights not drawn; reads the current groups."""
     config = transformer_config(
         run.model,
@@ -182,21 +182,13 @@ def build_modules(run: Run, device: Device) -> list[Any]:
         load_balance=run.load_balance,
         mtp_loss_weight=run.mtp_loss_weight,
     )
-    vp = run.layout.vp
-    return [
-        build_chunk(
-            run.model,
-            config=config,
-            device=device,
-            stage=Stage(
-                is_first=groups.is_first_stage() and chunk == 0,
-                is_last=groups.is_last_stage() and chunk == vp - 1,
-                vp_stage=chunk if vp > 1 else None,
-            ),
-            max_tokens=run.data.sequence_tokens,
-        )
-        for chunk in range(vp)
-    ]
+    return build_chunks(
+        run.model,
+        config=config,
+        device=device,
+        layout=run.layout,
+        max_tokens=run.data.sequence_tokens,
+    )
 
 
 def fit(

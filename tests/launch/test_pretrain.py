@@ -1,0 +1,224 @@
+"""Does launch/pretrain.py refuse what cannot train, and stop, go on and generate as it says?"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.compose import run
+from launch.pretrain import main
+from pretrain.training.start import USER_ERRORS
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.dense_ffn_size=64",
+    "model.expert_ffn_size=16",
+    "model.num_routed_experts=8",
+    "model.q_lora_rank=16",
+    "model.kv_lora_rank=16",
+    "model.vocab_size=512",
+    "data.sequence_tokens=32",
+    "batch.global_sequences=4",
+    "batch.micro_sequences=1",
+    "lr_schedule.warmup_tokens=0",
+    "lr_schedule.decay_tokens=0",
+    "evaluation.final_windows_per_domain=4",
+    "telemetry=offline",
+)
+STEP_TOKENS = 4 * 32
+
+
+@pytest.fixture
+def words(tiny_corpus: Path, tmp_path: Path) -> list[str]:
+    """Return the command line of a run of four steps on the tiny corpus."""
+    places = [f"data.corpus={tiny_corpus}", f"output_root={tmp_path / 'runs'}", "name=t"]
+    return [*SMALL, *places, f"total_tokens={4 * STEP_TOKENS}"]
+
+
+@pytest.fixture
+def refuse(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Return what runs the command in this process and gives the message of its refusal."""
+    monkeypatch.setattr(
+        "pretrain.training.start.run_ranks", lambda *_, **__: pytest.fail("a rank was started")
+    )
+
+    def run_here(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *words, *more])
+        assert run(main, user_errors=USER_ERRORS) == 2
+        lines = capsys.readouterr().err.splitlines()
+        messages = [line for line in lines if line.startswith("error: ")]
+        assert len(messages) == 1, lines
+        return messages[0]
+
+    return run_here
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("optimizer.lrr=1", ["optimizer.lrr", "optimizer.lr"]),
+        ("optimizer.lr=fast", ["optimizer.lr", "'fast'", "float"]),
+        ("optimizer.lr=-1", ["optimizer.lr", "-1", "above 0"]),
+        ("precision=fp16", ["precision=fp16", "bf16, fp32, fp8_hybrid"]),
+        ("precision=fp8_hybrid", ["precision.kind=fp8_hybrid", "Transformer Engine"]),
+        ("layout.pp=3", ["layout.pp=3", "2 ranks"]),
+        ("layout.cp=2", ["layout.cp=2", "Transformer Engine"]),
+        ("layout.num_ranks=3", ["layout.num_ranks", "layout.ep"]),
+        ("model.num_routed_experts=7", ["model.num_expert_groups", "num_routed_experts=7"]),
+        ("model.num_experts_per_token=2", ["model.num_experts_per_token=2", "transformers"]),
+        ("model.vocab_size=300", ["vocab_size=300", "512"]),
+        ("batch.global_sequences=3", ["batch.global_sequences", "dp=2"]),
+        ("lr_schedule.warmup_tokens=9999999", ["lr_schedule.warmup_tokens", "total_tokens"]),
+        ("data.corpus=nowhere", ["data.corpus=nowhere", "launch/prepare.py"]),
+        ("data.sequence_tokens=4096", ["data.sequence_tokens", "model.max_context_tokens"]),
+        ("load_balance.bias_update_rate=0.1", ["load_balance", "bias"]),
+        ("resume=maybe", ["resume", "'maybe'", "auto"]),
+    ],
+)
+def test_a_wrong_configuration_ends_with_2_and_names_the_key(
+    refuse: Callable[..., str], override: str, named: list[str]
+) -> None:
+    message = refuse(override)
+    assert all(word in message for word in named), message
+
+
+def test_experts_that_ep_does_not_divide_are_refused(refuse: Callable[..., str]) -> None:
+    message = refuse("layout.num_ranks=3", "layout.ep=3", "batch.global_sequences=3")
+    assert "layout.ep=3" in message
+    assert "model.num_routed_experts=8" in message
+
+
+@pytest.fixture
+def own_corpus(tiny_corpus: Path, tmp_path: Path) -> Path:
+    """Return a copy of the corpus that a test may damage."""
+    return Path(shutil.copytree(tiny_corpus, tmp_path / "corpus"))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_truncated_token_file_is_refused(
+    refuse: Callable[..., str], own_corpus: Path, suffix: str
+) -> None:
+    damaged = next((own_corpus / "train").glob(f"*{suffix}"))
+    size = damaged.stat().st_size
+    os.truncate(damaged, size - 2)
+    message = refuse(f"data.corpus={own_corpus}")
+    assert damaged.name in message
+    assert str(size) in message.replace(",", "")
+
+
+def test_a_token_id_beyond_the_vocabulary_is_refused(
+    refuse: Callable[..., str], own_corpus: Path
+) -> None:
+    damaged = next((own_corpus / "train").glob("*.bin"))
+    with damaged.open("r+b") as file:
+        file.seek(2000)
+        file.write(b"\xff\xff")
+    message = refuse(f"data.corpus={own_corpus}")
+    assert damaged.stem in message
+    assert "65535" in message
+
+
+def test_another_tokenizer_than_the_datas_is_refused(
+    refuse: Callable[..., str], own_corpus: Path
+) -> None:
+    path = own_corpus / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8") + " ", encoding="utf-8")
+    assert "is not the tokenizer" in refuse(f"data.corpus={own_corpus}")
+
+
+def test_a_refusal_is_written_to_exit_json(refuse: Callable[..., str], tmp_path: Path) -> None:
+    message = refuse("model.vocab_size=300")
+    record = json.loads((tmp_path / "runs" / "t" / "exit.json").read_text(encoding="utf-8"))
+    assert record["code"] == 2
+    assert record["reason"] in message
+
+
+def launch(file: str, *words: str) -> subprocess.Popen[str]:
+    """Start a launch file from another folder, as on a node where nothing is installed."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / file), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd="/",
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=180)
+    return process.returncode, output
+
+
+def test_a_stopped_run_goes_on_finishes_generates_and_then_does_nothing(
+    words: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs" / "t"
+    long = [*words, f"total_tokens={4000 * STEP_TOKENS}", "telemetry.console_interval_steps=1"]
+    process = launch("pretrain.py", *long)
+    wait_for_step(process, folder / "metrics.jsonl")
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 75, output
+    stopped = json.loads((folder / "exit.json").read_text(encoding="utf-8"))
+    assert stopped["code"] == 75
+    assert stopped["step"] > 0
+
+    more = [*words, f"total_tokens={(stopped['step'] + 3) * STEP_TOKENS}"]
+    code, output = finish(launch("pretrain.py", *more))
+    assert code == 0, output
+    assert f"going on from {folder / 'checkpoints'}" in output
+    assert "launch/generate.py" in output
+    for name in ("config.yaml", "metrics.jsonl", "curves.png", "summary.json"):
+        assert (folder / name).stat().st_size > 0, name
+
+    code, output = finish(launch("pretrain.py", *more))
+    assert code == 0
+    assert "nothing to do" in output
+
+    code, output = finish(launch("pretrain.py", *more, "model.hidden_size=64"))
+    assert code == 2
+    assert "model.hidden_size" in output
+
+    prompt = '"안녕, [def main("'
+    code, output = finish(
+        launch("generate.py", f"checkpoint={folder}", f"prompt={prompt}", "max_new_tokens=5")
+    )
+    assert code == 0, output
+    assert output.startswith("안녕, [def main(")
+
+
+def wait_for_step(process: subprocess.Popen[str], metrics: Path) -> None:
+    """Wait until the run has written a step."""
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text(encoding="utf-8").count("\n") >= 2):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no step within two minutes"
+        time.sleep(0.1)
+
+
+def test_torchrun_runs_the_same_file_and_exit_json_keeps_the_code(
+    words: list[str], tmp_path: Path
+) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    done = subprocess.run(
+        [*torchrun, *rendezvous, str(ROOT / "launch" / "pretrain.py"), *words, "layout.ep=2"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "runs" / "t" / "exit.json").read_text(encoding="utf-8"))
+    assert record == {**record, "code": 0, "step": 4}
