@@ -4,11 +4,19 @@ transformers' AXK1 takes the statistics in fp32, casts x * rsqrt(mean(x^2) + eps
 input's dtype and only then multiplies by the weight. In bf16 the order shows in the last bit, so it
 is kept.
 
+torch has no fused RMSNorm on the CPU: F.rms_norm is elementary operators, and autograd walks back
+through each. In fp32 the gradient is therefore written out, with its two sums as matrix-vector
+products: forward equal to the bit, forward and backward together in about half the time
+(tests/bench/bench_step.py).
+
 B batch, S sequence, D model.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -25,9 +33,34 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
     Source: transformers 5.23 AXK1RMSNorm; Zhang and Sennrich, arXiv 1910.07467, equation 4.
     """
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    if x.dtype == weight.dtype == torch.float32:
+        return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return]  apply is untyped
     return weight * F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x r w with r = rsqrt(mean(x^2) + eps), and its gradient.
+
+    With h = dy x: dw = sum over tokens of h r, and dx = r w dy - x r^3 (h . w) / D.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = torch.linalg.vecdot(x, x).unsqueeze(-1)
+        inverse.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        size = x.shape[-1]
+        product_TD = (grad * x).reshape(-1, size)
+        grad_weight = product_TD.t() @ inverse.reshape(-1)
+        along_x = (product_TD @ weight).view_as(inverse).mul_(inverse.pow(3)).div_(-size)
+        grad_x = (grad * weight).mul_(inverse).addcmul_(x, along_x)
+        return grad_x, grad_weight, None
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:

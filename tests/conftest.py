@@ -66,9 +66,9 @@ TINY_MODEL: Mapping[str, int | float] = {
     "num_mtp_layers": 1,
     "init_std": 0.02,
 }
-SUBJECTS = "The rank|A gradient|Every expert|One token|The router|This layer".split("|")
-VERBS = "waits for|sends|counts|adds up|forgets|divides".split("|")
-OBJECTS = "windows of text|bytes on the wire|weights of a matrix|steps of the run".split("|")
+SUBJECTS = ["The rank", "A gradient", "Every expert", "One token", "The router", "This layer"]
+VERBS = ["waits for", "sends", "counts", "adds up", "forgets", "divides"]
+OBJECTS = ["windows of text", "bytes on the wire", "weights of a matrix", "steps of the run"]
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,8 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = random.Random(0)
     for number in range(120):
         sentences = [
-            f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.randrange(1000)} {draw.choice(OBJECTS)}."
+            f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.randrange(1000)} "
+            f"{draw.choice(OBJECTS)}."
             for _ in range(40)
         ]
         (texts / f"{number:03d}.txt").write_text(" ".join(sentences), encoding="utf-8")
@@ -128,11 +129,11 @@ def two_ranks() -> Iterator[RankPool]:
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Make this process a world of one gloo rank, for the rest of the test run."""
-    import torch  # only where a test needs ranks: it costs seconds
+    from torch.distributed import FileStore  # only where ranks are needed: it costs seconds
 
     from parallel.groups import join_world, leave_world
 
-    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("world") / "store"), 1)
+    store = FileStore(str(tmp_path_factory.mktemp("world") / "store"), 1)
     yield join_world(store=store, rank=0, num_ranks=1)
     leave_world()
 

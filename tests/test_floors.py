@@ -36,8 +36,8 @@ MEGATRON = """
     parallel/device.py parallel/groups.py parallel/schedule.py parallel/gradients.py
     parallel/reduce.py parallel/seeds.py parallel/context.py
     pretrain/model/assemble.py pretrain/model/attention.py pretrain/model/dual_norm_layer.py
-    pretrain/model/expert_load.py pretrain/model/extra_losses.py pretrain/model/initialise.py
-    pretrain/model/router.py pretrain/model/transformer_config.py
+    pretrain/model/expert_load.py pretrain/model/experts.py pretrain/model/extra_losses.py
+    pretrain/model/initialise.py pretrain/model/router.py pretrain/model/transformer_config.py
     pretrain/checkpoint/sharded.py
     pretrain/training/optimizer.py pretrain/training/train_step.py
 """

@@ -14,7 +14,7 @@ import importlib.metadata
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_in_process
 
@@ -129,11 +130,12 @@ def save_checkpoint(
     """
     final = step_folder(root, manifest.step)
     writing = root / f".writing_{final.name}"
-    rank = torch.distributed.get_rank()
-    if rank == 0:
+
+    def begin() -> None:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
-    torch.distributed.barrier()
+
+    _on_first_rank(begin, path=final)
     _gather_weights(chunks)
     model = model_state(chunks)
     state = {
@@ -141,20 +143,51 @@ def save_checkpoint(
         "optimizer": optimizer.sharded_state_dict(model, metadata=_metadata()),
         "random_state": _random_state(),
     }
-    dist_checkpointing.save(
-        state, str(writing), sharded_strategy=_WriteInProcess(), content_metadata=dict(_FORMAT)
-    )
+    try:
+        dist_checkpointing.save(
+            state, str(writing), sharded_strategy=_WriteInProcess(), content_metadata=dict(_FORMAT)
+        )
+    except CheckpointException as error:  # raised on every rank if writing failed on one
+        raise CheckpointError(f"{final} could not be written: {_reason(error)}") from error
     files = _digest_own_files(writing)
-    if rank == 0:
-        versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
-        write_manifest(writing, replace(manifest, files=files, versions=versions))
-        sync_folder(writing)
-        if final.exists():
-            shutil.rmtree(final)  # the same step of this run, written again after a rewind
-        os.rename(writing, final)
-        sync_folder(root)
-    torch.distributed.barrier()
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    whole = replace(manifest, files=files, versions=versions)
+    _on_first_rank(lambda: _commit(writing, final, whole), path=final)
     return final
+
+
+def _commit(writing: Path, final: Path, manifest: Manifest) -> None:
+    """Write the manifest, and give the folder its name once everything is on disk."""
+    write_manifest(writing, manifest)
+    sync_folder(writing)
+    if final.exists():
+        shutil.rmtree(final)  # the same step of this run, written again after a rewind
+    os.rename(writing, final)
+    sync_folder(final.parent)
+
+
+def _on_first_rank(action: Callable[[], None], *, path: Path) -> None:
+    """Run `action` on rank 0 while the others wait; collective.
+
+    Raises:
+        CheckpointError: on every rank, if the disk refused.
+    """
+    problem: list[str | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            problem = [str(error)]
+    torch.distributed.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise CheckpointError(f"{path} could not be written: {problem[0]}")
+
+
+def _reason(error: BaseException) -> str:
+    """Return what happened; torch wraps what each rank raised, with tracebacks, in one error."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error)[:500]
 
 
 def _gather_weights(chunks: Sequence[Any]) -> None:
@@ -222,8 +255,12 @@ def load_weights(folder: Path, *, chunks: Sequence[Any]) -> None:
 def _load(state: dict[str, Any], folder: Path) -> Mapping[str, Any]:
     try:
         loaded: Any = dist_checkpointing.load(state, str(folder))
-    except (KeyError, dist_checkpointing.core.CheckpointingException) as error:
-        raise CheckpointError(f"{folder} does not hold this model: {str(error)[:500]}") from error
+    except (
+        KeyError,
+        dist_checkpointing.core.CheckpointingException,
+        CheckpointException,  # torch's, which is no Exception
+    ) as error:
+        raise CheckpointError(f"{folder} does not hold this model: {_reason(error)}") from error
     return loaded
 
 

@@ -2,7 +2,7 @@
 
 megatron's layer specs, with a few modules exchanged: the layer and the router of MoE blocks (second
 RMSNorm, scale of the auxiliary loss), and, where there is no Transformer Engine, the norms, the
-core attention and the two down-projections of MLA. Nothing of megatron is copied.
+core attention, the experts and the two down-projections of MLA. Nothing of megatron is copied.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ from parallel.device import Device
 from parallel.layout import Layout
 from pretrain.model.attention import CoreAttention
 from pretrain.model.dual_norm_layer import DualNormLayer
+from pretrain.model.experts import Experts
 from pretrain.model.norm import LATENT_NORM_EPS, RMSNorm
 from pretrain.model.router import ScaledAuxLossRouter
 from pretrain.model.spec import ModelSpec
@@ -139,7 +140,11 @@ def _exchange_modules(
             )
         if parts.mlp.module is not MoELayer:
             return ModuleSpec(module=layer.module, params=layer.params, submodules=parts)
-        parts = replace(parts, mlp=replace_submodules(parts.mlp, router=ScaledAuxLossRouter))
+        mlp = replace_submodules(parts.mlp, router=ScaledAuxLossRouter)
+        if not device.uses_transformer_engine:
+            experts = ModuleSpec(module=Experts, submodules=mlp.submodules.experts.submodules)
+            mlp = replace_submodules(mlp, experts=experts)
+        parts = replace(parts, mlp=mlp)
         if spec.dual_norm:
             return ModuleSpec(
                 module=DualNormLayer, params={"post_mlp_norm": norm}, submodules=parts

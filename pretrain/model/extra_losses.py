@@ -13,6 +13,12 @@ from parallel.layout import Layout
 from parallel.reduce import sum_over_all
 
 
+def forget_extra_losses() -> None:
+    """Drop what was tracked, shapes included: for a process that builds one model after another."""
+    get_moe_layer_wise_logging_tracker().clear()
+    MTPLossLoggingHelper.tracker.clear()
+
+
 def take_mtp_loss(layout: Layout, *, num_microbatches: int, device: torch.device) -> float:
     """Return the mean MTP loss since the last call, in nats per token.
 

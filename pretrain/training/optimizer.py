@@ -77,7 +77,21 @@ def make_optimizer(chunks: Sequence[Any], *, adamw: AdamW, precision: Precision)
         use_distributed_optimizer=True,
         overlap_param_gather=adamw.overlap,
     )
-    return get_megatron_optimizer(config, list(chunks))
+    optimizer = get_megatron_optimizer(config, list(chunks))
+    set_coefficients(optimizer, adamw)
+    return optimizer
+
+
+def set_coefficients(optimizer: Any, adamw: AdamW) -> None:
+    """Give every parameter group the coefficients of `adamw`; needed after loading as well.
+
+    megatron marks the groups that must not decay (`wd_mult` 0), but only its own scheduler, which
+    we do not use, acts on the mark. A loaded state brings the coefficients of the run that saved.
+    """
+    for group in optimizer.param_groups:
+        group["weight_decay"] = adamw.weight_decay * group["wd_mult"]
+        group["betas"] = (adamw.beta1, adamw.beta2)
+        group["eps"] = adamw.eps
 
 
 def set_lr(optimizer: Any, lr: float) -> None:

@@ -27,7 +27,7 @@ from pretrain.training.batch import local_slots
 from pretrain.training.corpus import Corpus
 from pretrain.training.evaluate import ValidationLoss, validation_loss
 from pretrain.training.lr_schedule import step_lr
-from pretrain.training.optimizer import make_optimizer, wrap_chunks
+from pretrain.training.optimizer import make_optimizer, set_coefficients, wrap_chunks
 from pretrain.training.run import Run, as_json
 from pretrain.training.train_step import StepResult, micro_batches, train_step
 
@@ -169,6 +169,7 @@ class Trainer:
             CheckpointError: see load_checkpoint.
         """
         load_checkpoint(folder, chunks=self.chunks, optimizer=self.optimizer)
+        set_coefficients(self.optimizer, self.run.optimizer)
         self.position = Position(step=manifest.step, sequences=manifest.sequences)
 
 

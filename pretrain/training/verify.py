@@ -16,7 +16,7 @@ from parallel.gradients import NonFiniteGradientError
 from parallel.reduce import sum_over_all
 from pretrain.checkpoint.resume import find_newest
 from pretrain.model.expert_load import ExpertLoad
-from pretrain.model.extra_losses import take_aux_loss, take_mtp_loss
+from pretrain.model.extra_losses import forget_extra_losses, take_aux_loss, take_mtp_loss
 from pretrain.training.corpus import open_run_corpus
 from pretrain.training.run import Run
 from pretrain.training.trainer import Trainer
@@ -90,6 +90,7 @@ def loss_curve(
 def make_trainer(run: Run) -> Trainer:
     """Return this rank's trainer at its first step, over the run's corpus; collective."""
     device = groups.join_world()
+    forget_extra_losses()
     return Trainer(run, device=device, corpus=open_run_corpus(run))
 
 
@@ -139,7 +140,8 @@ def poisoned_step(run: Run, *, poisoned_rank: int) -> PoisonedStep:
     trainer.step(trainer.next_batch())
     if torch.distributed.get_rank() == poisoned_rank:
         with torch.no_grad():
-            next(trainer.modules[0].parameters()).view(-1)[0] = float("inf")
+            weights = dict(trainer.modules[0].named_parameters())
+            weights["decoder.layers.0.input_layernorm.weight"][0] = float("inf")
     before, error = weights_digest(trainer), ""
     try:
         trainer.step(trainer.next_batch())

@@ -63,7 +63,11 @@ EMPTY_META_PACKAGE = "raise RuntimeError('Found empty `transformer-engine` meta 
     ],
 )
 def test_transformer_engine_counts_only_if_it_can_be_imported(
-    package: str, pytorch: str, usable: bool, lay_package: LayPackage, monkeypatch: pytest.MonkeyPatch
+    package: str,
+    pytorch: str,
+    usable: bool,
+    lay_package: LayPackage,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lay_package(
         {

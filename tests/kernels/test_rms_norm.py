@@ -1,4 +1,4 @@
-"""RMSNorm: against its definition and against transformers' module, the order of roundings included."""
+"""RMSNorm: against its definition and transformers' module, order of roundings included."""
 
 import pytest
 import torch
@@ -53,14 +53,18 @@ def test_it_is_the_norm_of_transformers(dtype: torch.dtype) -> None:
     given, expected = rms_norm(x_BSD, w_D, eps=EPS), module(x_BSD)
     assert given.dtype == expected.dtype
     assert (given != expected).float().mean() < (1.0 if dtype == torch.float32 else 0.01)
-    torch.testing.assert_close(given, expected, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
+    torch.testing.assert_close(
+        given, expected, rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6
+    )
 
 
 def test_a_wider_weight_widens_the_result() -> None:
     x_BSD, w_D = draw(torch.bfloat16)
     given = rms_norm(x_BSD, w_D.float(), eps=EPS)
     assert given.dtype == torch.float32
-    torch.testing.assert_close(given, rms_norm_reference(x_BSD, w_D.float(), eps=EPS), rtol=2**-7, atol=0)
+    torch.testing.assert_close(
+        given, rms_norm_reference(x_BSD, w_D.float(), eps=EPS), rtol=2**-7, atol=0
+    )
 
 
 def test_eps_keeps_zeros_finite() -> None:

@@ -1,4 +1,4 @@
-"""The machine's device, and patches that must not outlive the lines of megatron-core they are for."""
+"""The machine's device, and patches that must not outlive megatron-core's lines they are for."""
 
 import inspect
 import re

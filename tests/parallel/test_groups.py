@@ -1,4 +1,4 @@
-"""Groups of a layout: a process that tries many layouts keeps what it has, and a wrong one is told."""
+"""Groups of a layout: a process that tries many keeps what it has; a wrong one is refused."""
 
 import os
 from collections.abc import Iterator

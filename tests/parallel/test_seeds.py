@@ -1,6 +1,7 @@
 """Random states of a rank: what is put back draws the same numbers again."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ def groups_of_one_rank(one_rank: object) -> Iterator[None]:
 
 
 def draw() -> list[torch.Tensor]:
+    tracker: Any = get_cuda_rng_tracker()
     drawn = [torch.rand(4)]
-    for name in sorted(get_cuda_rng_tracker().get_states()):
-        with get_cuda_rng_tracker().fork(name):
+    for name in sorted(tracker.get_states()):
+        with tracker.fork(name):
             drawn.append(torch.rand(4))
     return drawn
 

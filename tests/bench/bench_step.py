@@ -1,0 +1,334 @@
+"""How long does a training step take, beside transformers and beside its bare matrix products?
+
+    python tests/bench/bench_step.py [--json FILE] [--repeats N] [--threads N]
+
+Three rows, taken in turn (a b c a b c ...) so that a disturbance of the machine meets all three:
+
+(a) ours: one `train_step` on one rank: forward, backward, reduction, norm, clip, AdamW;
+(b) transformers: AXK1ForCausalLM with grouped_mm experts, the same loss, clip and fused AdamW;
+(c) products: the matrix products of the linear layers alone, once forward and twice backward, with
+    an even load of the experts; attention scores are left out. Nothing can be faster.
+
+(a) and (b) have the same weights, tokens and threads. The bench fails if their dtype, threads,
+tokens or parameters differ, or if the loss of the first step does. MTP is off: transformers has
+none. Then a profile says where (a) spends its time.
+"""
+
+# ruff: noqa: E402  the line that puts the root on sys.path comes before our imports
+
+import argparse
+import json
+import logging
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from parallel.groups import join_world, leave_world
+from pretrain.model.precision import Precision
+from pretrain.model.spec import ModelSpec
+from pretrain.training.optimizer import make_optimizer, wrap_chunks
+from pretrain.training.run import AdamW
+from pretrain.training.train_step import micro_batches, train_step
+from tests.bench.profile_table import breakdown, format_breakdown
+from tests.pretrain.serving import twin
+
+NUM_SEQUENCES, SEQUENCE_TOKENS = 8, 256
+LOSS_RTOL = 1e-5
+TARGET_RATIO = 0.9
+ADAMW = AdamW(lr=1e-4)
+SPEC = ModelSpec(
+    num_layers=6,
+    num_dense_layers=1,
+    hidden_size=256,
+    dense_ffn_size=640,
+    num_routed_experts=16,
+    num_experts_per_token=4,
+    num_shared_experts=1,
+    expert_ffn_size=256,
+    num_expert_groups=4,
+    num_groups_per_token=2,
+    routed_scaling=2.5,
+    num_heads=8,
+    q_lora_rank=96,
+    kv_lora_rank=64,
+    qk_nope_head_size=32,
+    qk_rope_head_size=16,
+    v_head_size=32,
+    vocab_size=4096,
+    max_context_tokens=SEQUENCE_TOKENS,
+    num_mtp_layers=0,
+    init_std=0.02,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One row: a step to be timed, and what it claims to compute with."""
+
+    name: str
+    step: Callable[[], float]
+    """One step; returns its loss in nats per token, 0 for bare products."""
+    dtype: str
+    num_parameters: int
+    step_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A contender's measured times."""
+
+    name: str
+    dtype: str
+    threads: int
+    step_tokens: int
+    num_parameters: int
+    min_ms: float
+    median_ms: float
+    ratio: float
+    """min_ms by transformers' min_ms."""
+
+
+def ours(windows: Tensor) -> tuple[Contender, dict[str, Tensor]]:
+    """Return our training step and a copy of its first weights."""
+    model = twin.build_ours(SPEC)
+    first = {name: t.detach().clone() for name, t in twin.tensors(model).items()}
+    chunks = wrap_chunks([model], config=model.config, adamw=ADAMW)
+    optimizer = make_optimizer(chunks, adamw=ADAMW, precision=Precision(kind="fp32"))
+    domains = torch.zeros(len(windows), dtype=torch.int64)
+    batches = list(micro_batches(windows, domains, micro_sequences=len(windows)))
+
+    def step() -> float:
+        clip = ADAMW.clip_norm
+        return train_step(chunks, optimizer, batches, lr=ADAMW.lr, clip_norm=clip).loss
+
+    tokens = sum(batch.tokens.numel() for batch in batches)
+    return contender("ours", step, model, tokens), first
+
+
+def theirs(windows: Tensor, weights: dict[str, Tensor]) -> Contender:
+    """Return transformers' training step from the same weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = twin.build_transformers(
+            weights, SPEC, Path(folder), experts_implementation="grouped_mm"
+        ).train()
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        lr=ADAMW.lr,
+        betas=(ADAMW.beta1, ADAMW.beta2),
+        eps=ADAMW.eps,
+        weight_decay=ADAMW.weight_decay,
+        fused=True,
+    )
+    inputs, labels = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = model(inputs, labels=labels, shift_labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW.clip_norm)
+        optimizer.step()
+        return loss.item()
+
+    return contender("transformers", step, model, inputs.numel())
+
+
+def contender(
+    name: str, step: Callable[[], float], model: torch.nn.Module, step_tokens: int
+) -> Contender:
+    """Return the row of a model, its dtypes and sizes read from its parameters."""
+    parameters = list(model.parameters())
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+    num_parameters = sum(p.numel() for p in parameters)
+    return Contender(
+        name=name,
+        step=step,
+        dtype="+".join(dtypes),
+        num_parameters=num_parameters,
+        step_tokens=step_tokens,
+    )
+
+
+def products() -> Contender:
+    """Return the bare matrix products of a step: x W^T, and dy W and dy^T x backward."""
+    tokens = NUM_SEQUENCES * SEQUENCE_TOKENS
+    jobs: list[tuple[Tensor, Tensor, Tensor]] = []
+    num_parameters = 0
+    for rows, size_out, size_in, times in linear_shapes(tokens):
+        num_parameters += size_out * size_in * times
+        jobs += [
+            (
+                torch.randn(rows, size_in),
+                torch.randn(size_out, size_in),
+                torch.randn(rows, size_out),
+            )
+            for _ in range(times)
+        ]
+
+    def step() -> float:
+        for x, weight, dy in jobs:
+            torch.mm(x, weight.t())
+            torch.mm(dy, weight)
+            torch.mm(dy.t(), x)
+        return 0.0
+
+    return Contender(
+        name="products",
+        step=step,
+        dtype="float32",
+        num_parameters=num_parameters,
+        step_tokens=tokens,
+    )
+
+
+def linear_shapes(tokens: int) -> list[tuple[int, int, int, int]]:
+    """Return (rows, out, in, times) of every linear layer; experts see the average of tokens."""
+    s, d = SPEC, SPEC.hidden_size
+    attention = [
+        (s.q_lora_rank, d),
+        (s.num_heads * s.qk_head_size, s.q_lora_rank),
+        (s.kv_lora_rank + s.qk_rope_head_size, d),
+        (s.num_heads * (s.qk_nope_head_size + s.v_head_size), s.kv_lora_rank),
+        (d, s.num_heads * s.v_head_size),
+    ]
+    shapes = [(tokens, *shape, s.num_layers) for shape in attention]
+    ffn_rows = [
+        (tokens, s.dense_ffn_size, s.num_dense_layers),
+        (tokens, s.shared_ffn_size, s.num_moe_layers),
+        (
+            tokens * s.num_experts_per_token // s.num_routed_experts,
+            s.expert_ffn_size,
+            s.num_moe_layers * s.num_routed_experts,
+        ),
+    ]
+    for rows, width, times in ffn_rows:
+        shapes += [(rows, 2 * width, d, times), (rows, d, width, times)]
+    shapes.append((tokens, s.num_routed_experts, d, s.num_moe_layers))
+    shapes.append((tokens, s.vocab_size, d, 1))
+    return shapes
+
+
+def differences(ours: Contender, theirs: Contender, losses: tuple[float, float]) -> list[str]:
+    """Return what makes the comparison unfair, one line each; empty if nothing does."""
+    found = [
+        f"{name} differ: ours {getattr(ours, name)}, transformers {getattr(theirs, name)}"
+        for name in ("dtype", "num_parameters", "step_tokens")
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
+    gap = abs(losses[0] / losses[1] - 1)
+    if not gap <= LOSS_RTOL:
+        found.append(f"first losses differ by {gap:.1e} relative: ours {losses[0]}, {losses[1]}")
+    return found
+
+
+def timed(contenders: Sequence[Contender], *, repeats: int, threads: int) -> list[Row]:
+    """Time the contenders in turn; all have run once before."""
+    times_ms: dict[str, list[float]] = {c.name: [] for c in contenders}
+    for _ in range(repeats):
+        for c in contenders:
+            if torch.get_num_threads() != threads:
+                sys.exit(f"{torch.get_num_threads()} threads at {c.name}, {threads} at the start")
+            start = time.perf_counter()
+            c.step()
+            times_ms[c.name].append((time.perf_counter() - start) * 1e3)
+    reference = min(times_ms["transformers"])
+    return [
+        Row(
+            name=c.name,
+            dtype=c.dtype,
+            threads=threads,
+            step_tokens=c.step_tokens,
+            num_parameters=c.num_parameters,
+            min_ms=min(times_ms[c.name]),
+            median_ms=statistics.median(times_ms[c.name]),
+            ratio=min(times_ms[c.name]) / reference,
+        )
+        for c in contenders
+    ]
+
+
+def format_rows(rows: Sequence[Row]) -> str:
+    """Return the table for people."""
+    head = "row            dtype     threads  tokens/step  parameters   min ms  median ms  ratio"
+    lines = [
+        f"{r.name:<14} {r.dtype:<9} {r.threads:>7} {r.step_tokens:>12,} {r.num_parameters:>11,}"
+        f" {r.min_ms:>8.0f} {r.median_ms:>10.0f} {r.ratio:>6.3f}"
+        for r in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+def machine() -> dict[str, Any]:
+    """Return what the numbers depend on besides the code."""
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "command": " ".join(["python", "tests/bench/bench_step.py", *sys.argv[1:]]),
+        "commit": git.stdout.strip() or "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": f"{names[0] if names else platform.processor()} x {len(names)}",
+    }
+
+
+def main() -> int:
+    """Run the bench; 0 if the comparison is fair, 1 if not."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    arguments.add_argument("--json", type=Path, help="write the result here as well")
+    arguments.add_argument("--repeats", type=int, default=12, help="timed steps of each row")
+    arguments.add_argument("--threads", type=int, default=2, help="torch threads of all rows")
+    options = arguments.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    windows = torch.randint(0, SPEC.vocab_size, (NUM_SEQUENCES, SEQUENCE_TOKENS + 1))
+    with tempfile.TemporaryDirectory() as folder:
+        store = torch.distributed.FileStore(f"{folder}/store", 1)
+        join_world(store=store, rank=0, num_ranks=1)
+        a, weights = ours(windows)
+        b, c = theirs(windows, weights), products()
+        losses = (a.step(), b.step())
+        c.step()
+        if unfair := differences(a, b, losses):
+            print("\n".join(unfair), file=sys.stderr)
+            return 1
+        rows = timed((a, b, c), repeats=options.repeats, threads=options.threads)
+        shares = breakdown(a.step, num_steps=2)
+        leave_world()
+    print(format_rows(rows), f"target: ours <= {TARGET_RATIO} of transformers", sep="\n")
+    print(f"first losses: ours {losses[0]:.7f}, transformers {losses[1]:.7f}\n")
+    print(format_breakdown(shares))
+    if options.json:
+        result = machine() | {
+            "losses": losses,
+            "rows": [asdict(row) for row in rows],
+            "breakdown_ms": shares,
+        }
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""From which checkpoint a run goes on: damaged ones are passed over, another model's refused."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parallel.layout import Layout
+from pretrain.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    digest_file,
+    step_folder,
+    write_manifest,
+)
+from pretrain.checkpoint.resume import check_same_run, find_newest, open_checkpoint
+from pretrain.training.batch import Batch
+from pretrain.training.lr_schedule import LrSchedule
+from pretrain.training.run import AdamW, Run, as_json
+
+MakeRun = Callable[..., Run]
+
+
+def write_checkpoint(root: Path, *, step: int) -> Path:
+    """Write a checkpoint of two small files; its reader needs no more."""
+    folder = step_folder(root, step)
+    folder.mkdir(parents=True)
+    for name in ("__0_0.distcp", "common.pt"):
+        (folder / name).write_bytes(bytes(range(64)) * step)
+    files = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
+    manifest = Manifest(
+        step=step,
+        sequences=8 * step,
+        tokens=512 * step,
+        tokenizer_digest="abc",
+        config={},
+        versions={},
+        files=files,
+    )
+    write_manifest(folder, manifest)
+    return folder
+
+
+def cut(folder: Path) -> Path:
+    path = folder / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:-1])
+    return path
+
+
+def flip_a_byte(folder: Path) -> Path:
+    path = folder / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def remove(folder: Path) -> Path:
+    path = folder / "common.pt"
+    path.unlink()
+    return path
+
+
+def cut_manifest(folder: Path) -> Path:
+    path = folder / "manifest.json"
+    path.write_bytes(path.read_bytes()[:100])
+    return path
+
+
+def remove_manifest(folder: Path) -> Path:
+    path = folder / "manifest.json"
+    path.unlink()
+    return path
+
+
+DAMAGES = [cut, flip_a_byte, remove, cut_manifest, remove_manifest]
+
+
+def test_the_newest_is_found(tmp_path: Path) -> None:
+    for step in (1, 20, 3):
+        write_checkpoint(tmp_path, step=step)
+    found = find_newest(tmp_path)
+    assert found is not None
+    assert (found[0].name, found[1].step, found[1].sequences) == ("step_00000020", 20, 160)
+
+
+def test_there_is_none_where_there_never_was_one(tmp_path: Path) -> None:
+    assert find_newest(tmp_path) is None
+    assert find_newest(tmp_path / "missing") is None
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_one_is_passed_over_and_its_file_named(
+    damage: Callable[[Path], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint(tmp_path, step=1)
+    path = damage(write_checkpoint(tmp_path, step=2))
+    found = find_newest(tmp_path)
+    assert found is not None
+    assert found[1].step == 1
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "passing over damaged checkpoint" in record.getMessage()
+    assert path.name in record.getMessage()
+    assert "step_00000002" in record.getMessage()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_stops(tmp_path: Path) -> None:
+    for step, damage in enumerate(DAMAGES, start=1):
+        damage(write_checkpoint(tmp_path, step=step))
+    with pytest.raises(CheckpointError, match=f"all {len(DAMAGES)} checkpoints below .* damaged"):
+        find_newest(tmp_path)
+
+
+def test_a_half_written_folder_is_not_looked_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_checkpoint(tmp_path, step=1)
+    write_checkpoint(tmp_path, step=2).rename(tmp_path / ".writing_step_00000002")
+    found = find_newest(tmp_path)
+    assert found is not None
+    assert found[1].step == 1
+    assert caplog.records == []
+
+
+def test_a_path_may_be_the_checkpoint_its_root_or_the_run(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoints", step=1)
+    newest = write_checkpoint(tmp_path / "checkpoints", step=2)
+    for path in (tmp_path, tmp_path / "checkpoints", newest):
+        assert open_checkpoint(path)[0] == newest
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_one_that_was_asked_for_is_refused(
+    damage: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    folder = write_checkpoint(tmp_path, step=1)
+    path = damage(folder)
+    with pytest.raises(CheckpointError, match=path.name):
+        open_checkpoint(folder)
+
+
+def saved_manifest(run: Run) -> Manifest:
+    return Manifest(
+        step=1,
+        sequences=8,
+        tokens=512,
+        tokenizer_digest="a" * 64,
+        config=as_json(run),
+        versions={},
+        files={},
+    )
+
+
+def check(saved: Run, given: Run, *, tokenizer_digest: str = "a" * 64) -> None:
+    check_same_run(
+        saved_manifest(saved),
+        folder=Path("step_00000001"),
+        config=as_json(given),
+        tokenizer_digest=tokenizer_digest,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"spec": {"num_layers": 5}}, "has model.num_layers=4, model.num_layers=5 given"),
+        ({"spec": {"num_mtp_layers": 0}}, "model.num_mtp_layers=1"),
+        ({"bf16": True}, "has precision.kind=fp32, precision.kind=bf16 given"),
+        ({"bias": True}, "load_balance.kind=sequence_aux"),
+        ({"seed": 2}, "has seed=1, seed=2 given"),
+        ({"batch": Batch(global_sequences=4, micro_sequences=1)}, "batch.global_sequences=8"),
+        ({"layout": Layout(num_ranks=2, ep=2)}, "layout.num_ranks=1"),
+        ({"overlap": True}, "optimizer.overlap=False"),
+    ],
+    ids=str,
+)
+def test_another_run_is_refused_by_the_key_that_differs(
+    changes: dict[str, Any], said: str, tiny_run: MakeRun
+) -> None:
+    with pytest.raises(CheckpointError) as refusal:
+        check(tiny_run(), tiny_run(**changes))
+    assert said in str(refusal.value)
+    assert "step_00000001" in str(refusal.value)
+    assert "or choose another name" in str(refusal.value)
+
+
+def test_another_tokenizer_is_refused(tiny_run: MakeRun) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer aaaa.*has bbbb.*data\.corpus"):
+        check(tiny_run(), tiny_run(), tokenizer_digest="b" * 64)
+
+
+def test_what_does_not_make_another_model_may_change(tiny_run: MakeRun) -> None:
+    run = tiny_run()
+    longer = replace(
+        run,
+        total_tokens=2 * run.total_tokens,
+        optimizer=AdamW(lr=5e-4, overlap=False, bucket_parameters=20_000),
+        lr_schedule=LrSchedule(warmup_tokens=10, decay_tokens=10, final_ratio=0.1),
+    )
+    check(run, run)
+    check(run, longer)

@@ -1,0 +1,55 @@
+"""Are the experts of a layer megatron's, whichever way they are run?"""
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.moe.experts import SequentialMLP
+from torch import Tensor
+
+from pretrain.model.experts import Experts
+from tests.pretrain.serving import twin
+
+# megatron-core warns about its own calls between its modules.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning")
+    for message in ("MLP requires ffn_hidden_size", "Warning. tp_group is None")
+] + [pytest.mark.usefixtures("one_rank")]
+
+
+def losses_and_gradients(model: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens_BS = torch.randint(0, model.vocab_size, (2, 32), generator=generator)
+    positions = torch.arange(32).expand_as(tokens_BS)
+    model.zero_grad()
+    losses_BS = model(tokens_BS, positions, None, labels=tokens_BS.roll(-1, 1))
+    losses_BS.mean().backward()
+    return [losses_BS.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def test_losses_and_gradients_are_those_of_megatrons_experts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = twin.build_ours(twin.tiny_spec())
+    ours = losses_and_gradients(model)
+
+    monkeypatch.setattr(Experts, "forward", SequentialMLP.forward)
+    theirs = losses_and_gradients(model)
+
+    assert torch.equal(ours[0], theirs[0])  # the losses, to the bit
+    for given, expected in zip(ours[1:], theirs[1:], strict=True):
+        # router weights' gradients are sums in another order; the rest is equal to the bit
+        torch.testing.assert_close(given, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_hooked_experts_are_called_one_by_one() -> None:
+    # megatron's overlapped gathering of weights waits in such a hook
+    model = twin.build_ours(twin.tiny_spec())
+    called: list[torch.nn.Module] = []
+    experts = model.decoder.layers[1].mlp.experts
+    for expert in experts.local_experts:
+        expert.linear_fc1.register_forward_pre_hook(lambda module, _args: called.append(module))
+
+    losses_and_gradients(model)
+
+    assert called == [expert.linear_fc1 for expert in experts.local_experts]
