@@ -344,6 +344,47 @@ def patch_optimizer() -> None:
     distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
 
 
+def patch_lone_collectives() -> None:
+    """Let a group of one rank exchange nothing, where gloo copies whole buffers onto themselves.
+
+    Needed by param_and_grad_buffer.py:285 and :443, for speed alone: the one rank's shard is the
+    buffer itself, so there is nothing to sum or to gather.
+    """
+    buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+
+    def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(collective)
+        def exchange(output: torch.Tensor, shard: torch.Tensor, **options: Any) -> Any:
+            in_place = output.data_ptr() == shard.data_ptr()
+            if in_place and options["group"].size() == 1:
+                return None
+            return collective(output, shard, **options)
+
+        return exchange
+
+    buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
+
+
+def patch_chunk_order() -> None:
+    """Leave tokens alone whose chunks are in order already, as they are with one expert rank.
+
+    Needed by token_dispatcher.py:732 and :767, for speed alone: they cut and join all tokens of a
+    layer, there and back, to put them where they were.
+    """
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    reorder = dispatcher.sort_chunks_by_idxs
+
+    def reorder_if_needed(
+        tokens: torch.Tensor, sizes: torch.Tensor, order: torch.Tensor, **options: Any
+    ) -> Any:
+        if bool((order.diff() == 1).all()):
+            return tokens, options.get("probs")
+        return reorder(tokens, sizes, order, **options)
+
+    dispatcher.sort_chunks_by_idxs = reorder_if_needed
+
+
 PATCHES: tuple[Callable[[], None], ...] = (
     patch_module_views,
     patch_tensor_methods,
@@ -352,5 +393,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     patch_split_sizes,
     patch_absent_transformer_engine,
     patch_optimizer,
+    patch_lone_collectives,
+    patch_chunk_order,
 )
 """Applied in this order, on machines without CUDA only."""

@@ -129,7 +129,8 @@ def two_ranks() -> Iterator[RankPool]:
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Make this process a world of one gloo rank, for the rest of the test run."""
-    from torch.distributed import FileStore  # only where ranks are needed: it costs seconds
+    # Imported only where ranks are needed: it costs seconds.
+    from torch._C._distributed_c10d import FileStore
 
     from parallel.groups import join_world, leave_world
 

@@ -40,6 +40,10 @@ REASONS = {
     "transformer/moe/moe_utils.py:1192": "te_general_gemm is not None",
     "optimizer/distrib_optimizer.py:640": "if not HAVE_APEX_OR_TE:",
     "optimizer/distrib_optimizer.py:818": "if not HAVE_APEX_OR_TE:",
+    "distributed/param_and_grad_buffer.py:285": "dist_all_gather_func(",
+    "distributed/param_and_grad_buffer.py:443": "dist_reduce_scatter_func(",
+    "transformer/moe/token_dispatcher.py:732": "sort_chunks_by_idxs(",
+    "transformer/moe/token_dispatcher.py:767": "sort_chunks_by_idxs(",
 }
 
 
