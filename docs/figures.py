@@ -60,8 +60,8 @@ def bench_step_table(record: Mapping[str, Any]) -> str:
             row["name"],
             row["dtype"],
             str(row["threads"]),
-            f"{row['tokens']:,}",
-            f"{row['parameters']:,}",
+            f"{row['step_tokens']:,}",
+            f"{row['num_parameters']:,}",
             f"{row['min_ms']:.0f}",
             f"{row['ratio']:.2f}",
         )

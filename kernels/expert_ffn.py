@@ -2,15 +2,16 @@
 
 megatron-core's SequentialMLP calls one module after the other: for each expert autograd nodes, a
 split of the input, a chunk of gate and up, and concatenations to undo both. Here all experts are
-one autograd node that writes into slices of whole tensors; between the products the work on one
-expert's tokens stays in the cache. Forward and the gradients keep megatron's order of operations,
-so the numbers are its own (tests/kernels/test_expert_ffn.py).
+one autograd node. Its products write into slices of whole tensors, and the work between them is
+done for all tokens at once: few operators, so few places where the threads wait for each other,
+which on a busy machine costs more than the work. Forward and the gradients keep megatron's order
+of operations, so the numbers are its own (tests/pretrain/model/test_experts.py).
 
 T tokens sorted by expert (a token stands there once for each expert it chose), D model, F FFN
 width, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def expert_ffn_reference(
     sizes = list(num_tokens)
     outputs: list[Tensor] = []
     for x, weight, first, second in zip(
-        x_TD.split(sizes), weight_T.split(sizes), fc1, fc2, strict=True
+        torch.split(x_TD, sizes), torch.split(weight_T, sizes), fc1, fc2, strict=True
     ):
         gate, up = (x @ first.t()).chunk(2, dim=-1)
         outputs.append((F.silu(gate) * up * weight.unsqueeze(-1)) @ second.t())
@@ -85,55 +86,58 @@ class _ExpertFFN(torch.autograd.Function):
         hidden_TF = x_TD.new_empty(len(x_TD), fc1[0].shape[0])  # gate and up
         inner_TF = x_TD.new_empty(len(x_TD), fc2[0].shape[1])
         out_TD = torch.empty_like(x_TD)
-        slices = (x_TD, weight_T.unsqueeze(-1), hidden_TF, inner_TF, out_TD)
-        for first, second, x, weight, hidden, inner, out in zip(
-            fc1, fc2, *(t.split(sizes) for t in slices), strict=True
-        ):
+        for first, x, hidden in _each(fc1, x_TD, hidden_TF, sizes=sizes):
             torch.mm(x, first.t(), out=hidden)
-            gate, up = hidden.chunk(2, dim=-1)
-            _silu_(gate, out=inner).mul_(up).mul_(weight)
+        gate_TF, up_TF = hidden_TF.chunk(2, dim=-1)
+        _silu_(gate_TF, out=inner_TF).mul_(up_TF).mul_(weight_T.unsqueeze(-1))
+        for second, inner, out in _each(fc2, inner_TF, out_TD, sizes=sizes):
             torch.mm(inner, second.t(), out=out)
         ctx.save_for_backward(x_TD, weight_T, hidden_TF, inner_TF, *matrices)
         ctx.sizes = sizes
         return out_TD
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable  # an untyped decorator, hence the silenced rule
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (grad_TD,) = grad_outputs
         x_TD, weight_T, hidden_TF, inner_TF, *matrices = ctx.saved_tensors
         sizes: list[int] = ctx.sizes
         fc1, fc2 = matrices[: len(sizes)], matrices[len(sizes) :]
-        grad_x_TD, grad_weight_T = torch.empty_like(x_TD), torch.empty_like(weight_T)
         grads1: list[Tensor] = []
         grads2: list[Tensor] = []
-        scratch = [x_TD.new_empty(max(sizes), m.shape[1]) for m in (inner_TF, inner_TF, hidden_TF)]
-        slices = (x_TD, weight_T, hidden_TF, inner_TF, grad_TD, grad_x_TD, grad_weight_T)
-        for first, second, x, weight, hidden, inner, grad, grad_x, grad_weight in zip(
-            fc1, fc2, *(t.split(sizes) for t in slices), strict=True
-        ):
-            grad_inner, silu, grad_hidden = (buffer[: len(x)] for buffer in scratch)
+        grad_inner_TF, grad_x_TD = torch.empty_like(inner_TF), torch.empty_like(x_TD)
+        parts = _each(fc2, grad_TD, inner_TF, grad_inner_TF, sizes=sizes)
+        for second, grad, inner, grad_inner in parts:
             grads2.append(grad.t() @ inner)
             torch.mm(grad, second, out=grad_inner)
-            _gate_backward(grad_inner, weight, hidden, silu, grad_hidden, grad_weight)
+        grad_hidden_TF, grad_weight_T = _gate_backward(grad_inner_TF, weight_T, hidden_TF)
+        parts = _each(fc1, x_TD, grad_hidden_TF, grad_x_TD, sizes=sizes)
+        for first, x, grad_hidden, grad_x in parts:
             grads1.append(grad_hidden.t() @ x)
             torch.mm(grad_hidden, first, out=grad_x)
         return grad_x_TD, grad_weight_T, None, *grads1, *grads2
 
 
+def _each(
+    matrices: Sequence[Tensor], *tensors: Tensor, sizes: list[int]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield for every expert its matrix and its tokens' part of each tensor."""
+    return zip(matrices, *(torch.split(t, sizes) for t in tensors), strict=True)
+
+
 def _gate_backward(
-    grad_inner: Tensor,
-    weight: Tensor,
-    hidden: Tensor,
-    silu: Tensor,
-    grad_hidden: Tensor,
-    grad_weight: Tensor,
-) -> None:
-    """Fill `grad_hidden` `[t, 2F]` and `grad_weight` `[t]`; `grad_inner` and `silu` are scratch."""
-    gate, up = hidden.chunk(2, dim=-1)
-    grad_gate, grad_up = grad_hidden.chunk(2, dim=-1)
-    _silu_(gate, out=silu)
-    torch.mul(silu, up, out=grad_gate)  # borrowed for silu(gate) * up
-    grad_weight.copy_(torch.linalg.vecdot(grad_inner, grad_gate))
-    grad_inner.mul_(weight.unsqueeze(-1))
-    torch.mul(grad_inner, silu, out=grad_up)
-    _silu_backward_(grad_inner.mul_(up), gate, grad_input=grad_gate)
+    grad_inner_TF: Tensor, weight_T: Tensor, hidden_TF: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of gate and up, `[T, 2F]`, and of the weights; spoils `grad_inner`."""
+    gate_TF, up_TF = hidden_TF.chunk(2, dim=-1)
+    grad_hidden_TF, grad_weight_T = torch.empty_like(hidden_TF), torch.empty_like(weight_T)
+    grad_gate_TF, grad_up_TF = grad_hidden_TF.chunk(2, dim=-1)
+    silu_TF = F.silu(gate_TF)
+    torch.mul(silu_TF, up_TF, out=grad_gate_TF)  # borrowed for silu(gate) * up
+    torch.linalg.vecdot(grad_inner_TF, grad_gate_TF, out=grad_weight_T)  # pyright: ignore[reportUnknownMemberType]  torch has no stub
+    grad_inner_TF.mul_(weight_T.unsqueeze(-1))
+    torch.mul(grad_inner_TF, silu_TF, out=grad_up_TF)
+    _silu_backward_(grad_inner_TF.mul_(up_TF), gate_TF, grad_input=grad_gate_TF)
+    return grad_hidden_TF, grad_weight_T

@@ -46,14 +46,19 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.linalg.vecdot(x, x).unsqueeze(-1)
+        inverse = torch.empty_like(x[..., 0])
+        torch.linalg.vecdot(x, x, out=inverse)  # pyright: ignore[reportUnknownMemberType]  no stub
+        inverse = inverse.unsqueeze(-1)
         inverse.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).mul_(weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable  # an untyped decorator, hence the silenced rule
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grad_outputs
         x, weight, inverse = ctx.saved_tensors
         size = x.shape[-1]
         product_TD = (grad * x).reshape(-1, size)

@@ -46,8 +46,8 @@ class Experts(SequentialMLP):
             tokens_TD,
             weight_T,
             num_tokens=tokens_per_expert.tolist(),
-            fc1=[expert.linear_fc1.weight for expert in self.local_experts],
-            fc2=[expert.linear_fc2.weight for expert in self.local_experts],
+            fc1=[expert.get_parameter("linear_fc1.weight") for expert in self.local_experts],
+            fc2=[expert.get_parameter("linear_fc2.weight") for expert in self.local_experts],
         )
         return output_TD, None
 

@@ -62,7 +62,7 @@ def breakdown(step: Callable[[], object], *, num_steps: int) -> dict[str, float]
         for _ in range(num_steps):
             step()
     times: Counter[str] = Counter()
-    for event in profile.events():
+    for event in profile.events() or ():
         title = operator_class([around.name for around in outwards(event)])
         times[title] += event.self_cpu_time_total / 1e3 / num_steps
     return dict(times.most_common())

@@ -140,7 +140,7 @@ def transformers_config(spec: ModelSpec) -> AXK1Config:
         max_position_embeddings=spec.max_context_tokens,
         rms_norm_eps=spec.rms_norm_eps,
         rope_parameters=rope,
-        first_k_dense_replace=spec.num_dense_layers,
+        mlp_layer_types=["dense"] * spec.num_dense_layers + ["sparse"] * spec.num_moe_layers,
         bos_token_id=None,
         eos_token_id=None,
         use_cache=False,
@@ -162,9 +162,10 @@ def build_transformers(
     transformers_config(spec).save_pretrained(folder)
     hub = {name: t.detach().contiguous() for name, t in to_hugging_face(state, spec).items()}
     save_file(hub, folder / "model.safetensors", metadata={"format": "pt"})
-    model, report = AXK1ForCausalLM.from_pretrained(
+    loaded: Any = AXK1ForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, **options
     )
+    model, report = loaded
     problems = {what: names for what, names in report.items() if names}
     assert not problems, f"transformers did not take our tensors as they are: {problems}"
     return model
