@@ -73,7 +73,8 @@ class FlatAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         # The kernel increments and reads one step tensor per parameter; ours lives in the group.
         steps = [torch.tensor(float(group["step"]), device=p.device) for p in params]
-        torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]  torch exposes no public fused functional
+        # torch has no public name for its fused kernel.
+        torch._fused_adamw_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
             params,
             [p.grad for p in params],
             [self.state[p]["exp_avg"] for p in params],

@@ -141,22 +141,6 @@ def data_rank() -> int:
     return int(parallel_state.get_data_parallel_rank())
 
 
-def expert_rank() -> int:
-    """Return this rank's place on the expert axis, 0 <= rank < ep."""
-    rank: Any = parallel_state.get_expert_model_parallel_rank()
-    return int(rank)
-
-
-def tensor_rank() -> int:
-    """Return this rank's place on the tensor axis, 0 <= rank < tp."""
-    return int(parallel_state.get_tensor_model_parallel_rank())
-
-
-def expert_tensor_rank() -> int:
-    """Return this rank's place on the expert-tensor axis, 0 <= rank < etp."""
-    return int(parallel_state.get_expert_tensor_parallel_rank())
-
-
 def data_context_group() -> Any:
     """Return the group over which gradients and losses are summed (data x context)."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -165,11 +149,6 @@ def data_context_group() -> Any:
 def pipeline_group() -> Any:
     """Return this rank's pipeline group."""
     return parallel_state.get_pipeline_model_parallel_group()
-
-
-def embedding_group() -> Any:
-    """Return the group of the stages with a copy of the input embedding; None outside it."""
-    return parallel_state.get_embedding_group(check_initialized=False)
 
 
 def last_stage_rank() -> int:

@@ -74,6 +74,8 @@ def silence_expected_warnings() -> None:
         ".*full scope is deprecated.*",
         ".*torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated.*",
         ".*The .grad attribute of a Tensor that is not a leaf Tensor.*",
+        ".*load_state_dict.* is deprecated.*",
+        ".*Please use DTensor instead.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 

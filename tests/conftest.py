@@ -130,10 +130,12 @@ def two_ranks() -> Iterator[RankPool]:
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Make this process a world of one gloo rank, for the rest of the test run."""
     # Imported only where ranks are needed: it costs seconds.
+    import torch
     from torch._C._distributed_c10d import FileStore
 
     from parallel.groups import join_world, leave_world
 
+    torch.set_num_threads(1)  # as each of two ranks has; more only costs time at these sizes
     store = FileStore(str(tmp_path_factory.mktemp("world") / "store"), 1)
     yield join_world(store=store, rank=0, num_ranks=1)
     leave_world()

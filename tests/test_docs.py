@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,12 @@ def test_every_page_is_reached_from_the_readme_or_the_house() -> None:
     )
     pages = [path.name for path in (ROOT / "docs").glob("*.md")]
     assert [name for name in pages if name not in reached] == []
+
+
+def test_every_table_of_figures_is_what_its_json_says() -> None:
+    checked = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "figures.py"), "--check"],
+        capture_output=True,
+        text=True,
+    )
+    assert checked.returncode == 0, f"{checked.stdout}run `make figures`"

@@ -142,7 +142,8 @@ def _exchange_modules(
             return ModuleSpec(module=layer.module, params=layer.params, submodules=parts)
         mlp = replace_submodules(parts.mlp, router=ScaledAuxLossRouter)
         if not device.uses_transformer_engine:
-            experts = ModuleSpec(module=Experts, submodules=mlp.submodules.experts.submodules)
+            sequential = parts.mlp.submodules.experts
+            experts = ModuleSpec(module=Experts, submodules=sequential.submodules)
             mlp = replace_submodules(mlp, experts=experts)
         parts = replace(parts, mlp=mlp)
         if spec.dual_norm:

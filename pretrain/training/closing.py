@@ -113,19 +113,18 @@ def draw_curves(run: Run, corpus: Corpus) -> None:
 
 def _text_score(name: str, scores: Mapping[str, Score], corpus: Corpus) -> TextScore:
     text = corpus.validation
-    domains = list(text.bytes_by_domain) if name == "all" else [name]
-    compressed = [text.manifest.splits["validation"][domain].compressed for domain in domains]
-    num_bytes = sum(text.bytes_by_domain[domain] for domain in domains)
-    known = [entry for entry in compressed if entry is not None]
-    whole = len(known) == len(domains)
+    if name == "all":
+        compressed = text.manifest.validation_compressed
+        num_bytes = sum(text.bytes_by_domain.values())
+    else:
+        compressed = text.manifest.splits["validation"][name].compressed
+        num_bytes = text.bytes_by_domain[name]
     return TextScore(
         name=name,
         loss=scores[name].loss,
         bits_per_byte=scores[name].bits_per_byte,
-        gzip_bits_per_byte=8 * sum(entry.gzip_bytes for entry in known) / num_bytes
-        if whole
-        else None,
-        xz_bits_per_byte=8 * sum(entry.xz_bytes for entry in known) / num_bytes if whole else None,
+        gzip_bits_per_byte=8 * compressed.gzip_bytes / num_bytes if compressed else None,
+        xz_bits_per_byte=8 * compressed.xz_bytes / num_bytes if compressed else None,
     )
 
 

@@ -46,20 +46,17 @@ def test_ranks_know_their_places(two_ranks: RankPool) -> None:
         return two_ranks.run(getattr(groups, axis))
 
     assert places(Layout(num_ranks=2), "data_rank") == [0, 1]
-    assert places(Layout(num_ranks=2, ep=2), "expert_rank") == [0, 1]
     assert places(Layout(num_ranks=2, pp=2), "data_rank") == [0, 0]
     assert two_ranks.run(groups.is_first_stage) == [True, False]
     assert two_ranks.run(groups.is_last_stage) == [False, True]
     assert two_ranks.run(groups.last_stage_rank) == [1, 1]
-    assert places(Layout(num_ranks=2, tp=2, etp=2), "tensor_rank") == [0, 1]
-    assert two_ranks.run(groups.expert_tensor_rank) == [0, 1]
 
 
 @pytest.mark.usefixtures("groups_of_one_rank")
 def test_one_rank_is_every_first_and_last() -> None:
     assert groups.is_first_stage()
     assert groups.is_last_stage()
-    assert groups.data_rank() == groups.tensor_rank() == groups.expert_rank() == 0
+    assert groups.data_rank() == 0
     assert torch.distributed.get_world_size(groups.data_context_group()) == 1
 
 
