@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Experts(SequentialMLP):
-    """megatron's sequential experts, as one autograd node where that gives the same numbers."""
+    """megatron's sequential experts, written out where that gives the same numbers."""
 
     def forward(
         self, tokens_TD: Tensor, tokens_per_expert: Tensor, weight_T: Tensor
