@@ -282,7 +282,11 @@ def format_rows(rows: Sequence[Row]) -> str:
 def machine() -> dict[str, Any]:
     """Return what the numbers depend on besides the code."""
     git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short=12", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
