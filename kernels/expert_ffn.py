@@ -49,7 +49,7 @@ def expert_ffn(
     sizes = list(num_tokens)
     outputs: list[Tensor] = []
     for x, weight, first, second in zip(
-        x_TD.split(sizes), weight_T.split(sizes), fc1, fc2, strict=True
+        x_TD.split_with_sizes(sizes), weight_T.split_with_sizes(sizes), fc1, fc2, strict=True
     ):
         gate, up = (x @ first.t()).chunk(2, dim=-1)
         outputs.append((F.silu(gate) * up * weight.unsqueeze(-1)) @ second.t())
