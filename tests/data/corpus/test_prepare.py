@@ -187,7 +187,7 @@ def test_a_changed_source_is_noticed(config: PrepareConfig, sources: Path, tmp_p
     assert added == sum(before.splits[split]["english"].documents for split in before.splits) + 1
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):  # noqa: N818  stands for a kill, not for an error
     """Raised by a progress call, in place of a signal."""
 
 
@@ -288,4 +288,4 @@ def test_a_given_tokenizer_is_used_as_it_is(config: PrepareConfig, tmp_path: Pat
 )
 def test_a_preparation_that_cannot_be_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PrepareConfig(**fields)  # type: ignore[arg-type]
+        PrepareConfig(**fields)  # type: ignore[arg-type]  wrong values on purpose

@@ -17,7 +17,7 @@ DOCUMENTS = [[1, 2, 3], [4], [5, 6, 7, 8]]
 
 def add_document(builder: IndexedDatasetBuilder, ids: np.ndarray, lengths: list[int]) -> None:
     """Megatron asks for a tensor and makes an array of it, which numpy 2 warns about."""
-    builder.add_document(ids, lengths)  # type: ignore[arg-type]
+    builder.add_document(ids, lengths)  # type: ignore[arg-type]  megatron asks for a tensor
 
 
 @pytest.fixture

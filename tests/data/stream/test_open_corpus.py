@@ -32,7 +32,7 @@ def open_train(config: PrepareConfig, **changes: object) -> PreparedSplit:
         "vocab_size": manifest.vocab_size,
         "tokenizer_digest": manifest.tokenizer_digest,
     }
-    return open_corpus(config.output, **{**arguments, **changes})  # type: ignore[arg-type]
+    return open_corpus(config.output, **{**arguments, **changes})  # type: ignore[arg-type]  mixed
 
 
 def test_a_prepared_folder_opens_as_a_stream(config: PrepareConfig) -> None:
