@@ -115,7 +115,7 @@ class _ExpertFFN(torch.autograd.Function):
             da = dy @ fc2
             dfc2.append(dy.t() @ a)
             da_silu = da * F.silu(gate)
-            torch.linalg.vecdot(da_silu, up, out=dw)
+            torch.linalg.vecdot(da_silu, up, out=dw)  # pyright: ignore[reportUnknownMemberType]  no stub
             torch.mul(da_silu, w, out=dup)
             torch.ops.aten.silu_backward.grad_input(da.mul_(up).mul_(w), gate, grad_input=dgate)
             torch.mm(dh, fc1, out=dx)
