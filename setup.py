@@ -33,7 +33,8 @@ EXTRAS = {
     # NVIDIA's apex is not listed: the `apex` on PyPI is another project. It is built from source.
     "gpu": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
     "data": ["pyarrow>=20", "zstandard>=0.23", "fsspec>=2025.3"],
-    # transformers is the oracle of the checkpoint tests; the trainer never imports it.
+    # What launch/export_hf.py and import_hf.py compare with; the trainer never imports it.
+    "hf": ["transformers==5.23.0"],
     "dev": ["pytest>=9,<10", "ruff==0.17.6", "pyright[nodejs]==1.1.414", "transformers==5.23.0"],
 }
 

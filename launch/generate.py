@@ -15,11 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not launch/: see
 
 import hydra
 
+from launch.checkpoint import open_trained
 from launch.compose import Composed, build, run
 from parallel.spawn import find_function
-from pretrain.checkpoint.resume import open_checkpoint
 from pretrain.serving.request import Generation
-from pretrain.training.run import Run
 from pretrain.training.start import USER_ERRORS
 
 
@@ -27,11 +26,10 @@ from pretrain.training.start import USER_ERRORS
 def main(cfg: Composed) -> None:
     """Check what is asked for, then write the prompt and its continuation."""
     generation = build(Generation, cfg)
-    folder, manifest = open_checkpoint(generation.checkpoint)
-    trained = build(Run, manifest.config)
+    folder, manifest, trained = open_trained(generation.checkpoint)
     write = functools.partial(print, end="", flush=True)
     generate = find_function("pretrain.serving.generate:generate")
-    generate(generation, run=trained, folder=folder, manifest=manifest, write=write)
+    generate(generation, trained=trained, folder=folder, manifest=manifest, write=write)
 
 
 if __name__ == "__main__":

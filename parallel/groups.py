@@ -141,6 +141,11 @@ def data_rank() -> int:
     return int(parallel_state.get_data_parallel_rank())
 
 
+def tensor_rank() -> int:
+    """Return this rank's place on the tensor axis."""
+    return int(parallel_state.get_tensor_model_parallel_rank())
+
+
 def data_context_group() -> Any:
     """Return the group over which gradients and losses are summed (data x context)."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)

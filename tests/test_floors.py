@@ -57,12 +57,15 @@ OWNERS = {
     "tokenizers": "data/tokenizer/*",
     "wandb": "pretrain/monitor/telemetry.py",
     "matplotlib": "pretrain/monitor/plots.py",
-    "transformers": "pretrain/serving/hf_format.py",
+    "transformers": "pretrain/serving/transformers_model.py",
+    "psutil": "pretrain/serving/check_hub.py",
     "hydra": "launch/*",
     "omegaconf": "launch/compose.py launch/submit.py",
 }
 
-OPTIONAL_IMPORTS = "kernels/backend.py pretrain/serving/hf_format.py pretrain/monitor/telemetry.py"
+OPTIONAL_IMPORTS = (
+    "kernels/backend.py pretrain/serving/transformers_model.py pretrain/monitor/telemetry.py"
+)
 DEVICE_WORDS = "parallel/device.py kernels/backend.py"
 FORBIDDEN_WORDS = "utils helpers common misc base manager handler wrapper processor".split()  # noqa: SIM905 (a table)
 MAX_LINES = 400
@@ -230,7 +233,7 @@ CAUGHT = [
     ("launch/prepare.py", "import omegaconf", "only launch/compose.py launch/submit.py may"),
     ("pretrain/training/trainer.py", "import wandb", "only pretrain/monitor/telemetry.py may"),
     ("pretrain/monitor/console.py", "import matplotlib.pyplot as plt", "monitor/plots.py may"),
-    ("pretrain/serving/decoder.py", "import transformers", "serving/hf_format.py may"),
+    ("pretrain/serving/decoder.py", "import transformers", "serving/transformers_model.py may"),
     ("data/stream/loader.py", "from tokenizers import Tokenizer", "only data/tokenizer/* may"),
     ("data/indexed/reader.py", "import pyarrow", "only data/corpus/* may"),
     ("data/stream/loader.py", "import torch", "only kernels/* parallel/* pretrain/* launch/* may"),

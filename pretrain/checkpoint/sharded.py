@@ -1,9 +1,9 @@
 """How does the state of all ranks become one folder, and come back?
 
 megatron's dist_checkpointing says which part of which tensor each rank owns; torch's distributed
-checkpoint writes
-them, in this process: megatron's own writer starts processes that import the launch script again, 4
-    to 13 s for a toy.
+checkpoint writes them, in this process: megatron's own writer starts processes that import the
+launch script again, 4 to 13 s for a toy. Keys are the same with and without Transformer Engine,
+which fuses norms into the linear layers after them.
 
 The optimizer is stored in megatron's `dp_reshardable` form. `fully_reshardable` is silently wrong
 in 0.16.1 when the distributed optimizer has more than one bucket (it only warns that it
@@ -14,14 +14,16 @@ import importlib.metadata
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -48,6 +50,12 @@ from pretrain.checkpoint.manifest import (
 
 _FORMAT = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
 _VERSIONED = ("torch", "megatron-core", "numpy")
+_FUSED_NORMS = {
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Transformer Engine's name of a norm -> the key it is stored under, the name without it."""
 
 
 class _NoCorruption(logging.Filter):
@@ -95,11 +103,70 @@ def _unwrap(chunk: Any) -> MegatronModule:
 def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
     """Return the sharded state of this rank's model chunks, wrapped or not."""
     states = [_unwrap(chunk).sharded_state_dict(metadata=_metadata()) for chunk in chunks]
+    for sharded in nested_values(states):
+        sharded.key = stored_key(sharded.key)
     return (
         {"model": states[0]}
         if len(chunks) == 1
         else {f"model{i}": state for i, state in enumerate(states)}
     )
+
+
+def stored_key(key: str) -> str:
+    """Return the key under which megatron's tensor `key` is stored, whichever spec built it."""
+    for fused, plain in _FUSED_NORMS.items():
+        if key.endswith(fused):
+            return key.removesuffix(fused) + plain
+    return key
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Box:
+    """A part of a stored tensor and the values of a rank that belong there."""
+
+    key: str
+    """Of the stored tensor."""
+    start: tuple[int, ...]
+    """Index of the first value in it."""
+    size: tuple[int, ...]
+    """Extent in it; the values' shape, for experts with 1 before it."""
+    values: torch.Tensor
+    """Share memory with the parameter: writing here writes there."""
+    is_owner: bool
+    """Whether this rank, of all that hold the box, is the one that stores it."""
+
+
+def boxes(chunks: Sequence[Any], *, of_gradients: bool = False) -> Iterator[Box]:
+    """Yield the parameters and router biases of this rank as parts of stored tensors.
+
+    Args:
+        chunks: this rank's model chunks, wrapped or not.
+        of_gradients: yield the gradients in the chunks' buffers (`main_grad`) instead; good until
+            the next box is asked for.
+
+    Collective: every rank calls it.
+    """
+    parameters = [p for chunk in chunks for p in chunk.parameters()] if of_gradients else []
+    kept = [p.data for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.data = parameter.main_grad.to(parameter.dtype)
+        state = model_state(chunks)
+        apply_factories(state)
+        for sharded in nested_values(state):
+            if not isinstance(sharded, ShardedTensor):
+                continue
+            values: Any = sharded.data
+            yield Box(
+                key=sharded.key,
+                start=tuple(sharded.global_offset),
+                size=(1,) * sharded.prepend_axis_num + tuple(sharded.local_shape),
+                values=values.detach(),
+                is_owner=is_main_replica(sharded.replica_id),
+            )
+    finally:
+        for parameter, data in zip(parameters, kept, strict=True):
+            parameter.data = data
 
 
 def _metadata() -> dict[str, Any]:
@@ -243,13 +310,33 @@ def load_checkpoint(folder: Path, *, chunks: Sequence[Any], optimizer: Any) -> N
 def load_weights(folder: Path, *, chunks: Sequence[Any]) -> None:
     """Put only a checkpoint's weights in place, whatever layout they were written from.
 
+    What Transformer Engine keeps beside weights (`_extra_state`: FP8 scaling histories) is not
+    read: an imported checkpoint has none, and histories fill themselves within a few steps.
+
     Raises:
         CheckpointError: if a tensor is missing or has another shape.
 
     Collective: every rank calls it.
     """
     with torch.no_grad():
-        _put_model(chunks, _load(model_state(chunks), folder))
+        state = model_state(chunks)
+        _check_vocabulary(state, folder)
+        weights: Any
+        weights, _ = extract_matching_values(state, lambda v: not isinstance(v, ShardedObject))
+        _put_model(chunks, _load(weights, folder), strict=False)
+
+
+def _check_vocabulary(state: dict[str, Any], folder: Path) -> None:
+    """Refuse another vocabulary: megatron lets the embedding's rows differ in number."""
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    for sharded in nested_values(state):
+        if isinstance(sharded, ShardedTensor) and sharded.key in stored:
+            found = stored[sharded.key].global_shape
+            if sharded.allow_shape_mismatch and tuple(found) != tuple(sharded.global_shape):
+                raise CheckpointError(
+                    f"{folder} has {sharded.key} of shape {tuple(found)}, the model"
+                    f" {tuple(sharded.global_shape)}: set model.vocab_size={found[0]}"
+                )
 
 
 def _load(state: dict[str, Any], folder: Path) -> Mapping[str, Any]:
@@ -264,10 +351,17 @@ def _load(state: dict[str, Any], folder: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def _put_model(chunks: Sequence[Any], loaded: Mapping[str, Any]) -> None:
+def _put_model(chunks: Sequence[Any], loaded: Mapping[str, Any], *, strict: bool = True) -> None:
     for idx, chunk in enumerate(chunks):
         key = "model" if len(chunks) == 1 else f"model{idx}"
-        _unwrap(chunk).load_state_dict(loaded[key], strict=True)
+        keys = _unwrap(chunk).load_state_dict(loaded[key], strict=strict)
+        lost = [name for name in (*keys.missing_keys, *keys.unexpected_keys) if _is_weight(name)]
+        if lost:
+            raise CheckpointError(f"these weights were not put in place: {', '.join(lost[:5])}")
+
+
+def _is_weight(name: str) -> bool:
+    return not name.endswith("_extra_state")
 
 
 def remove_old(root: Path, *, keep: int) -> None:

@@ -6,9 +6,7 @@ again: right for looking at small models, slow for large ones (the latent cache 
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]  public
@@ -18,18 +16,18 @@ from parallel.layout import Layout
 from pretrain.checkpoint.sharded import load_weights
 from pretrain.serving.request import Sampling
 from pretrain.serving.sampling import sample_token
-from pretrain.training.run import Run
-from pretrain.training.trainer import build_modules
+from pretrain.serving.scorer import build_for_reading
+from pretrain.serving.trained import TrainedModel
 
 
 class Decoder:
     """A model on one process, ready to continue token sequences."""
 
-    def __init__(self, run: Run, checkpoint: Path) -> None:
+    def __init__(self, trained: TrainedModel, checkpoint: Path) -> None:
         """Read the weights.
 
         Args:
-            run: the configuration the checkpoint was trained with.
+            trained: the checkpoint's model.
             checkpoint: a verified checkpoint folder.
 
         Raises:
@@ -38,13 +36,10 @@ class Decoder:
         with tempfile.TemporaryDirectory() as folder:
             store = FileStore(str(Path(folder) / "store"), 1)
             device = groups.join_world(store=store, rank=0, num_ranks=1)
-            groups.start_groups(Layout())
         self._device = device.current()
-        self._window_tokens = run.data.sequence_tokens
-        alone = replace(run, layout=Layout(), model=replace(run.model, num_mtp_layers=0))
-        self._model: Any = build_modules(alone, device)[0]
+        self._window_tokens = trained.sequence_tokens
+        [self._model] = build_for_reading(trained, layout=Layout(), device=device)
         load_weights(checkpoint, chunks=[self._model])
-        self._model.eval()
 
     @torch.no_grad()
     def continue_ids(

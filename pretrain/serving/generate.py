@@ -4,16 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.tokenizer.codec import Codec
-from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.checkpoint.manifest import Manifest
 from pretrain.serving.decoder import Decoder
 from pretrain.serving.request import Generation
-from pretrain.training.run import Run
+from pretrain.serving.trained import TrainedModel, find_tokenizer
 
 
 def generate(
     generation: Generation,
     *,
-    run: Run,
+    trained: TrainedModel,
     folder: Path,
     manifest: Manifest,
     write: Callable[[str], object],
@@ -22,30 +22,20 @@ def generate(
 
     Args:
         generation: what to continue.
-        run: the configuration of the checkpoint.
+        trained: the checkpoint's model.
         folder: the checkpoint, verified.
         manifest: its manifest.
         write: takes pieces of text.
 
     Raises:
-        CheckpointError: if the corpus's tokenizer is gone or not the checkpoint's.
+        CheckpointError: if the tokenizer is gone or not the checkpoint's.
     """
-    path = run.data.corpus / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} needs the tokenizer {path}, which is not there: prepare the corpus again"
-        )
-    codec = Codec(path)
-    if codec.digest != manifest.tokenizer_digest:
-        raise CheckpointError(
-            f"{path} is not the tokenizer of {folder}: SHA-256 {codec.digest[:12]} given,"
-            f" {manifest.tokenizer_digest[:12]} was trained with"
-        )
+    codec = Codec(find_tokenizer(folder, manifest, trained))
     prompt = [int(token) for token in codec.encode(generation.text)] or [codec.eod_id]
     write(generation.text)
     ids: list[int] = []
     shown = 0
-    decoder = Decoder(run, folder)
+    decoder = Decoder(trained, folder)
     for token in decoder.continue_ids(
         prompt,
         max_new_tokens=generation.max_new_tokens,

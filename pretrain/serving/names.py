@@ -1,23 +1,26 @@
 """Which tensor of the Hugging Face hub is which parameter of our megatron-core modules?
 
-One table answers for both directions. `name_table` writes it out for a model: a row for each
-megatron tensor, with its shape and the hub tensors it is made of. All but one are one to one,
-untransposed and unpermuted (both sides store `[out, in]` and rotate interleaved pairs); the first
-matrix of a gated FFN is `[gate; up]` in megatron and two tensors on the hub. Hub experts are
-separate tensors, as in the release, although transformers fuses them in memory.
+One table answers for all directions: a row for each hub tensor, which says what it is called in
+megatron's modules, with local specs and with Transformer Engine's, under which key
+dist_checkpointing stores it, and where in the stored tensor it begins. Nothing is transposed or
+permuted (both sides store `[out, in]` and rotate interleaved pairs). Two places differ from one to
+one: the first matrix of a gated FFN is `[gate; up]` in megatron, and the experts of a layer are one
+stored tensor `[E, out, in]`, while the hub has a tensor for each (transformers fuses them in memory
+only). Layers are never stacked.
 
 Neither side is filled in or cut down: a tensor that is missing, unknown or of another shape is an
 error, because each of these has produced checkpoints that load and answer nonsense.
 
-D model, L latent, E experts, F FFN width, V vocabulary; megatron names are those of the local
-specs (pretrain/model/assemble.py on a machine without Transformer Engine), one rank holding all.
+D model, E experts, F FFN width.
 
 Source: transformers 5.23 conversion mapping of axk1; the MTP layer, which the release of A.X K1
-does not have, is in the layout of DeepSeek-V3 (its README_WEIGHTS).
+does not have, is in the layout of DeepSeek-V3 (its README_WEIGHTS); Transformer Engine's names from
+megatron-core 0.16.1, gpt_layer_specs.py:237-275 (norms fused into the linear layer that follows).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,19 +35,35 @@ _LISTED = 5  # names in an error message
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One megatron tensor and what it is on the hub."""
+    """One hub tensor and where it is on our side."""
 
-    megatron: str
-    """Name in the state dict of the whole model."""
-    hub: tuple[str, ...]
-    """One name, or those of gate and up, which megatron stacks along dim 0."""
+    hub: str
+    """Name on the hub."""
     shape: tuple[int, ...]
-    """Of the megatron tensor."""
+    """Of the hub tensor."""
+    megatron: str
+    """Name in the whole model's state dict, local specs (a machine without Transformer Engine)."""
+    transformer_engine: str
+    """The same with Transformer Engine's specs."""
+    stored: str
+    """Key in dist_checkpointing; the same for both specs (checkpoint/sharded.py)."""
+    stored_shape: tuple[int, ...]
+    """Of the stored tensor: the megatron tensor's, for experts with `[E]` before it."""
+    start: tuple[int, ...]
+    """Index of this tensor's first element in the stored one."""
+    cut: Literal[0, 1] | None = None
+    """Dimension of the hub tensor that tensor-parallel ranks divide, None: each has it whole.
+    Gate and up are divided each for itself: a rank holds [its gate; its up]."""
 
     @property
-    def hub_shape(self) -> tuple[int, ...]:
-        """Shape of each hub tensor."""
-        return (self.shape[0] // len(self.hub), *self.shape[1:])
+    def size(self) -> tuple[int, ...]:
+        """Extent of this tensor in the stored one."""
+        return (1,) * (len(self.stored_shape) - len(self.shape)) + self.shape
+
+    @property
+    def first_row(self) -> int:
+        """First row of this tensor in the megatron tensor: F for up, else 0."""
+        return self.start[-len(self.shape)]
 
 
 def to_hugging_face(
@@ -66,20 +85,20 @@ def to_hugging_face(
         ValueError: if a tensor is missing, unknown, of another shape than `spec` gives, or a
             router bias is not fp32, so has already lost what it learned.
     """
-    table = name_table(spec, router_bias=_any_ends(state, ROUTER_BIAS))
-    _check(state, {row.megatron: row.shape for row in table}, side="megatron")
+    table = name_table(spec, router_bias=has_router_bias(state))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    check_tensors(shapes, megatron_shapes(table), side="megatron")
     for name, tensor in state.items():
-        if name.endswith(ROUTER_BIAS) and tensor.dtype != torch.float32:
-            raise ValueError(
-                f"{name} is {tensor.dtype}, only torch.float32 is allowed: its steps of 1e-3 are"
-                " lost in a lower precision, so take it from the checkpoint before any cast"
-            )
-    hub: dict[str, Tensor] = {}
-    for row in table:
-        hub.update(zip(row.hub, state[row.megatron].chunk(len(row.hub)), strict=True))
+        check_bias_dtype(name, tensor.dtype)
+    hub = {
+        row.hub: state[row.megatron].narrow(0, row.first_row, row.shape[0])
+        if state[row.megatron].shape != row.shape
+        else state[row.megatron]
+        for row in table
+    }
     if dense_post_norm:
         like = state["decoder.final_layernorm.weight"]
-        hub.update((name, torch.ones_like(like)) for name in _unused_norms(spec))
+        hub.update((name, torch.ones_like(like)) for name in dense_post_norms(spec))
     return hub
 
 
@@ -92,42 +111,38 @@ def from_hugging_face(state: Mapping[str, Tensor], spec: ModelSpec) -> dict[str,
         spec: the model's sizes.
 
     Returns:
-        Megatron name to tensor; router biases as fp32 and only if `state` has them. Gate and up
-        are copied together, all else is not copied.
+        Megatron name to tensor; router biases only if `state` has them. Gate and up are copied
+        together, all else is not copied.
 
     Raises:
-        ValueError: if a tensor is missing, unknown or of another shape than `spec` gives.
+        ValueError: if a tensor is missing, unknown or of another shape than `spec` gives, or a
+            router bias is not fp32.
     """
-    table = name_table(spec, router_bias=_any_ends(state, HUB_ROUTER_BIAS))
-    expected = {name: row.hub_shape for row in table for name in row.hub}
-    unused = {name: (spec.hidden_size,) for name in _unused_norms(spec) if name in state}
-    _check(state, expected | unused, side="hub")
-    megatron: dict[str, Tensor] = {}
-    for row in table:
-        parts = [state[name] for name in row.hub]
-        megatron[row.megatron] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if row.megatron.endswith(ROUTER_BIAS):
-            megatron[row.megatron] = megatron[row.megatron].float()
-    return megatron
+    table = name_table(spec, router_bias=has_router_bias(state))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    check_tensors(shapes, hub_shapes(table, spec, given=state), side="hub")
+    parts: dict[str, list[Tensor]] = {}
+    for row in table:  # gate stands before up
+        check_bias_dtype(row.hub, state[row.hub].dtype)
+        parts.setdefault(row.megatron, []).append(state[row.hub])
+    return {name: t[0] if len(t) == 1 else torch.cat(t) for name, t in parts.items()}
 
 
 def name_table(spec: ModelSpec, *, router_bias: bool) -> tuple[Row, ...]:
-    """Return a row for every tensor of the model, in the order of its layers.
+    """Return a row for every hub tensor that the model reads, in the order of its layers.
 
     Args:
         spec: the model's sizes.
         router_bias: whether its routers have a score-correction bias.
     """
-    ends = [
-        _row("embedding.word_embeddings", "model.embed_tokens", spec.vocab_size, spec.hidden_size),
-        _row("decoder.final_layernorm", "model.norm", spec.hidden_size),
-        _row("output_layer", "lm_head", spec.vocab_size, spec.hidden_size),
-    ]
-    rows = ends[:1]
+    vocabulary, d = spec.vocab_size, spec.hidden_size
+    embedding = _row("embedding.word_embeddings", "model.embed_tokens", vocabulary, d, cut=0)
+    rows = [embedding]
     for layer in range(spec.num_layers):
         block = _block(spec, is_dense=layer < spec.num_dense_layers, router_bias=router_bias)
         rows += _below(block, f"decoder.layers.{layer}.", f"model.layers.{layer}.")
-    rows += ends[1:]
+    rows.append(_row("decoder.final_layernorm", "model.norm", d))
+    rows.append(_row("output_layer", "lm_head", vocabulary, d, cut=0))
     for mtp in range(spec.num_mtp_layers):
         hub = f"model.layers.{spec.num_layers + mtp}."
         block = _block(spec, is_dense=False, router_bias=router_bias)
@@ -136,17 +151,129 @@ def name_table(spec: ModelSpec, *, router_bias: bool) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _row(megatron: str, hub: str, *shape: int) -> Row:
-    return Row(megatron=f"{megatron}.weight", hub=(f"{hub}.weight",), shape=shape)
+def megatron_shapes(table: Iterable[Row]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each megatron tensor, by its name with local specs."""
+    return {row.megatron: row.stored_shape[-len(row.shape) :] for row in table}
+
+
+def stored_shapes(table: Iterable[Row]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each stored tensor, by its key."""
+    return {row.stored: row.stored_shape for row in table}
+
+
+def hub_shapes(
+    table: Iterable[Row], spec: ModelSpec, *, given: Iterable[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each hub tensor: those of `table`, and dense post norms in `given`."""
+    unused = set(given).intersection(dense_post_norms(spec))
+    return {row.hub: row.shape for row in table} | {name: (spec.hidden_size,) for name in unused}
+
+
+def dense_post_norms(spec: ModelSpec) -> list[str]:
+    """Return the hub names of the dense layers' post norms, which nothing applies."""
+    return [f"model.layers.{layer}.{_POST_NORM}" for layer in range(spec.num_dense_layers)]
+
+
+def has_router_bias(names: Iterable[str]) -> bool:
+    """Return whether tensors of these names, megatron's or the hub's, include router biases."""
+    return any(name.endswith((ROUTER_BIAS, HUB_ROUTER_BIAS)) for name in names)
+
+
+def check_bias_dtype(name: str, dtype: torch.dtype) -> None:
+    """Refuse a router bias, megatron's or the hub's, that has been rounded.
+
+    Raises:
+        ValueError: if `name` is a router bias and `dtype` not fp32.
+    """
+    if has_router_bias([name]) and dtype != torch.float32:
+        raise ValueError(
+            f"{name} is {dtype}, only torch.float32 is allowed: its steps of 1e-3 are lost in a"
+            " lower precision, so take it from the checkpoint before any cast"
+        )
+
+
+def check_tensors(
+    given: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    side: str,
+) -> None:
+    """Refuse tensors that are not exactly the expected ones.
+
+    Args:
+        given: shape of each by name.
+        expected: the same, as the model has them.
+        side: whose names they are, for the message.
+
+    Raises:
+        ValueError: names what is missing, unknown or of another shape.
+    """
+    missing = [name for name in expected if name not in given]
+    if missing:
+        raise ValueError(f"{side} tensors of the model are missing: {_listed(missing)}")
+    unknown = [name for name in given if name not in expected]
+    if unknown:
+        raise ValueError(
+            f"{side} tensors given that the model does not have: {_listed(unknown)}; check"
+            " model.num_layers, model.num_dense_layers, model.num_routed_experts,"
+            " model.num_mtp_layers and model.dual_norm"
+        )
+    for name, shape in expected.items():
+        if given[name] != shape:
+            raise ValueError(
+                f"{side} tensor {name} of shape {given[name]} given, {shape} is"
+                " allowed by the sizes of the model"
+            )
+
+
+def overlaps(
+    rows: Iterable[Row], start: Sequence[int], size: Sequence[int]
+) -> Iterator[tuple[Row, tuple[slice, ...], tuple[slice, ...]]]:
+    """Yield which hub tensors a box of a stored tensor holds parts of.
+
+    Args:
+        rows: those of the stored tensor.
+        start: first index of the box in each dimension.
+        size: its extent in each dimension.
+
+    Yields:
+        The row, the part's place in the hub tensor, its place in the box.
+    """
+    for row in rows:
+        low = [max(a, b) for a, b in zip(start, row.start, strict=True)]
+        high = [
+            min(a + n, b + m) for a, n, b, m in zip(start, size, row.start, row.size, strict=True)
+        ]
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            continue
+        in_stored = [slice(a - b, c - b) for a, b, c in zip(low, row.start, high, strict=True)]
+        in_box = tuple(slice(a - b, c - b) for a, b, c in zip(low, start, high, strict=True))
+        yield row, tuple(in_stored[-len(row.shape) :]), in_box
+
+
+def _row(megatron: str, hub: str, *shape: int, cut: Literal[0, 1] | None = None) -> Row:
+    name = f"{megatron}.weight"
+    return Row(
+        hub=f"{hub}.weight",
+        shape=shape,
+        megatron=name,
+        transformer_engine=name,
+        stored=name,
+        stored_shape=shape,
+        start=(0,) * len(shape),
+        cut=cut,
+    )
 
 
 def _below(rows: Iterable[Row], megatron: str, hub: str) -> Iterator[Row]:
     """Yield `rows` with a prefix before the names of each side."""
     for row in rows:
-        yield Row(
+        yield replace(
+            row,
+            hub=hub + row.hub,
             megatron=megatron + row.megatron,
-            hub=tuple(hub + name for name in row.hub),
-            shape=row.shape,
+            transformer_engine=megatron + row.transformer_engine,
+            stored=megatron + row.stored,
         )
 
 
@@ -155,49 +282,71 @@ def _block(spec: ModelSpec, *, is_dense: bool, router_bias: bool) -> Iterator[Ro
     d = spec.hidden_size
     yield _row("input_layernorm", "input_layernorm", d)
     yield from _attention(spec)
-    yield _row("pre_mlp_layernorm", "post_attention_layernorm", d)
+    norm = _row("pre_mlp_layernorm", "post_attention_layernorm", d)
     if is_dense:
+        yield replace(norm, transformer_engine="mlp.linear_fc1.layer_norm_weight")
         yield from _ffn(d, spec.dense_ffn_size, "mlp.", "mlp.")
         return
+    yield norm
     experts = spec.num_routed_experts
     yield _row("mlp.router", "mlp.gate", experts, d)
     if router_bias:
-        yield Row(megatron=ROUTER_BIAS, hub=(HUB_ROUTER_BIAS,), shape=(experts,))
+        yield Row(
+            hub=HUB_ROUTER_BIAS,
+            shape=(experts,),
+            megatron=ROUTER_BIAS,
+            transformer_engine=ROUTER_BIAS,
+            stored=ROUTER_BIAS,
+            stored_shape=(experts,),
+            start=(0,),
+        )
     for expert in range(experts):
-        megatron, hub = f"mlp.experts.local_experts.{expert}.", f"mlp.experts.{expert}."
-        yield from _ffn(d, spec.expert_ffn_size, megatron, hub)
+        yield from _expert(spec, expert)
     yield from _ffn(d, spec.shared_ffn_size, "mlp.shared_experts.", "mlp.shared_experts.")
     if spec.dual_norm:
-        yield Row(megatron=_POST_NORM, hub=(_POST_NORM,), shape=(d,))
+        yield _row("post_mlp_layernorm", "post_mlp_layernorm", d)
 
 
 def _attention(spec: ModelSpec) -> Iterator[Row]:
     d, heads = spec.hidden_size, spec.num_heads
     q_latent, kv_latent = spec.q_lora_rank, spec.kv_lora_rank
+    kv_heads = heads * (spec.qk_nope_head_size + spec.v_head_size)
     rows = (
         _row("linear_q_down_proj", "q_a_proj", q_latent, d),
-        _row("q_layernorm", "q_a_layernorm", q_latent),
-        _row("linear_q_up_proj", "q_b_proj", heads * spec.qk_head_size, q_latent),
+        _fused(_row("q_layernorm", "q_a_layernorm", q_latent), into="linear_q_up_proj"),
+        _row("linear_q_up_proj", "q_b_proj", heads * spec.qk_head_size, q_latent, cut=0),
         _row("linear_kv_down_proj", "kv_a_proj_with_mqa", kv_latent + spec.qk_rope_head_size, d),
-        _row("kv_layernorm", "kv_a_layernorm", kv_latent),
-        _row(
-            "linear_kv_up_proj",
-            "kv_b_proj",
-            heads * (spec.qk_nope_head_size + spec.v_head_size),
-            kv_latent,
-        ),
-        _row("linear_proj", "o_proj", d, heads * spec.v_head_size),
+        _fused(_row("kv_layernorm", "kv_a_layernorm", kv_latent), into="linear_kv_up_proj"),
+        _row("linear_kv_up_proj", "kv_b_proj", kv_heads, kv_latent, cut=0),
+        _row("linear_proj", "o_proj", d, heads * spec.v_head_size, cut=1),
     )
     yield from _below(rows, "self_attention.", "self_attn.")
 
 
+def _fused(norm: Row, *, into: str) -> Row:
+    """Return the row of a norm that Transformer Engine computes inside a linear layer."""
+    return replace(norm, transformer_engine=f"{into}.layer_norm_weight")
+
+
 def _ffn(hidden_size: int, ffn_size: int, megatron: str, hub: str) -> Iterator[Row]:
-    yield Row(
-        megatron=f"{megatron}linear_fc1.weight",
-        hub=(f"{hub}gate_proj.weight", f"{hub}up_proj.weight"),
-        shape=(2 * ffn_size, hidden_size),
-    )
-    yield _row(f"{megatron}linear_fc2", f"{hub}down_proj", hidden_size, ffn_size)
+    for part, name in enumerate(("gate_proj", "up_proj")):
+        row = _row(f"{megatron}linear_fc1", f"{hub}{name}", ffn_size, hidden_size, cut=0)
+        yield replace(row, stored_shape=(2 * ffn_size, hidden_size), start=(part * ffn_size, 0))
+    yield _row(f"{megatron}linear_fc2", f"{hub}down_proj", hidden_size, ffn_size, cut=1)
+
+
+def _expert(spec: ModelSpec, expert: int) -> Iterator[Row]:
+    """Yield the rows of a routed expert; its tensors are slices of the layer's stored ones."""
+    local = f"mlp.experts.local_experts.{expert}."
+    for row in _ffn(spec.hidden_size, spec.expert_ffn_size, local, f"mlp.experts.{expert}."):
+        matrix = row.megatron.removeprefix(local)
+        yield replace(
+            row,
+            transformer_engine=f"mlp.experts.{matrix}{expert}",
+            stored=f"mlp.experts.experts.{matrix}",
+            stored_shape=(spec.num_routed_experts, *row.stored_shape),
+            start=(expert, *row.start),
+        )
 
 
 def _around_mtp(spec: ModelSpec) -> Iterator[Row]:
@@ -205,38 +354,8 @@ def _around_mtp(spec: ModelSpec) -> Iterator[Row]:
     d = spec.hidden_size
     yield _row("enorm", "enorm", d)
     yield _row("hnorm", "hnorm", d)
-    yield _row("eh_proj", "eh_proj", d, 2 * d)  # of [enorm(embedding); hnorm(hidden)]
+    yield _row("eh_proj", "eh_proj", d, 2 * d, cut=0)  # of [enorm(embedding); hnorm(hidden)]
     yield _row("final_layernorm", "shared_head.norm", d)
-
-
-def _unused_norms(spec: ModelSpec) -> list[str]:
-    return [f"model.layers.{layer}.{_POST_NORM}" for layer in range(spec.num_dense_layers)]
-
-
-def _any_ends(names: Iterable[str], ending: str) -> bool:
-    return any(name.endswith(ending) for name in names)
-
-
-def _check(
-    state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, side: str
-) -> None:
-    """Refuse a state that is not exactly the expected one."""
-    missing = [name for name in expected if name not in state]
-    if missing:
-        raise ValueError(f"{side} tensors of the model are missing: {_listed(missing)}")
-    unknown = [name for name in state if name not in expected]
-    if unknown:
-        raise ValueError(
-            f"{side} tensors given that the model does not have: {_listed(unknown)}; check"
-            " model.num_layers, model.num_dense_layers, model.num_routed_experts,"
-            " model.num_mtp_layers and model.dual_norm"
-        )
-    for name, shape in expected.items():
-        if tuple(state[name].shape) != shape:
-            raise ValueError(
-                f"{side} tensor {name} of shape {tuple(state[name].shape)} given, {shape} is"
-                " allowed by the sizes of the model"
-            )
 
 
 def _listed(names: list[str]) -> str:

@@ -23,7 +23,11 @@ from pretrain.training.run import AdamW
 
 
 def wrap_chunks(
-    chunks: Sequence[torch.nn.Module], *, config: TransformerConfig, adamw: AdamW
+    chunks: Sequence[torch.nn.Module],
+    *,
+    config: TransformerConfig,
+    adamw: AdamW,
+    sharded: bool = True,
 ) -> list[torch.nn.Module]:
     """Return the chunks with gradient buffers and reduction over data ranks.
 
@@ -31,11 +35,13 @@ def wrap_chunks(
         chunks: this rank's model chunks, weights drawn.
         config: their megatron config; its hooks for the schedule are set here.
         adamw: overlap and bucket size are read.
+        sharded: each data rank ends with its share of the gradients, for the distributed optimizer;
+            False: with all of them.
     """
     if config.bf16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=True,
+        use_distributed_optimizer=sharded,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=adamw.overlap,
         overlap_param_gather=adamw.overlap,

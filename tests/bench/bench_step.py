@@ -19,9 +19,7 @@ none. Then a profile says where (a) spends its time.
 import argparse
 import json
 import logging
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,10 +27,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]  public name
 
@@ -46,6 +42,7 @@ from pretrain.training.optimizer import make_optimizer, wrap_chunks
 from pretrain.training.run import AdamW
 from pretrain.training.train_step import micro_batches, train_step
 from tests.bench.profile_table import breakdown, format_breakdown
+from tests.bench.provenance import machine
 from tests.pretrain.serving import twin
 
 NUM_SEQUENCES, SEQUENCE_TOKENS = 8, 256
@@ -277,28 +274,6 @@ def format_rows(rows: Sequence[Row]) -> str:
         for r in rows
     ]
     return "\n".join([head, *lines])
-
-
-def machine() -> dict[str, Any]:
-    """Return what the numbers depend on besides the code."""
-    git = subprocess.run(
-        ["git", "rev-parse", "--short=12", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "command": " ".join(["python", "tests/bench/bench_step.py", *sys.argv[1:]]),
-        "commit": git.stdout.strip() or "none",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cpu": f"{names[0] if names else platform.processor()} x {len(names)}",
-    }
 
 
 def main() -> int:
