@@ -1,7 +1,7 @@
 # `make` lists the targets. Every target that needs Python makes .venv first, once.
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint bench figures clean distclean
+.PHONY: help install run test lint serve-check bench figures clean distclean
 
 VENV := .venv/bin/python
 STAMP := .venv/.installed
@@ -18,7 +18,7 @@ ARGS ?=
 RUN_FOLDER := runs/$(or $(patsubst name=%,%,$(filter name=%,$(ARGS))),demo)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  ARGS='...' adds to run, test, bench, figures; TORCH_INDEX=<url> says where torch comes from"
 
 install: $(STAMP) ## make .venv and install what constraints.txt pins
@@ -40,6 +40,9 @@ lint: $(STAMP) ## ruff, pyright, and no file above 500 kB
 		| xargs -0 sh -c 'find "$$@" -type f -size +500000c 2>/dev/null' find); \
 	test -z "$$large" || { echo "larger than 500 kB: $$large"; exit 1; }
 
+serve-check: $(STAMP) ## compare a real vLLM with transformers on an exported model (3.5 GB, 15 minutes)
+	$(VENV) tests/serve/serve_check.py $(ARGS)
+
 bench: $(STAMP) ## run each benchmark of tests/bench in turn, one table each
 	@for file in tests/bench/bench_*.py; do echo "$$file"; $(VENV) $$file $(ARGS) || exit 1; done
 
@@ -50,8 +53,8 @@ clean: ## remove caches; runs/ and .venv stay
 	find . -name .venv -prune -o -name .git -prune -o -name __pycache__ -type d -exec rm -rf {} +
 	rm -rf .pytest_cache .ruff_cache *.egg-info
 
-distclean: clean ## remove caches and .venv
-	rm -rf .venv
+distclean: clean ## remove caches and environments
+	rm -rf .venv .venv-serve
 
 # The stamp comes last, so an interrupted installation is taken up again. torch comes first and
 # alone, because it may come from another index than the rest.

@@ -70,9 +70,28 @@ def bench_step_table(record: Mapping[str, Any]) -> str:
     return markdown_table(rows)
 
 
+def bench_export_table(record: Mapping[str, Any]) -> str:
+    """Return the times and memory of an export beside those of a plain copy."""
+    full = 518_983_052_288 / record["num_parameters"]
+    rows = [("job", "GB", "s", "GB/s", "peak MiB", "519B: hours")]
+    rows += [
+        (
+            row["name"],
+            f"{row['gigabytes']:.2f}",
+            f"{row['seconds']:.1f}",
+            f"{row['gigabytes'] / row['seconds']:.2f}",
+            f"{row['peak_mib']:.0f}",
+            f"{row['seconds'] * full / 3600:.1f}",
+        )
+        for row in record["rows"]
+    ]
+    return markdown_table(rows)
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "bench_step": bench_step_table,
+    "bench_export": bench_export_table,
 }
 
 

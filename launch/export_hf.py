@@ -41,6 +41,8 @@ def main(cfg: Composed) -> None:
         check=check,
     )
     print(f"{request.output}: step {manifest.step} of {folder}, {request.dtype}\n{compared}")
+    for remark in find_function("pretrain.serving.to_hub:remarks")(request, trained):
+        print(f"note: {remark}")
     print(f"next: transformers serve {request.output}, or vllm serve {request.output}")
 
 

@@ -15,7 +15,7 @@ from pretrain.training.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TARGET = re.compile(r"^([a-z]+):.*##", re.MULTILINE)
+TARGET = re.compile(r"^([a-z-]+):.*##", re.MULTILINE)
 HYDRA_FLAGS = ("-m", "--multirun", "--cfg")
 
 

@@ -34,6 +34,10 @@ _IDENTITY = (
 """Keys whose values a run must share with the checkpoint it goes on from."""
 
 
+_EXTENDED = ("init_std", "max_context_tokens", "rope")
+"""Keys of the model that may change where only weights are taken over."""
+
+
 def find_newest(root: Path) -> tuple[Path, Manifest] | None:
     """Return the newest whole checkpoint below `root` with its manifest, None if there is none.
 
@@ -102,6 +106,49 @@ def check_same_run(
         )
     for key in _IDENTITY:
         _check_key(key, _at(manifest.config, key), _at(config, key), folder)
+
+
+def check_same_model(
+    manifest: Manifest, *, folder: Path, config: Mapping[str, Any], tokenizer_digest: str
+) -> None:
+    """Refuse weights that are not of the run's model or of its tokenizer.
+
+    Context and rotary embedding may differ, they are extended in training; so may all that is not
+    the model.
+
+    Args:
+        manifest: the checkpoint's.
+        folder: where it is, for the message.
+        config: the run's configuration, as JSON values.
+        tokenizer_digest: SHA-256 of the run's tokenizer.
+
+    Raises:
+        CheckpointError: names the first key that differs, the checkpoint's value and the given one.
+    """
+    if manifest.tokenizer_digest not in ("", tokenizer_digest):
+        raise CheckpointError(
+            f"initial_weights={folder} were trained with tokenizer"
+            f" {manifest.tokenizer_digest[:12]}, the corpus has {tokenizer_digest[:12]}: prepare"
+            " the corpus with the checkpoint's tokenizer"
+        )
+    given = config["model"]
+    for name, saved in manifest.config["model"].items():
+        if name not in _EXTENDED and given.get(name) != saved:
+            raise CheckpointError(
+                f"initial_weights={folder} have model.{name}={saved}, model.{name}="
+                f"{given.get(name)} given: set model.{name}={saved}"
+            )
+    saved, wanted = _has_bias(manifest.config), _has_bias(config)
+    if saved != wanted:
+        raise CheckpointError(
+            f"initial_weights={folder} have {'a' if saved else 'no'} router bias,"
+            f" load_balance.kind={config['load_balance']['kind']} given: set"
+            f" load_balance={'bias' if saved else 'sequence_aux'}"
+        )
+
+
+def _has_bias(config: Mapping[str, Any]) -> bool:
+    return bool(config["load_balance"]["kind"] == "bias")
 
 
 def _check_key(key: str, saved: Any, given: Any, folder: Path) -> None:

@@ -154,8 +154,9 @@ def boxes(chunks: Sequence[Any], *, of_gradients: bool = False) -> Iterator[Box]
         state = model_state(chunks)
         apply_factories(state)
         for sharded in nested_values(state):
-            if not isinstance(sharded, ShardedTensor):
-                continue
+            is_tensor = isinstance(sharded, ShardedTensor)
+            if not is_tensor or (of_gradients and sharded.key.endswith("expert_bias")):
+                continue  # a router bias has no gradient
             values: Any = sharded.data
             yield Box(
                 key=sharded.key,

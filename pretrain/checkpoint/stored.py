@@ -17,8 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -79,6 +80,7 @@ class StoredTensors:
         metadata = _read_metadata(folder)
         self.tensors: dict[str, StoredTensor] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
+        self._disjoint: set[str] = set()
         self._files: dict[str, BinaryIO] = {}
         self._value_offsets: dict[tuple[str, int], int] = {}
         for index, info in metadata.storage_data.items():
@@ -122,6 +124,7 @@ class StoredTensors:
             CheckpointError: if the chunks do not cover the box exactly, or cannot be read.
         """
         stored = self.tensors[key]
+        self._check_disjoint(key)
         box = torch.empty(tuple(size), dtype=stored.dtype)
         num_read = 0
         for chunk in self._chunks[key]:
@@ -143,6 +146,13 @@ class StoredTensors:
                 f" {tuple(start)} of size {tuple(size)}"
             )
         return box
+
+    def _check_disjoint(self, key: str) -> None:
+        if key not in self._disjoint:
+            chunks = self._chunks[key]
+            if _overlap([c.start for c in chunks], [c.size for c in chunks]):
+                raise CheckpointError(f"{self.folder}: chunks of {key} overlap")
+            self._disjoint.add(key)
 
     def _read_chunk(
         self, key: str, chunk: _Chunk, *, low: Sequence[int], high: Sequence[int]
@@ -168,10 +178,9 @@ class StoredTensors:
         return whole.reshape(size if len(chunk.size) > 1 else size[:1])
 
     def _read_into(self, target: Tensor, file: str, offset: int) -> None:
-        view = bytes_of(target)
         stream = self._open(file)
         stream.seek(offset)
-        if stream.readinto(view) != len(view):  # type: ignore[attr-defined]  an unbuffered file has it
+        if not read_into(bytes_of(target), stream):
             raise CheckpointError(f"{self.folder / file} ends before the tensor it should hold")
 
     def _values_offset(self, key: str, chunk: _Chunk) -> int:
@@ -187,10 +196,13 @@ class StoredTensors:
                 raise CheckpointError(
                     f"{self.folder / chunk.file}: {key} cannot be read: {str(error)[:200]}"
                 ) from error
-            if tuple(saved.shape) != chunk.size or not saved.is_contiguous():
+            dtype = self.tensors[key].dtype
+            fits = tuple(saved.shape) == chunk.size and saved.dtype == dtype
+            if not fits or not saved.is_contiguous():
                 raise CheckpointError(
-                    f"{self.folder / chunk.file}: a chunk of {key} has shape {tuple(saved.shape)}"
-                    f" and strides {saved.stride()}, contiguous {chunk.size} is allowed"
+                    f"{self.folder / chunk.file}: a chunk of {key} is {saved.dtype} of shape"
+                    f" {tuple(saved.shape)} and strides {saved.stride()}, {dtype} of shape"
+                    f" {chunk.size}, contiguous, is allowed"
                 )
             begin = (
                 saved.untyped_storage()._checkpoint_offset
@@ -201,8 +213,24 @@ class StoredTensors:
 
     def _open(self, name: str) -> BinaryIO:
         if name not in self._files:
-            self._files[name] = (self.folder / name).open("rb", buffering=0)  # type: ignore[assignment]  raw, read only
+            try:
+                self._files[name] = cast(BinaryIO, (self.folder / name).open("rb", buffering=0))
+            except OSError as error:
+                raise CheckpointError(f"{self.folder / name} cannot be read: {error}") from error
         return self._files[name]
+
+
+def read_into(view: memoryview, stream: Any) -> bool:
+    """Fill `view` from an unbuffered file; False if it ends before.
+
+    One call of the system gives at most 2 GiB.
+    """
+    while view:
+        count = stream.readinto(view)
+        if not count:
+            return False
+        view = view[count:]
+    return True
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -237,6 +265,14 @@ class _Item(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
+
+
+def _overlap(starts: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]]) -> bool:
+    """Return whether two of the boxes share an element."""
+    low = np.asarray(starts, dtype=np.int64)
+    high = low + np.asarray(sizes, dtype=np.int64)
+    shared = np.maximum(low[:, None], low[None]) < np.minimum(high[:, None], high[None])
+    return int(shared.all(-1).sum()) > len(low)  # each shares itself
 
 
 def _minus(values: Sequence[int], origin: Sequence[int]) -> list[int]:
@@ -313,7 +349,7 @@ def finish_folder(
         files: what `write_chunks` returned, by file name.
 
     Raises:
-        CheckpointError: if the chunks of a tensor do not cover it.
+        CheckpointError: if the chunks of a tensor do not cover it exactly, or differ in dtype.
     """
     chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in shapes}
     dtypes: dict[str, torch.dtype] = {}
@@ -324,7 +360,11 @@ def finish_folder(
         for chunk in written:
             at = torch.Size(chunk.start)
             chunks[chunk.key].append(ChunkStorageMetadata(at, torch.Size(chunk.size)))
-            dtypes[chunk.key] = getattr(torch, chunk.dtype)
+            dtype = getattr(torch, chunk.dtype)
+            if dtypes.setdefault(chunk.key, dtype) != dtype:
+                raise CheckpointError(
+                    f"{folder}: {chunk.key} has values of {dtypes[chunk.key]} and of {dtype}"
+                )
             storage[MetadataIndex(chunk.key, at)] = storage_info(
                 name, chunk.offset, chunk.num_bytes
             )
@@ -332,6 +372,8 @@ def finish_folder(
         held = sum(prod(chunk.sizes) for chunk in chunks[key])
         if held != prod(shape):
             raise CheckpointError(f"{folder}: {key} has {held} of {prod(shape)} values")
+        if _overlap([c.offsets for c in chunks[key]], [c.sizes for c in chunks[key]]):
+            raise CheckpointError(f"{folder}: chunks of {key} overlap")
     metadata = Metadata(
         state_dict_metadata={
             key: TensorStorageMetadata(

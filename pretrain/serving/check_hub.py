@@ -188,6 +188,9 @@ def _compare_bits(
             for row, _, in_box in overlaps(rows[at(box.key)], box.start, box.size):
                 ours = values[in_box].view(row.shape)
                 theirs = hub.read_weight(row.hub).float()
+                if torch.equal(ours, theirs):  # FP8 that was imported is not to be rounded again
+                    num_equal += 1
+                    continue
                 ours.copy_(_rounded(ours, row.hub, hub))
                 if not torch.equal(ours, theirs):
                     raise ExportMismatchError(f"tensor {row.hub} is not the checkpoint's")

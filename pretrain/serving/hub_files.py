@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.fp8_blocks import BLOCK_SIZE, dequantise_blocks
 from pretrain.checkpoint.manifest import CheckpointError
-from pretrain.checkpoint.stored import bytes_of
+from pretrain.checkpoint.stored import bytes_of, read_into
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -105,9 +105,12 @@ class HubTensors:
 
         Raises:
             CheckpointError: if the file ends before.
+            ValueError: if the tensor has no such rows (our mistake).
         """
         tensor = self.tensors[name]
         rows = tensor.shape[0] - first_row if num_rows is None else num_rows
+        if not 0 <= first_row <= first_row + rows <= tensor.shape[0]:
+            raise ValueError(f"rows {first_row} to {first_row + rows} of {name} {tensor.shape}")
         values = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype)
         row_bytes = prod(tensor.shape[1:]) * tensor.dtype.itemsize
         if tensor.file not in self._files:
@@ -115,8 +118,7 @@ class HubTensors:
             self._files[tensor.file] = cast(BinaryIO, path.open("rb", buffering=0))
         stream: Any = self._files[tensor.file]
         stream.seek(tensor.offset + first_row * row_bytes)
-        view = bytes_of(values)
-        if stream.readinto(view) != len(view):
+        if not read_into(bytes_of(values), stream):
             raise CheckpointError(f"{self.folder / tensor.file} ends inside {name}")
         return values
 
@@ -197,11 +199,14 @@ def read_header(path: Path) -> dict[str, HubTensor]:
         try:
             header: dict[str, Any] = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            tensors = {
-                name: _tensor(entry, path.name, 8 + length) for name, entry in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path} has a header that cannot be read: {error}") from error
+    tensors: dict[str, HubTensor] = {}
+    for name, entry in header.items():
+        try:
+            tensors[name] = _tensor(entry, path.name, 8 + length)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
     end = 8 + length
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset != end:
@@ -217,6 +222,8 @@ def read_header(path: Path) -> dict[str, HubTensor]:
 def _tensor(entry: Mapping[str, Any], file: str, values_at: int) -> HubTensor:
     if entry["dtype"] not in _DTYPES:
         raise ValueError(f"dtype {entry['dtype']} given, {', '.join(_DTYPES)} are allowed")
+    if any(size < 0 for size in entry["shape"]):
+        raise ValueError(f"shape {entry['shape']} given, sizes of 0 and more are allowed")
     begin, end = entry["data_offsets"]
     tensor = HubTensor(
         shape=tuple(entry["shape"]),

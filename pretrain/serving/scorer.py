@@ -28,7 +28,7 @@ from pretrain.model.precision import Precision
 from pretrain.model.router import ScaledAuxLossRouter
 from pretrain.model.transformer_config import transformer_config
 from pretrain.serving.hub_files import HubTensors
-from pretrain.serving.names import ROUTER_BIAS, Row, check_tensors, hub_shapes, name_table, overlaps
+from pretrain.serving.names import Row, check_tensors, hub_shapes, name_table, overlaps
 from pretrain.serving.trained import TrainedModel
 from pretrain.training.optimizer import wrap_chunks
 from pretrain.training.run import AdamW
@@ -266,7 +266,7 @@ def _gradient_squares(chunks: Sequence[Any], trained: TrainedModel) -> dict[str,
     rows = _rows_by_key(trained)
     squares: dict[str, float] = {}
     for box in boxes(chunks, of_gradients=True):
-        if not box.is_owner or box.key.endswith(ROUTER_BIAS):
+        if not box.is_owner:
             continue
         values = box.values.view(box.size)
         for row, _, in_box in overlaps(rows[box.key], box.start, box.size):

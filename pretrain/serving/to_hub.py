@@ -7,6 +7,7 @@ transformers and compared (check_hub.py).
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -48,7 +49,7 @@ from pretrain.serving.unfinished import open_unfinished, publish_folder
 PIECE_BYTES = 32 << 20
 """So much of a tensor, as fp32, is in memory at once; a few copies of it."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
-_NOT_STATE = ("optimizer.", "random_state")
+_NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|random_state")
 _TOKENIZER = "tokenizer.json"
 
 Progress = Callable[[str, int, int], None]
@@ -123,9 +124,7 @@ def plan_weights(request: Export, *, trained: TrainedModel, stored: StoredTensor
     spec = trained.model
     has_bias = trained.load_balance.uses_bias
     given = {
-        key: tensor.shape
-        for key, tensor in stored.tensors.items()
-        if not key.startswith(_NOT_STATE)
+        key: tensor.shape for key, tensor in stored.tensors.items() if not _NOT_WEIGHTS.match(key)
     }
     whole = name_table(spec, router_bias=has_bias)
     check_tensors(given, stored_shapes(whole), side="checkpoint")

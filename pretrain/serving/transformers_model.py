@@ -41,7 +41,10 @@ def from_pretrained(hub: Path, spec: ModelSpec) -> Any:
     if is_quantised(hub):  # to bf16, as everything else then is; fp32 would be half and half
         options = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)}
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        hub, output_loading_info=True, **options
+        hub,
+        output_loading_info=True,
+        experts_implementation="eager",  # grouped_mm refuses sizes that are no multiple of 16 bytes
+        **options,
     )
     mtp = tuple(
         f"model.layers.{spec.num_layers + module}." for module in range(spec.num_mtp_layers)
@@ -69,7 +72,7 @@ def run_layers(hub: Path, tensors: HubTensors, block: range, x_BSD: Tensor) -> T
     config = modeling.AXK1Config.from_pretrained(hub)
     config.mlp_layer_types = [config.mlp_layer_types[layer] for layer in block]
     config.num_hidden_layers, config.vocab_size, config.pad_token_id = len(block), 1, None
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     with torch.device("meta"):
         model = modeling.AXK1Model(config)
     model = model.to_empty(device="cpu").float().eval()

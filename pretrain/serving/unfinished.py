@@ -31,7 +31,7 @@ def open_unfinished(output: Path, plan: object) -> tuple[Path, bool]:
     text = json.dumps(plan, sort_keys=True, default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()
     path = folder / PLAN_NAME
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("digest") == digest:
+    if _digest(path) == digest:
         for debris in folder.glob(".tmp-*"):
             debris.unlink()
         return folder, True
@@ -41,15 +41,24 @@ def open_unfinished(output: Path, plan: object) -> tuple[Path, bool]:
     return folder, False
 
 
+def _digest(path: Path) -> str | None:
+    """Return the digest in a plan; None if there is none that can be read."""
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return plan.get("digest") if isinstance(plan, dict) else None
+
+
 def publish_folder(folder: Path, output: Path) -> None:
     """Give a finished folder its name.
 
     Raises:
         OSError: if `output` has come into being meanwhile, or the disk refuses.
     """
-    (folder / PLAN_NAME).unlink()
     sync_folder(folder)
     if output.exists():
         raise FileExistsError(f"{output} has come into being meanwhile; {folder} holds the result")
     os.rename(folder, output)
     sync_folder(output.parent)
+    (output / PLAN_NAME).unlink()  # last: without its plan an unfinished folder is begun anew

@@ -17,7 +17,7 @@ import torch
 
 from parallel import groups
 from parallel.device import Device
-from pretrain.checkpoint.resume import find_newest
+from pretrain.checkpoint.resume import find_newest, open_checkpoint
 from pretrain.monitor.summary import summary_table
 from pretrain.monitor.telemetry import Telemetry, open_telemetry
 from pretrain.training.closing import draw_curves, summarise, write_summary
@@ -95,6 +95,10 @@ def _train(run: Run, config_yaml: str, device: Device, stop: StopRequest) -> tup
     if found is not None:
         trainer.load(*found)
         _say(f"going on from {found[0]}: step {trainer.position.step} of {trainer.total_steps}")
+    elif run.initial_weights is not None:
+        folder, manifest = open_checkpoint(run.initial_weights)
+        trainer.start_from(folder)
+        _say(f"starting from the weights of {folder}, step {manifest.step}")
     telemetry = _open_telemetry(run, trainer, config_yaml) if _is_first() else None
     try:
         return _fit(run, trainer, device, stop, telemetry)

@@ -156,6 +156,9 @@ class Run:
     resume: Literal["auto", "never"] = "auto"
     """auto: from the newest whole checkpoint if there is one; never: refuse a folder that has
     one."""
+    initial_weights: Path | None = None
+    """A checkpoint of the same model, from whose weights a new run starts; its optimizer and data
+    start anew. An imported one, too."""
     when_finished: Literal["stop", "start_again"] = "stop"
     """What a run does whose last token is trained on: stop does nothing, so that a requeued job
     ends; start_again moves the folder aside (name.1, name.2, ...) and trains anew."""

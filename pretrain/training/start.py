@@ -14,7 +14,12 @@ from data.indexed.format import DataError
 from kernels.backend import has_transformer_engine
 from parallel.spawn import find_function, run_ranks
 from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
-from pretrain.checkpoint.resume import check_same_run, find_newest
+from pretrain.checkpoint.resume import (
+    check_same_model,
+    check_same_run,
+    find_newest,
+    open_checkpoint,
+)
 from pretrain.model.precision import check_available
 from pretrain.training.corpus import Corpus, open_run_corpus
 from pretrain.training.exit_file import FINISHED, WRONG_INPUT, clear_exit, write_exit
@@ -100,6 +105,10 @@ def _check_checkpoint(run: Run, corpus: Corpus) -> bool:
         )
     found = find_newest(root)
     if found is None or starts_again(run, step=found[1].step):
+        if run.initial_weights is not None:
+            folder, manifest = open_checkpoint(run.initial_weights)
+            digest = corpus.manifest.tokenizer_digest
+            check_same_model(manifest, folder=folder, config=as_json(run), tokenizer_digest=digest)
         return False
     folder, manifest = found
     digest = corpus.manifest.tokenizer_digest

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ from parallel.reduce import max_over_all
 from parallel.schedule import MicroBatch
 from parallel.seeds import seed_ranks
 from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.sharded import load_checkpoint, remove_old, save_checkpoint
+from pretrain.checkpoint.sharded import (
+    load_checkpoint,
+    load_weights,
+    remove_old,
+    save_checkpoint,
+)
 from pretrain.model.assemble import build_chunks
 from pretrain.model.initialise import initialise_weights
 from pretrain.model.transformer_config import transformer_config
@@ -161,6 +167,15 @@ class Trainer:
         save_checkpoint(root, chunks=self.chunks, optimizer=self.optimizer, manifest=manifest)
         if torch.distributed.get_rank() == 0:
             remove_old(root, keep=self.run.checkpoints.keep)
+
+    def start_from(self, folder: Path) -> None:
+        """Take only the weights of a verified checkpoint, of any layout; collective.
+
+        Raises:
+            CheckpointError: see load_weights.
+        """
+        load_weights(folder, chunks=self.chunks)
+        self.optimizer.reload_model_params()  # fp32 masters, where weights are bf16
 
     def load(self, folder: Any, manifest: Manifest) -> None:
         """Go on from a verified checkpoint; collective.

@@ -14,7 +14,7 @@ import torch
 from parallel import groups
 from parallel.gradients import NonFiniteGradientError
 from parallel.reduce import sum_over_all
-from pretrain.checkpoint.resume import find_newest
+from pretrain.checkpoint.resume import find_newest, open_checkpoint
 from pretrain.model.expert_load import ExpertLoad
 from pretrain.model.extra_losses import forget_extra_losses, take_aux_loss, take_mtp_loss
 from pretrain.training.corpus import open_run_corpus
@@ -62,6 +62,8 @@ def loss_curve(
         found = find_newest(run.folder / "checkpoints")
         assert found is not None, f"no checkpoint below {run.folder}"
         trainer.load(*found)
+    elif run.initial_weights is not None:
+        trainer.start_from(open_checkpoint(run.initial_weights)[0])
     first_step = trainer.position.step
     if save_after == 0:
         trainer.save()

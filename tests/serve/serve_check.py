@@ -7,7 +7,7 @@ the path without them is not the one that serves A.X K1), exports it, and compar
 and log-probabilities of transformers and vLLM in fp32, then the chat answers of vLLM's OpenAI
 server and of `transformers serve`, with and without thinking. Exit code 1 if anything differs.
 
-Both servers live in .venv-serve, made on the first call: about 3.5 GB, two to five minutes.
+Both servers live in .venv-serve, made on the first call: about 3.5 GB, one to five minutes.
 """
 
 # ruff: noqa: E402  the line that puts the root on sys.path comes before our imports
@@ -122,9 +122,8 @@ def rows_of(
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     prompts = [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS]
     prompts.append(prompt_ids(tokenizer, {"enable_thinking": True}))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    mla = config["kv_lora_rank"] + config["qk_rope_head_dim"] == MLA_SIZE
-    environment = VLLM_ENVIRONMENT | ({} if mla else {"VLLM_MLA_DISABLE": "1"})
+    environment = vllm_environment(folder)
+    mla = "VLLM_MLA_DISABLE" not in environment
     progress(f"transformers {transformers.__version__}: {len(prompts)} prompts, greedy, fp32")
     reference = from_transformers(folder, prompts, num_new_tokens=NUM_NEW_TOKENS)
     for native in (True, False):
@@ -139,6 +138,23 @@ def rows_of(
             logs=LOGS,
         )
         yield tuple(compare(reference, vllm, mla=mla) if native else as_shipped(reference, vllm))
+    yield from replies(folder, python=python, tokenizer=tokenizer, progress=progress)
+
+
+def replies(
+    folder: Path, *, python: Path, tokenizer: Any, progress: Callable[[str], None]
+) -> Iterator[tuple[Row, ...]]:
+    """Yield the rows of both servers, which run one after the other.
+
+    Args:
+        folder: the Hugging Face folder.
+        python: of the serving environment.
+        tokenizer: transformers' tokenizer of the folder.
+        progress: told what is done next.
+
+    Raises:
+        ServeError: if a server fails.
+    """
     port = free_port()
     progress(f"vLLM's OpenAI server on port {port}")
     with serving(
@@ -147,7 +163,7 @@ def rows_of(
         log=LOGS / "vllm_server.log",
         timeout_s=START_TIMEOUT_S,
         folder=LOGS,
-        environment=environment,
+        environment=vllm_environment(folder),
     ) as url:
         yield tuple(vllm_replies(url, model=MODEL, tokenizer=tokenizer))
     port = free_port()
@@ -161,6 +177,13 @@ def rows_of(
         environment={"HF_HUB_OFFLINE": "1"},
     ) as url:
         yield tuple(transformers_replies(url, folder=folder, tokenizer=tokenizer))
+
+
+def vllm_environment(folder: Path) -> dict[str, str]:
+    """Return vLLM's variables; other latent sizes than A.X K1's it can serve without MLA only."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    mla = config["kv_lora_rank"] + config["qk_rope_head_dim"] == MLA_SIZE
+    return VLLM_ENVIRONMENT | ({} if mla else {"VLLM_MLA_DISABLE": "1"})
 
 
 def vllm_command(folder: Path, *, python: Path, port: int) -> list[str]:
@@ -227,7 +250,9 @@ def main() -> int:
             raise ServeError(f"--folder {folder} given, but it has no config.json: no export")
         for some in rows_of(folder, python=python, progress=progress):
             rows += some
-        next_command = shlex.join(vllm_command(folder, python=python, port=8000))
+        names = [f"{name}={value}" for name, value in vllm_environment(folder).items()]
+        command = vllm_command(folder, python=python, port=8000)
+        next_command = " ".join([*names, shlex.join(command)])
     except (ServeError, OSError) as error:
         failure = str(error)
     progress("done" if not failure else "failed")
@@ -243,7 +268,7 @@ def main() -> int:
             print(f"next, without training anew: make serve-check ARGS='--folder {folder}'")
         return 1
     print(f"all of {len(rows)} rows hold. Next, to talk to it (port 8000):")
-    print(f"  VLLM_CPU_KVCACHE_SPACE=1 {next_command}")
+    print(f"  {next_command}")
     return 0
 
 

@@ -177,6 +177,15 @@ def drop_post_norm(model: Any) -> None:
         layer.post_mlp_layernorm = torch.nn.Identity()
 
 
+def norm_the_dense_layer(model: Any) -> None:
+    """Norm the dense FFN's output, too, as a model with post norms everywhere would."""
+
+    def normed(_mlp: object, _inputs: object, out: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        return F.rms_norm(out[0], out[0].shape[-1:]), out[1]
+
+    model.decoder.layers[0].mlp.register_forward_hook(normed)
+
+
 def norm_before_sum(model: Any) -> None:
     """Norm the residual stream after the addition, not the block's output before it."""
     for layer in model.decoder.layers[1:]:
@@ -208,6 +217,7 @@ MISTAKES = (
     ignore_routed_scaling,
     ignore_groups,
     drop_post_norm,
+    norm_the_dense_layer,
     norm_before_sum,
 )
 

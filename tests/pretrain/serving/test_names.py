@@ -205,7 +205,7 @@ def test_dense_layers_alone_have_an_unused_norm() -> None:
 
 def test_a_message_tells_five_names_and_counts_the_rest() -> None:
     expected = {str(i): (1,) for i in range(7)}
-    with pytest.raises(ValueError, match="^our tensors .* missing: 0, 1, 2, 3, 4 and 2 more$"):
+    with pytest.raises(ValueError, match=r"^our tensors .* missing: 0, 1, 2, 3, 4 and 2 more$"):
         check_tensors({}, expected, side="our")
     with pytest.raises(ValueError, match=r"^our tensor 6 of shape \(2,\) given, \(1,\) is"):
         check_tensors(expected | {"6": (2,)}, expected, side="our")

@@ -47,6 +47,7 @@ TINY = {
     "rms_norm_eps": 1e-5,  # not the 1e-6 of the latent norms
     "init_std": 0.15,
 }
+FP32 = Precision(kind="fp32")
 NO_BALANCE = LoadBalance(kind="sequence_aux", aux_loss_coefficient=0.0)
 BIAS = LoadBalance(kind="bias", aux_loss_coefficient=0.0, bias_update_rate=1e-3)
 
@@ -71,7 +72,7 @@ def build_ours(spec: ModelSpec, *, balance: LoadBalance = NO_BALANCE) -> Any:
         spec,
         layout=layout,
         device=device,
-        precision=Precision(kind="fp32"),
+        precision=FP32,
         load_balance=balance,
         mtp_loss_weight=0.3,
     )
