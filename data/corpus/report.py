@@ -11,10 +11,16 @@ from data.corpus.split import LEAST_CLUSTERS
 
 _HEADER = ("split", "domain", "documents", "tokens", "bytes", "tokens/byte", "gzip b/B", "xz b/B")
 _CLEAR_LINE = "\r\x1b[K"
+_LOG_INTERVAL_S = 30.0
+"""How often long work shows itself in a log."""
 
 
 class ProgressText:
-    """Turns progress events into what is to be written: one live line, or a line for each stage."""
+    """Turns progress events into what is to be written.
+
+    On a terminal one live line; in a log a line for each stage and, in a long one, every half
+    minute.
+    """
 
     def __init__(self, *, terminal: bool, clock: Callable[[], float] = time.monotonic) -> None:
         """Start the clock.
@@ -26,6 +32,8 @@ class ProgressText:
         self._terminal = terminal
         self._clock = clock
         self._start = clock()
+        self._stage, self._stage_start = "", self._start
+        self._written = self._start
 
     def text(self, stage: str, done: int, total: int) -> str:
         """Return what to write for an event; empty if it is of no interest on this output.
@@ -35,12 +43,20 @@ class ProgressText:
             done: how much of it is.
             total: how much there is; 0 if that is not known.
         """
+        now = self._clock()
+        if stage != self._stage:
+            self._stage, self._stage_start = stage, now
         share = f"{done:,}/{total:,}" if total > 1 else ""
-        line = f"{self._clock() - self._start:6.1f} s  {stage}  {share}".rstrip()
+        left_s = (now - self._stage_start) * (total - done) / done if 0 < done < total else 0.0
+        left = f"  {left_s:.0f} s left" if left_s >= 1 else ""
+        line = f"{now - self._start:6.1f} s  {stage}  {share}".rstrip() + left
         finished = done == total and total > 0
         if self._terminal:
             return f"{_CLEAR_LINE}{line}" + ("\n" if finished else "")
-        return f"{line}\n" if finished or total == 0 else ""
+        if not finished and total != 0 and now - self._written < _LOG_INTERVAL_S:
+            return ""
+        self._written = now
+        return f"{line}\n"
 
 
 def summary(manifest: Manifest) -> str:

@@ -41,7 +41,7 @@ def test_progress_is_one_live_line_or_a_line_a_stage() -> None:
     live = ProgressText(terminal=True, clock=lambda: next(clock))
     assert [live.text(*event) for event in events] == [
         "\r\x1b[K   1.0 s  read  0/2",
-        "\r\x1b[K   2.0 s  read  1/2",
+        "\r\x1b[K   2.0 s  read  1/2  1 s left",
         "\r\x1b[K   3.0 s  read  2/2\n",
         "\r\x1b[K   4.0 s  wait",
     ]
@@ -52,4 +52,16 @@ def test_progress_is_one_live_line_or_a_line_a_stage() -> None:
         "",
         "   3.0 s  read  2/2\n",
         "   4.0 s  wait\n",
+    ]
+
+
+def test_long_work_shows_itself_in_a_log() -> None:
+    clock = iter([0.0, 10.0, 31.0, 40.0, 62.0])
+    plain = ProgressText(terminal=False, clock=lambda: next(clock))
+    lines = [plain.text("write", done, 100) for done in (10, 31, 40, 62)]
+    assert lines == [
+        "",
+        "  31.0 s  write  31/100  47 s left\n",
+        "",
+        "  62.0 s  write  62/100  32 s left\n",
     ]

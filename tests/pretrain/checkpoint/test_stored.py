@@ -370,7 +370,9 @@ def test_a_chunk_of_another_shape_than_metadata_says_is_named(copied: Path) -> N
         stored.size = torch.Size(reversed(stored.size))
 
     change_metadata(copied, turn)
-    with pytest.raises(CheckpointError, match=rf"{re.escape(ROUTER)} is torch\.bfloat16 of shape \(8, 64\)"):
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(ROUTER)} is torch\.bfloat16 of shape \(8, 64\)"
+    ):
         read_all(copied)
 
 
