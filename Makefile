@@ -40,7 +40,7 @@ lint: $(STAMP) ## ruff, pyright, and no file above 500 kB
 		| xargs -0 sh -c 'find "$$@" -type f -size +500000c 2>/dev/null' find); \
 	test -z "$$large" || { echo "larger than 500 kB: $$large"; exit 1; }
 
-serve-check: $(STAMP) ## compare a real vLLM with transformers on an exported model (3.5 GB, 15 minutes)
+serve-check: $(STAMP) ## compare a real vLLM with transformers on an exported model (3.5 GB, 7 minutes)
 	$(VENV) tests/serve/serve_check.py $(ARGS)
 
 bench: $(STAMP) ## run each benchmark of tests/bench in turn, one table each
