@@ -33,12 +33,12 @@ class Decoder:
         Raises:
             CheckpointError: if the checkpoint is not of this model.
         """
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder:  # groups are made through the store, too
             store = FileStore(str(Path(folder) / "store"), 1)
             device = groups.join_world(store=store, rank=0, num_ranks=1)
+            [self._model] = build_for_reading(trained, layout=Layout(), device=device)
         self._device = device.current()
         self._window_tokens = trained.sequence_tokens
-        [self._model] = build_for_reading(trained, layout=Layout(), device=device)
         load_weights(checkpoint, chunks=[self._model])
 
     @torch.no_grad()

@@ -115,6 +115,22 @@ def export(
     return compared
 
 
+def remarks(request: Export, trained: TrainedModel) -> list[str]:
+    """Return what a user of the folder should know, a line each."""
+    said: list[str] = []
+    spec = trained.model
+    has_bias = trained.load_balance.uses_bias or request.zero_router_bias
+    if spec.num_expert_groups > 1 and not has_bias:
+        said.append(
+            "without a router bias vLLM 0.32 ranks expert groups by their best expert, transformers"
+            " and this trainer by their best two, so vLLM would answer as another model: for vLLM"
+            " export with zero_router_bias=true"
+        )
+    if spec.num_mtp_layers and not request.mtp:
+        said.append("the MTP module is left out: mtp=true writes it, too")
+    return said
+
+
 def plan_weights(request: Export, *, trained: TrainedModel, stored: StoredTensors) -> list[Weight]:
     """Return every tensor of an export, in the order of the layers.
 
