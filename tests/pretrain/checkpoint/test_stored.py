@@ -385,9 +385,7 @@ def test_a_chunk_of_another_dtype_than_metadata_says_is_named(copied: Path) -> N
         read_all(copied)
 
 
-class Sluggish(io.FileIO):
-    """A file that gives at most 100 bytes at a time; Linux gives at most 2 GiB."""
-
+class Sluggish(io.FileIO):  # 100 bytes at a time; Linux gives at most 2 GiB
     def readinto(self, buffer: Any) -> int:
         return super().readinto(memoryview(buffer)[:100])
 
