@@ -66,8 +66,8 @@ def silence_expected_warnings() -> None:
     """Silence what megatron-core 0.16.1 warns of on every start without meaning for our runs.
 
     That Transformer Engine and apex are absent (device.py decides what replaces them), a cuda-graph
-    option it sets by itself, torch functions that were renamed, and `.grad` it reads of views of
-    the fp32 masters.
+    option it sets by itself, torch functions that were renamed, `.grad` it reads of views of the
+    fp32 masters, sequence parallelism of experts that are not cut, and a CUDA setting.
     """
     for message in (
         ".*(Transformer Engine and )?Apex (are|is) not installed.*",
@@ -76,6 +76,8 @@ def silence_expected_warnings() -> None:
         ".*The .grad attribute of a Tensor that is not a leaf Tensor.*",
         ".*load_state_dict.* is deprecated.*",
         ".*Please use DTensor instead.*",
+        ".*`sequence_parallel` is set to `True`, but tensor model parallel size is 1.*",
+        ".*set the environment variable CUDA_DEVICE_MAX_CONNECTIONS to 1.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -187,7 +189,10 @@ def _pool_main(rank: int, num_ranks: int, store_path: str, threads: int, link: C
             answer: tuple[bool, Any] = (True, function(*args, **kwargs))
         except Exception:  # the parent raises it again, with this rank's traceback
             answer = (False, traceback.format_exc())
-        link.send(answer)
+        try:
+            link.send(answer)
+        except BrokenPipeError:
+            return  # another rank failed first, and the parent is closing the pool
 
 
 class RankPool:

@@ -1,0 +1,103 @@
+"""Does the matrix of layouts tell right from wrong?
+
+Every factorisation of two ranks runs here; `python launch/verify.py ranks=8` runs the 146 of eight.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from launch.compose import build
+from parallel.spawn import RankPool
+from pretrain.training.matrix import factorisations, judge, print_matrix
+from pretrain.training.probe import Measured, write_reference
+from pretrain.training.verification import Verification
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# megatron-core warns about its own calls between its modules.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning")
+    for message in ("MLP requires ffn_hidden_size", "Warning. tp_group is None")
+]
+
+
+@pytest.fixture(scope="module")
+def asked() -> Verification:
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return build(Verification, compose("verify", ["ranks=2"]))
+
+
+@pytest.fixture(scope="module")
+def reference(
+    asked: Verification, one_rank: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Measured, Path]:
+    path = tmp_path_factory.mktemp("verify") / "reference.pt"
+    return write_reference(asked.probe, path), path
+
+
+def test_eight_ranks_have_146_factorisations() -> None:
+    assert [len(factorisations(number)) for number in (1, 2, 4, 8)] == [1, 10, 46, 146]
+
+
+@pytest.mark.parametrize("sizes", factorisations(2), ids=lambda s: " ".join(map(str, s.values())))
+def test_every_layout_of_two_ranks_is_the_model_of_one(
+    sizes: dict[str, int],
+    asked: Verification,
+    reference: tuple[Measured, Path],
+    two_ranks: RankPool,
+) -> None:
+    verdict = judge(asked.probe, sizes, *reference, pool=two_ranks, timeout_s=120)
+    assert verdict.verdict == "ok", verdict
+
+
+@pytest.mark.parametrize("side", ["gradients", "weights"])
+def test_one_tensor_that_is_off_is_named(
+    side: str,
+    asked: Verification,
+    reference: tuple[Measured, Path],
+    two_ranks: RankPool,
+    tmp_path: Path,
+) -> None:
+    measured, path = reference
+    kept = torch.load(path, weights_only=True)
+    key = "decoder.layers.3.mlp.experts.experts.linear_fc2.weight"
+    kept[side][key][11] += kept[side][key].square().mean().sqrt()
+    torch.save(kept, tmp_path / "reference.pt")
+    sizes = next(s for s in factorisations(2) if s["ep"] == 2)
+
+    verdict = judge(
+        asked.probe, sizes, measured, tmp_path / "reference.pt", pool=two_ranks, timeout_s=120
+    )
+
+    assert verdict.verdict == "differs"
+    assert key in verdict.where
+
+
+def test_a_loss_or_a_norm_that_is_off_is_a_difference(
+    asked: Verification, reference: tuple[Measured, Path], two_ranks: RankPool
+) -> None:
+    measured, path = reference
+    [sizes] = [s for s in factorisations(2) if s["pp"] == 2]
+    first, *rest = measured.gradient_norms
+    off = replace(measured, gradient_norms=(first * 1.0001, *rest))
+    verdict = judge(asked.probe, sizes, off, path, pool=two_ranks, timeout_s=120)
+    assert (verdict.verdict, verdict.where) == ("differs", "gradient norm")
+
+
+def test_the_command_prints_a_matrix_and_goes_on_where_it_was(
+    asked: Verification, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = replace(asked, folder=tmp_path, only="pp2", json=tmp_path / "matrix.json")
+    assert print_matrix(once) == 0
+    first = capsys.readouterr().out
+    assert "tp1 cp1 pp2 ep1 etp1     ok" in first
+    assert "1 ok" in first
+
+    verdicts = (tmp_path / "ranks_2" / "verdicts.jsonl").read_text()
+    assert print_matrix(once) == 0
+    assert (tmp_path / "ranks_2" / "verdicts.jsonl").read_text() == verdicts
