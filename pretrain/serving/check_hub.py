@@ -37,6 +37,7 @@ from pretrain.serving.scorer import build_for_reading, load, score
 from pretrain.serving.trained import TrainedModel
 from pretrain.serving.transformers_model import (
     ExportMismatchError,
+    check_installed,
     from_pretrained,
     is_quantised,
     run_layers,
@@ -89,11 +90,7 @@ def compare(
         ExportMismatchError: if they differ.
         ValueError: if transformers is not installed.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise ValueError(
-            "the result is compared with transformers, which is not installed:"
-            " pip install -c constraints.txt -e '.[hf]'"
-        )
+    check_installed()
     pool = RankPool(1)
     try:
         [answer] = pool.run(

@@ -5,7 +5,7 @@ The only file that imports transformers, and only when it is asked: the trainer 
 B batch, S sequence, D model.
 """
 
-import importlib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,19 @@ from pretrain.serving.hub_files import HubTensors
 
 class ExportMismatchError(RuntimeError):
     """A Hugging Face folder is not the model it should be; names what differs."""
+
+
+def check_installed() -> None:
+    """Refuse to go on without transformers.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError(
+            "the result is compared with transformers, which is not installed:"
+            " pip install -c constraints.txt -e '.[hf]'"
+        )
 
 
 def is_quantised(hub: Path) -> bool:
@@ -105,3 +118,28 @@ def _fill(target: Tensor, layer: str, name: str, hub: HubTensors) -> None:
     else:
         name = name.removeprefix("mlp.") if "post_mlp_layernorm" in name else name
         target.copy_(hub.read_weight(layer + name))
+
+
+def loss_and_gradient_norms(model: Any, ids_BS: Tensor) -> tuple[float, dict[str, float]]:
+    """Return the loss on a batch and the norm of its gradient for every tensor, by hub name.
+
+    Args:
+        model: from `from_pretrained`.
+        ids_BS: `[B, S]`, also the labels.
+    """
+    loss = model(ids_BS, labels=ids_BS).loss
+    loss.backward()
+    norms: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if "mlp.experts." not in name:
+            norms[name.replace("mlp.post_mlp_layernorm", "post_mlp_layernorm")] = float(
+                gradient.norm()
+            )
+            continue
+        prefix, fused = name.rsplit(".", 1)
+        parts = ("gate_proj", "up_proj") if fused == "gate_up_proj" else ("down_proj",)
+        for expert, whole in enumerate(gradient):
+            for part, own in zip(parts, whole.chunk(len(parts)), strict=True):
+                norms[f"{prefix}.{expert}.{part}.weight"] = float(own.norm())
+    return loss.item(), norms

@@ -115,7 +115,7 @@ def _run(probe: Probe, layout: Layout, read: Any) -> tuple[Measured, Any, Any]:
     forget_extra_losses()
     modules = _build(probe, layout, device)
     adamw = probe.optimizer
-    chunks = wrap_chunks(modules, config=modules[0].config, adamw=adamw)
+    chunks: list[Any] = wrap_chunks(modules, config=modules[0].config, adamw=adamw)
     optimizer = make_optimizer(chunks, adamw=adamw, precision=probe.precision)
     spec = probe.model
     load = ExpertLoad(
