@@ -356,14 +356,12 @@ def patch_lone_collectives() -> None:
 
 
 def patch_uneven_parts() -> None:
-    """Pad what expert tensor ranks exchange: gloo takes parts of one size only.
+    """Pad what expert tensor ranks gather: gloo takes parts of one size only.
 
-    Needed by mappings.py:150 and :193: with ep > 1 each rank has another number of tokens.
+    Needed by mappings.py:150: with ep > 1 each of them has another number of tokens.
     """
     mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
-    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
-    mappings._gather_along_first_dim = gloo.pad_gather(gather)
-    mappings._reduce_scatter_along_first_dim = gloo.pad_reduce_scatter(scatter)
+    mappings._gather_along_first_dim = gloo.pad_gather(mappings._gather_along_first_dim)
 
 
 def patch_chunk_order() -> None:

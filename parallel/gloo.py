@@ -2,9 +2,9 @@
 # (torch.distributed is loosely typed; strict mode would check it, not us)
 """What must a collective of megatron-core become so that gloo can do it?
 
-NCCL gathers and scatters parts of any sizes, and leaves a lone rank's buffer where it is. gloo
-refuses parts of different sizes and copies the buffer onto itself. Each function here takes
-megatron's own and returns one that steps in only there; parallel/device.py puts it in place.
+gloo copies the buffer of a lone rank onto itself, and gathers parts of one size only (it scatters
+sums in parts of any size). Each function here takes megatron's own and returns one that steps in
+only there; parallel/device.py puts it in place.
 """
 
 import functools
@@ -44,36 +44,10 @@ def pad_gather(gather: Exchange) -> Exchange:
     ) -> Tensor:
         if sizes is None or len(set(sizes)) == 1:
             return gather(part, group, sizes, *options, **named)
-        padded = _pad(part, max(sizes))
+        missing = (0, 0) * (part.dim() - 1) + (0, max(sizes) - len(part))
+        padded = F.pad(part, missing).contiguous()
         parts = [torch.empty_like(padded) for _ in sizes]
         torch.distributed.all_gather(parts, padded, group=group)
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     return gather_any
-
-
-def pad_reduce_scatter(reduce_scatter: Exchange) -> Exchange:
-    """Return megatron's reduce-scatter along the first dimension, padded for unlike parts.
-
-    Args:
-        reduce_scatter: `(all parts, joined, group, their sizes or None, ...) -> own part, summed`.
-    """
-
-    @functools.wraps(reduce_scatter)
-    def reduce_scatter_any(
-        joined: Tensor, group: Any, sizes: Sequence[int] | None = None, *options: Any, **named: Any
-    ) -> Tensor:
-        if sizes is None or len(set(sizes)) == 1:
-            return reduce_scatter(joined, group, sizes, *options, **named)
-        parts = [_pad(part, max(sizes)) for part in joined.split(list(sizes))]
-        own = torch.empty_like(parts[0])
-        torch.distributed.reduce_scatter(own, parts, group=group)
-        return own[: sizes[group.rank()]].contiguous()
-
-    return reduce_scatter_any
-
-
-def _pad(part: Tensor, size: int) -> Tensor:
-    """Return `part` with zeros after it, `[size, ...]`."""
-    missing = size - len(part)
-    return F.pad(part, (*(0, 0) * (part.dim() - 1), 0, missing)).contiguous()

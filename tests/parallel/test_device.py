@@ -43,7 +43,6 @@ REASONS = {
     "distributed/param_and_grad_buffer.py:285": "dist_all_gather_func(",
     "distributed/param_and_grad_buffer.py:443": "dist_reduce_scatter_func(",
     "tensor_parallel/mappings.py:150": "torch.distributed.all_gather(output_tensor_list",
-    "tensor_parallel/mappings.py:193": "torch.distributed.reduce_scatter(output, input_tensor_list",
     "transformer/moe/token_dispatcher.py:732": "sort_chunks_by_idxs(",
     "transformer/moe/token_dispatcher.py:767": "sort_chunks_by_idxs(",
 }
