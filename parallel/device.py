@@ -30,6 +30,7 @@ import torch
 
 from kernels.adamw import FlatAdamW
 from kernels.backend import has_cuda, has_transformer_engine
+from parallel import gloo
 
 TESTED_MEGATRON = "0.16.1"
 _CPU = torch.device("cpu")
@@ -84,9 +85,8 @@ def check_megatron_version(installed: str | None = None) -> None:
     if installed != TESTED_MEGATRON:
         raise RuntimeError(
             f"megatron-core {installed} is installed, only {TESTED_MEGATRON} is allowed: the CPU"
-            f" patches and the"
-            " known traps were measured on it. Run `make install`, or `pip install -c"
-            " constraints.txt megatron-core`."
+            " patches and the known traps were measured on it. Run `make install`, or"
+            " `pip install -c constraints.txt megatron-core`."
         )
 
 
@@ -351,19 +351,17 @@ def patch_lone_collectives() -> None:
     buffer itself, so there is nothing to sum or to gather.
     """
     buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, gloo.unless_alone(getattr(buffers, name)))
 
-    def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(collective)
-        def exchange(output: torch.Tensor, shard: torch.Tensor, **options: Any) -> Any:
-            in_place = output.data_ptr() == shard.data_ptr()
-            if in_place and options["group"].size() == 1:
-                return None
-            return collective(output, shard, **options)
 
-        return exchange
+def patch_uneven_parts() -> None:
+    """Pad what expert tensor ranks gather: gloo takes parts of one size only.
 
-    buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)
-    buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
+    Needed by mappings.py:150: with ep > 1 each of them has another number of tokens.
+    """
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    mappings._gather_along_first_dim = gloo.pad_gather(mappings._gather_along_first_dim)
 
 
 def patch_chunk_order() -> None:
@@ -394,6 +392,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     patch_absent_transformer_engine,
     patch_optimizer,
     patch_lone_collectives,
+    patch_uneven_parts,
     patch_chunk_order,
 )
 """Applied in this order, on machines without CUDA only."""

@@ -18,8 +18,8 @@ class Layout:
     """Sizes of the parallel axes; each counts ranks (vp: model chunks) and is at least 1.
 
     Raises:
-        LayoutError: if a size is below 1, a grid does not divide the ranks, or the combination is
-            known to give wrong numbers in megatron-core 0.16.1.
+        LayoutError: if a size is below 1, a grid does not divide the ranks, or there are model
+            chunks without a pipeline.
 
     Source: report, infrastructure (PP 16, EP 8, CP 4-8); megatron-core parallel_state.py.
     """
@@ -49,13 +49,6 @@ class Layout:
         self._check_grid("ep", "etp", "pp")
         if self.vp > 1 and self.pp == 1:
             raise LayoutError(f"{self}: layout.vp={self.vp} needs layout.pp of at least 2")
-        if self.tp > 1 and self.ep == 1 and self.etp == 1:
-            raise LayoutError(
-                f"{self}: with layout.tp={self.tp}, megatron-core 0.16.1 does not sum the expert"
-                f" gradients over the"
-                " tensor ranks unless the experts are cut as well: set layout.ep or layout.etp to"
-                " 2 or more"
-            )
 
     def _check_grid(self, *axes: str) -> None:
         replica = 1

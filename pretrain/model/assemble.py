@@ -25,7 +25,7 @@ from parallel.device import Device
 from parallel.layout import Layout
 from pretrain.model.attention import CoreAttention
 from pretrain.model.dual_norm_layer import DualNormLayer
-from pretrain.model.experts import Experts
+from pretrain.model.experts import Experts, mark_expert_parameters
 from pretrain.model.norm import LATENT_NORM_EPS, RMSNorm
 from pretrain.model.router import ScaledAuxLossRouter
 from pretrain.model.spec import ModelSpec
@@ -60,7 +60,7 @@ def build_chunks(
         layout: the one whose process groups are started.
         max_tokens: longest sequence, in tokens.
     """
-    return [
+    chunks = [
         build_chunk(
             spec,
             config=config,
@@ -74,6 +74,9 @@ def build_chunks(
         )
         for chunk in range(layout.vp)
     ]
+    for chunk in chunks:
+        mark_expert_parameters(chunk, layout)
+    return chunks
 
 
 def build_chunk(

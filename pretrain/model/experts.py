@@ -1,4 +1,8 @@
-"""The routed experts of a layer on machines without Transformer Engine.
+"""What must the routed experts of a layer be that megatron's are not?
+
+Two things. Their gradients must be summed over the ranks that hold the same part of them
+(`mark_expert_parameters`), and on machines without Transformer Engine they should be fast
+(`Experts`).
 
 Parameters, checkpoint names and the cuts over expert ranks stay those of megatron's SequentialMLP;
 only the way through its experts is another: kernels/expert_ffn.py reads their weights instead of
@@ -13,11 +17,35 @@ import logging
 
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from kernels.expert_ffn import expert_ffn
+from parallel.layout import Layout
 
 log = logging.getLogger(__name__)
+
+
+def mark_expert_parameters(chunk: torch.nn.Module, layout: Layout) -> None:
+    """Mark the routed experts of `chunk` whose copies are not spread as those of dense layers are.
+
+    megatron-core 0.16.1 gives a parameter to the expert buffers, and so sums its gradient over the
+    expert-data ranks, if its `allreduce` is False, which it decides by ep > 1 alone
+    (tensor_parallel/layers.py:886 and :1209, extensions/transformer_engine.py:1551). With ep = 1
+    and tp != etp that is wrong without an error: with tp > etp the data ranks are too few and
+    tensor ranks keep different gradients, with etp > tp they hold different parts of an expert,
+    which are added up.
+
+    Args:
+        chunk: one of this rank's model chunks, not wrapped.
+        layout: how the ranks divide it.
+    """
+    if layout.etp == layout.tp:
+        return  # the two kinds of data ranks are the same, or ep > 1 has set the mark
+    for layer in chunk.modules():
+        if isinstance(layer, MoELayer):
+            for parameter in layer.experts.parameters():  # type: ignore[union-attr]  built by now
+                parameter.allreduce = False  # type: ignore[attr-defined]  megatron's mark
 
 
 class Experts(SequentialMLP):

@@ -2,28 +2,90 @@
 
 With `calculate_per_token_loss` every gradient is divided by all tokens of the global batch, so an
 auxiliary loss, a mean over the tokens of a micro-batch, must first be multiplied by the number of
-tokens it is a mean over. megatron-core 0.16.1 multiplies by a wrong number in three cases, none of
+tokens it is a mean over. megatron-core 0.16.1 multiplies by a wrong number in two cases, neither of
 which raises:
 
 - with tensor or context ranks, by the local tokens only (Megatron-LM #1652, #5047): the loss
   weakens with tp * cp;
 - sequence-level, by the tokens of one sequence (#5798): it weakens with the sequences in a
-  micro-batch;
-- global, by the tokens of one replica although the mean is over all (#3672): it weakens with dp.
+  micro-batch.
 
 Each rank holds its share of the sum, so the right factor is its own tokens times the ranks the mean
 was taken over.
+
+The loss over the global batch is wrong in more than its scale (#3672): megatron averages the counts
+of the micro-batches seen so far, so it depends on how many there are and on their order. The counts
+of the whole batch are not known before its last micro-batch has been routed, and the loss of the
+first needs them; so the batch is routed once before the step (`counting_batch`), without gradients.
+
+T tokens of a rank, E experts, K chosen.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_utils import (
+    compute_routing_scores_for_aux_loss,
+    switch_load_balancing_loss_func,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 
 class ScaledAuxLossRouter(TopKRouter):
     """A top-k router whose auxiliary losses depend neither on layout nor on micro-batch."""
+
+    is_counting = False
+    """Whether forward passes only count what the global batch chooses."""
+
+    def routing(
+        self, logits: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return weights and choices `[T, E]`; while counting, count the choices besides."""
+        if self.is_counting:
+            chosen_TE, _ = self._choices_and_scores(logits)
+            self.global_tokens_per_expert += chosen_TE.sum(0)
+        return super().routing(logits, padding_mask)
+
+    def _choices_and_scores(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the loss is about: the K best experts of all, before groups and bias."""
+        return compute_routing_scores_for_aux_loss(
+            logits.view(-1, self.config.num_moe_experts),
+            self.topk,
+            self.score_function,
+            fused=self.config.moe_router_fusion,
+        )
+
+    def _apply_global_aux_loss(
+        self,
+        probs: Tensor,
+        scores_for_aux_loss: Tensor,
+        routing_map: Tensor,
+        with_padding_mask: bool = False,
+    ) -> Tensor:
+        """Attach E * sum_e f_e P_e: f counted in the global batch, P meant over the micro-batch.
+
+        The mean of it over micro-batches and replicas, all of one size, is the loss of the batch.
+        """
+        coefficient = self.get_aux_loss_coeff("global_aux_loss")
+        if coefficient == 0:
+            return probs
+        counts_E = self.global_tokens_per_expert  # uncounted: 0 / 0, which no step survives
+        num_tokens = routing_map.shape[0] * self.tp_cp_group.size()
+        loss = switch_load_balancing_loss_func(
+            probs=scores_for_aux_loss,
+            tokens_per_expert=counts_E * (num_tokens * self.topk / counts_E.sum()),
+            total_num_tokens=num_tokens,
+            topk=self.topk,
+            num_experts=self.config.num_moe_experts,
+            moe_aux_loss_coeff=coefficient,
+            fused=self.config.moe_router_fusion,
+        )
+        return self.attach_and_log_load_balancing_loss(
+            probs, coefficient, loss, "global_load_balancing_loss", self.tp_cp_group
+        )
 
     def attach_and_log_load_balancing_loss(
         self,
@@ -48,3 +110,36 @@ class ScaledAuxLossRouter(TopKRouter):
             valid_token_count=num_tokens,
             **kwargs,
         )
+
+
+def batch_counters(chunks: Sequence[torch.nn.Module]) -> list[ScaledAuxLossRouter]:
+    """Return the routers whose loss needs the counts of the global batch; none with other losses.
+
+    Args:
+        chunks: this rank's model chunks, wrapped or not.
+    """
+    routers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, ScaledAuxLossRouter)]
+    return [router for router in routers if router.get_aux_loss_coeff("global_aux_loss") > 0]
+
+
+@contextmanager
+def counting_batch(routers: Sequence[ScaledAuxLossRouter]) -> Iterator[None]:
+    """Count the choices of the forward passes in this context, then add them up over all ranks.
+
+    megatron clears the counts at the end of each step (finalize_model_grads.py:290).
+
+    Args:
+        routers: those of `batch_counters`.
+
+    Collective: every rank calls it; the sum is over data, context and tensor ranks.
+    """
+    for router in routers:
+        router.reset_global_aux_loss_tracker()
+        router.is_counting = True
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.is_counting = False
+    for router in routers:
+        torch.distributed.all_reduce(router.global_tokens_per_expert, group=router.tp_dp_cp_group)

@@ -15,6 +15,7 @@ from parallel.gradients import apply_gradients
 from parallel.groups import is_last_stage
 from parallel.reduce import from_last_stage, sum_over_data
 from parallel.schedule import MicroBatch, forward_backward
+from pretrain.model.router import batch_counters, counting_batch
 from pretrain.training.optimizer import set_lr, zero_gradients
 
 
@@ -51,6 +52,7 @@ def train_step(
     Collective: every rank calls it.
     """
     zero_gradients(chunks, optimizer)
+    _count_choices(chunks, batches)
     micro_batch_size, sequence_length = batches[0].tokens.shape
     kept = forward_backward(
         chunks,
@@ -65,6 +67,31 @@ def train_step(
     return StepResult(
         loss=_mean_loss(kept, batches[0].loss_mask.device), gradient_norm=gradient_norm
     )
+
+
+def _count_choices(chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch]) -> None:
+    """Route the global batch once for the losses that need its counts (`global_aux`); collective.
+
+    Costs a forward pass, about a third of a step; nothing with other losses.
+    """
+    routers = batch_counters(chunks)
+    if not routers:
+        return
+    micro_batch_size, sequence_length = batches[0].tokens.shape
+    for chunk in chunks:
+        chunk.eval()  # the MTP loss of this pass is not a metric
+    with counting_batch(routers), torch.no_grad():
+        forward_backward(
+            chunks,
+            [iter(batches) for _ in chunks],
+            num_microbatches=len(batches),
+            micro_batch_size=micro_batch_size,
+            sequence_length=sequence_length,
+            read_loss=_sum_and_count,
+            forward_only=True,
+        )
+    for chunk in chunks:
+        chunk.train()
 
 
 def _sum_and_count(batch: MicroBatch, token_loss_BS: Tensor) -> Tensor:

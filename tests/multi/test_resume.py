@@ -49,6 +49,18 @@ def test_two_ranks_go_on_to_the_bit(
 
 
 @pytest.mark.parametrize(
+    "layout", [Layout(num_ranks=2, tp=2), Layout(num_ranks=2, etp=2)], ids=["tp2", "etp2"]
+)
+def test_experts_spread_unlike_dense_layers_go_on_to_the_bit(
+    layout: Layout, tiny_run: MakeRun, two_ranks: RankPool
+) -> None:
+    run = tiny_run(layout, batch=BATCH, bias=True)
+    whole, _ = two_ranks.run(loss_curve, run, num_steps=4, save_after=2)
+    resumed, _ = two_ranks.run(loss_curve, run, num_steps=2, resume=True)
+    assert_goes_on(resumed, whole, saved=2)
+
+
+@pytest.mark.parametrize(
     "variant",
     [{}, {"bf16": True, "bias": True, "overlap": True}],
     ids=["fp32", "bf16-bias-overlap"],

@@ -42,6 +42,7 @@ REASONS = {
     "optimizer/distrib_optimizer.py:818": "if not HAVE_APEX_OR_TE:",
     "distributed/param_and_grad_buffer.py:285": "dist_all_gather_func(",
     "distributed/param_and_grad_buffer.py:443": "dist_reduce_scatter_func(",
+    "tensor_parallel/mappings.py:150": "torch.distributed.all_gather(output_tensor_list",
     "transformer/moe/token_dispatcher.py:732": "sort_chunks_by_idxs(",
     "transformer/moe/token_dispatcher.py:767": "sort_chunks_by_idxs(",
 }

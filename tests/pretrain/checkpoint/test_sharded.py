@@ -79,7 +79,13 @@ def test_a_damaged_newest_checkpoint_sends_the_run_to_the_one_before(
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(num_ranks=2, ep=2), Layout(num_ranks=2, pp=2), Layout(num_ranks=2, tp=2, ep=2)],
+    [
+        Layout(num_ranks=2, ep=2),
+        Layout(num_ranks=2, pp=2),
+        Layout(num_ranks=2, tp=2, ep=2),
+        Layout(num_ranks=2, tp=2),
+        Layout(num_ranks=2, etp=2),
+    ],
     ids=str,
 )
 def test_weights_of_two_ranks_are_read_by_one(

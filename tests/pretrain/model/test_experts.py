@@ -1,5 +1,6 @@
 """Are the experts of a layer megatron's, whichever way they are run?"""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,7 +8,12 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
+from parallel.layout import Layout
+from parallel.spawn import RankPool
+from pretrain.model import assemble
 from pretrain.model.experts import Experts
+from pretrain.training.run import Run
+from pretrain.training.verify import loss_curve
 from tests.pretrain.serving import twin
 
 # megatron-core warns about its own calls between its modules.
@@ -15,6 +21,9 @@ pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning")
     for message in ("MLP requires ffn_hidden_size", "Warning. tp_group is None")
 ] + [pytest.mark.usefixtures("one_rank")]
+
+
+MakeRun = Callable[..., Run]
 
 
 def losses_and_gradients(model: Any) -> list[Tensor]:
@@ -53,3 +62,31 @@ def test_hooked_experts_are_called_one_by_one() -> None:
     losses_and_gradients(model)
 
     assert called == [expert.linear_fc1 for expert in experts.local_experts]
+
+
+def first_norm(run: Run, *, marked: bool = True) -> float:
+    """Return the gradient norm of the first step, with or without our mark on the experts."""
+    mark = assemble.mark_expert_parameters
+    if not marked:
+        assemble.mark_expert_parameters = lambda chunk, layout: None
+    try:
+        return loss_curve(run, num_steps=1).gradient_norms[0]
+    finally:
+        assemble.mark_expert_parameters = mark
+
+
+@pytest.fixture(scope="module")
+def norm_of_one_rank(tiny_run: MakeRun, one_rank: object) -> float:
+    return first_norm(tiny_run())
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"etp": 2}], ids=str)
+def test_gradients_are_summed_where_experts_are_spread_unlike_dense_layers(
+    sizes: dict[str, int], norm_of_one_rank: float, tiny_run: MakeRun, two_ranks: RankPool
+) -> None:
+    run = tiny_run(Layout(num_ranks=2, **sizes))
+    assert two_ranks.run(first_norm, run) == pytest.approx([norm_of_one_rank] * 2, rel=1e-5)
+
+    unmarked, _ = two_ranks.run(first_norm, run, marked=False)
+    # If this fails, megatron has mended it: mark_expert_parameters may go.
+    assert unmarked != pytest.approx(norm_of_one_rank, rel=1e-3)
