@@ -7,12 +7,21 @@ linear in S; its extra columns are zeros and are cut off. Time on two CPU cores,
 against the fall-back, forward and backward: 23 to 27 ms for heads of 48 and 32 (8 x 8 heads, 256
 tokens), 65 to 60 ms for 192 and 128 (2 x 8 heads, 512 tokens).
 
-B batch, S sequence, N heads, H head size of q and k, W head size of v.
+Where a rank holds only a part of the sequence (parallel/context.py), its queries stand at other
+positions than the first keys, and torch's fused attention knows no such mask. Here tiles of rows
+attend one after the other, each to the keys it can see, with a mask that is a window on one small
+buffer: memory stays linear in S.
+
+B batch, S sequence (of queries), K sequence of keys, N heads, H head size of q and k, W head size
+of v.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+TILE_TOKENS = 256
+"""Queries that share one mask; their surplus is at most so many keys a query."""
 
 
 def causal_attention(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSW: Tensor, *, scale: float) -> Tensor:
@@ -32,17 +41,70 @@ def causal_attention(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSW: Tensor, *, scale: f
 
     Source: transformers 5.23 AXK1Attention; the padding is our choice, docs/decisions/0006.
     """
-    head_size, value_size = q_BNSH.shape[-1], v_BNSW.shape[-1]
+    v_BNSH = _padded(v_BNSW, head_size=q_BNSH.shape[-1])
+    out_BNSH = F.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, is_causal=True, scale=scale)
+    return out_BNSH[..., : v_BNSW.shape[-1]]
+
+
+def causal_attention_from(
+    q_BNSH: Tensor, k_BNKH: Tensor, v_BNKW: Tensor, *, first: int, scale: float
+) -> Tensor:
+    """Return the attention of queries that stand later in the sequence than its first key.
+
+    Args:
+        q_BNSH: `[B, N, S, H]` fp32 or bf16, at positions first to first + S - 1.
+        k_BNKH: `[B, N, K, H]`, at positions 0 to K - 1; those after the queries are not read.
+        v_BNKW: `[B, N, K, W]` with W <= H.
+        first: position of the first query, 0 <= first <= K - S.
+        scale: factor on the scores; A.X K1: 192 ** -0.5.
+
+    Returns:
+        `[B, N, S, W]`.
+
+    Raises:
+        ValueError: if W > H, or if the keys end before the queries.
+
+    Source: docs/decisions/0014.
+    """
+    num_queries, num_keys = q_BNSH.shape[-2], k_BNKH.shape[-2]
+    if not 0 <= first <= num_keys - num_queries:
+        raise ValueError(
+            f"{num_queries} queries from position {first} and {num_keys} keys given; 0 to"
+            f" {num_keys - num_queries} is allowed for the first position"
+        )
+    if first == 0:
+        k_BNSH, v_BNSW = k_BNKH[..., :num_queries, :], v_BNKW[..., :num_queries, :]
+        return causal_attention(q_BNSH, k_BNSH, v_BNSW, scale=scale)
+    v_BNKH = _padded(v_BNKW, head_size=q_BNSH.shape[-1])
+    bias_TK = _bias(q_BNSH, num_rows=min(num_queries, TILE_TOKENS), num_keys=first + num_queries)
+    tiles_BNTH: list[Tensor] = []
+    for row in range(0, num_queries, TILE_TOKENS):
+        q_BNTH = q_BNSH[..., row : row + TILE_TOKENS, :]
+        num_seen = first + row + q_BNTH.shape[-2]
+        k, v = k_BNKH[..., :num_seen, :], v_BNKH[..., :num_seen, :]
+        bias = bias_TK[-q_BNTH.shape[-2] :, -num_seen:]
+        tiles_BNTH.append(F.scaled_dot_product_attention(q_BNTH, k, v, bias, scale=scale))
+    return torch.cat(tiles_BNTH, dim=-2)[..., : v_BNKW.shape[-1]]
+
+
+def _bias(like: Tensor, *, num_rows: int, num_keys: int) -> Tensor:
+    """Return `[T, K]`, 0 or minus infinity, in which the last row sees every key.
+
+    Its bottom right corner is the same for fewer rows and keys: all tiles share one buffer.
+    """
+    bias_TK = torch.full((num_rows, num_keys), float("-inf"), dtype=like.dtype, device=like.device)
+    return bias_TK.triu_(num_keys - num_rows + 1)
+
+
+def _padded(v_BNSW: Tensor, *, head_size: int) -> Tensor:
+    """Return values with zeros up to the head size of the queries."""
+    value_size = v_BNSW.shape[-1]
     if value_size > head_size:
         raise ValueError(
             f"value heads of {value_size} given, at most the query head size {head_size} is"
             " allowed: lower model.v_head_size or raise model.qk_nope_head_size"
         )
-    if value_size == head_size:
-        return F.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSW, is_causal=True, scale=scale)
-    v_BNSH = F.pad(v_BNSW, (0, head_size - value_size))
-    out_BNSH = F.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, is_causal=True, scale=scale)
-    return out_BNSH[..., :value_size]
+    return F.pad(v_BNSW, (0, head_size - value_size)) if value_size < head_size else v_BNSW
 
 
 def causal_attention_reference(
@@ -54,3 +116,14 @@ def causal_attention_reference(
     future_SS = torch.ones(sequence, sequence, dtype=torch.bool, device=q_BNSH.device).triu(1)
     weights_BNSS = scores_BNSS.masked_fill(future_SS, float("-inf")).softmax(-1).to(v_BNSW.dtype)
     return weights_BNSS @ v_BNSW
+
+
+def causal_attention_from_reference(
+    q_BNSH: Tensor, k_BNKH: Tensor, v_BNKW: Tensor, *, first: int, scale: float
+) -> Tensor:
+    """Return the same as `causal_attention_from`, scores written out and the softmax in fp32."""
+    num_queries, num_keys = q_BNSH.shape[-2], k_BNKH.shape[-2]
+    scores_BNSK = (q_BNSH @ k_BNKH.transpose(-1, -2)).float() * scale
+    future_SK = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BNSH.device)
+    scores_BNSK = scores_BNSK.masked_fill(future_SK.triu(first + 1), float("-inf"))
+    return scores_BNSK.softmax(-1).to(v_BNKW.dtype) @ v_BNKW

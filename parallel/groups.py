@@ -146,6 +146,11 @@ def tensor_rank() -> int:
     return int(parallel_state.get_tensor_model_parallel_rank())
 
 
+def context_group() -> Any:
+    """Return the group of the ranks that share this rank's sequences."""
+    return parallel_state.get_context_parallel_group()
+
+
 def data_context_group() -> Any:
     """Return the group over which gradients and losses are summed (data x context)."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)

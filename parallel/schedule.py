@@ -6,17 +6,21 @@ megatron-core's schedules do it: no pipeline, 1F1B, or interleaved. This file on
 our micro-batches
 is and how its loss is counted: as a sum over tokens, divided once by all tokens of the global batch
 (`calculate_per_token_loss`), so that the number of micro-batches and replicas never changes the
-loss.
+loss. It is also where context ranks take their part of each sequence; whoever makes micro-batches
+makes whole ones.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+
+from parallel.context import cut
+from parallel.groups import context_group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +38,8 @@ class MicroBatch:
 
 
 ReadLoss = Callable[[MicroBatch, Tensor], Tensor]
-"""(micro-batch, per-token loss `[B, S]`) -> what the caller wants to keep of it, a small tensor."""
+"""(micro-batch, per-token loss `[B, S]`) -> what the caller wants to keep of it, a small tensor.
+With context ranks both hold this rank's tokens only."""
 
 
 def forward_backward(
@@ -51,10 +56,10 @@ def forward_backward(
 
     Args:
         chunks: the model chunks of this rank (vp of them), in order.
-        batches: one iterator over this rank's micro-batches for each chunk.
+        batches: one iterator over this replica's micro-batches, sequences whole, for each chunk.
         num_microbatches: micro-batches of this replica in the batch.
         micro_batch_size: sequences in each.
-        sequence_length: tokens in each sequence.
+        sequence_length: tokens in each whole sequence.
         read_loss: what to keep of each micro-batch's token losses.
         forward_only: True for validation: no gradients.
 
@@ -79,10 +84,7 @@ def forward_backward(
 def _forward_step(
     batches: Iterator[MicroBatch], chunk: torch.nn.Module, *, read_loss: ReadLoss
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-    batch = next(batches)
-    position_ids = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(
-        batch.tokens
-    )
+    batch, position_ids = _own_tokens(next(batches))
     output = chunk(batch.tokens, position_ids, None, labels=batch.labels, loss_mask=batch.loss_mask)
 
     def sum_loss(token_loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -91,3 +93,20 @@ def _forward_step(
         return total, num_tokens, {"kept": read_loss(batch, token_loss.detach())}
 
     return output, sum_loss
+
+
+def _own_tokens(whole: MicroBatch) -> tuple[MicroBatch, Tensor]:
+    """Return this context rank's part of a micro-batch, and the positions of its tokens."""
+    positions = torch.arange(whole.tokens.shape[1], device=whole.tokens.device)
+    rank, num_ranks = context_group().rank(), context_group().size()
+    tokens, labels, loss_mask, position_ids = (
+        cut(tensor, rank=rank, num_ranks=num_ranks)
+        for tensor in (
+            whole.tokens,
+            whole.labels,
+            whole.loss_mask,
+            positions.expand_as(whole.tokens),
+        )
+    )
+    own = replace(whole, tokens=tokens, labels=labels, loss_mask=loss_mask)
+    return own, position_ids

@@ -21,6 +21,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from parallel import groups
+from parallel.context import put_right_megatron
 from parallel.device import Device
 from parallel.layout import Layout
 from pretrain.model.attention import CoreAttention
@@ -93,6 +94,7 @@ def build_chunk(
 
     Reads the current process groups, so they must be started.
     """
+    put_right_megatron()
     decoder: Any = get_gpt_decoder_block_spec(
         config, device.uses_transformer_engine, normalization="RMSNorm", vp_stage=stage.vp_stage
     )

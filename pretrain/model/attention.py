@@ -4,7 +4,8 @@ megatron's local DotProductAttention does not take MLA's head sizes (`k_channels
 asserts against context parallelism. The projections, the latents, the rotary embedding and the
 tensor-parallel cuts stay megatron's MLASelfAttention.
 
-S sequence, B batch, N local heads, H query and key head, W value head.
+S sequence (this rank's tokens of it), K all keys of the sequence, B batch, N local heads, H query
+and key head, W value head.
 """
 
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.attention import causal_attention
+from kernels.attention import causal_attention, causal_attention_from
+from parallel import groups
+from parallel.context import chunk_starts, gather_sequence
 
 
 class CoreAttention(torch.nn.Module):
@@ -22,23 +25,15 @@ class CoreAttention(torch.nn.Module):
     """
 
     def __init__(self, config: Any, softmax_scale: float, **_megatron: object) -> None:
-        """Keep the scale; everything else megatron passes is not needed here.
+        """Keep the scale and the context ranks; the rest of what megatron passes is not needed.
 
         Args:
             config: megatron's transformer config.
             softmax_scale: factor on the scores, YaRN's mscale included.
             _megatron: layer number, mask type and the like.
-
-        Raises:
-            ValueError: with context parallelism, which needs Transformer Engine.
         """
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                f"layout.cp={config.context_parallel_size} given, but without Transformer Engine"
-                f" only layout.cp=1 is"
-                " allowed: the K/V exchange between context ranks is not built for the CPU yet"
-            )
+        self.num_context_ranks = int(config.context_parallel_size)
         self.scale = softmax_scale
 
     def forward(
@@ -60,8 +55,28 @@ class CoreAttention(torch.nn.Module):
 
         Returns:
             `[S, B, N * W]`.
+
+        Collective over the context axis, forward and backward, if it has several ranks.
         """
         assert attention_mask is None, "the mask is causal by construction"
-        q_BNSH, k_BNSH, v_BNSW = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out_BNSW = causal_attention(q_BNSH, k_BNSH, v_BNSW, scale=self.scale)
+        if self.num_context_ranks > 1:
+            out_BNSW = self._over_context_ranks(query, key, value)
+        else:
+            q_BNSH, k_BNSH, v_BNSW = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+            out_BNSW = causal_attention(q_BNSH, k_BNSH, v_BNSW, scale=self.scale)
         return out_BNSW.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _over_context_ranks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return `[B, N, S, W]`: each of this rank's two chunks against the keys before its end."""
+        group = groups.context_group()
+        own_SBNF = torch.cat([key, value], dim=-1)  # one exchange for both
+        k_KBNH, v_KBNW = gather_sequence(own_SBNF, group=group).split(
+            [key.shape[-1], value.shape[-1]], dim=-1
+        )
+        k_BNKH, v_BNKW = k_KBNH.permute(1, 2, 0, 3), v_KBNW.permute(1, 2, 0, 3)
+        starts = chunk_starts(len(k_KBNH), rank=group.rank(), num_ranks=group.size())
+        outs_BNSW = [
+            causal_attention_from(q_BNSH, k_BNKH, v_BNKW, first=first, scale=self.scale)
+            for q_BNSH, first in zip(query.permute(1, 2, 0, 3).chunk(2, dim=2), starts, strict=True)
+        ]
+        return torch.cat(outs_BNSW, dim=2)

@@ -99,11 +99,6 @@ class Scoring:
             raise ValueError(f"input={self.input} given, but there is no such file")
         if self.output.exists():
             raise ValueError(f"output={self.output} exists: choose another name or remove it")
-        if self.layout.cp > 1:
-            raise ValueError(
-                f"layout.cp={self.layout.cp} given, only layout.cp=1 is allowed here: scores are"
-                " put together from whole sequences"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -83,10 +83,12 @@ def run_scoring(scoring: Scoring, trained: TrainedModel, folder: Path, from_hub:
             max_tokens=spec.max_context_tokens,
             data_ranks=layout.dp,
         )
-        if ids.shape[1] % layout.tp:
+        parts = layout.tp * (2 * layout.cp if layout.cp > 1 else 1)
+        if ids.shape[1] % parts:
             raise ValueError(
-                f"{scoring.input}: sequences of {ids.shape[1]} tokens given, a multiple of"
-                f" layout.tp={layout.tp} is allowed: tensor ranks divide a sequence"
+                f"{scoring.input}: sequences of {ids.shape[1]} tokens given, a multiple of {parts}"
+                f" is allowed: layout.tp={layout.tp} tensor ranks and layout.cp={layout.cp} context"
+                " ranks, each with two chunks, divide a sequence"
             )
         chunks = build_for_reading(
             trained, layout=layout, device=device, precision=Precision(kind="fp32")

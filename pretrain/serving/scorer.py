@@ -4,7 +4,7 @@ The model runs on any layout through the schedule that trains it; what each rank
 put together on rank 0. The numbers are for comparison with another implementation, so everything
 that only training adds is off: MTP, auxiliary losses, the optimizer.
 
-B batch, S sequence, V vocabulary, k experts per token.
+B batch, S sequence, V vocabulary, k experts per token, R context ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parallel import groups
+from parallel.context import join
 from parallel.device import Device
 from parallel.layout import Layout
 from parallel.schedule import MicroBatch, forward_backward
@@ -60,10 +61,11 @@ class _Share:
     """What one rank saw."""
 
     data_rank: int
+    context_rank: int
     tensor_rank: int
-    logits: list[NDArray[np.float32]]  # [1, S, V / tp] by micro-batch; last stage only
-    token_loss: list[NDArray[np.float32]]
-    routing: dict[int, list[tuple[NDArray[np.int32], NDArray[np.float32]]]]  # [S / tp, k] each
+    logits: list[NDArray[np.float32]]  # [1, S / R, V / tp] by micro-batch; last stage only
+    token_loss: list[NDArray[np.float32]]  # [1, S / R]
+    routing: dict[int, list[tuple[NDArray[np.int32], NDArray[np.float32]]]]  # [S / R tp, k] each
     squares: dict[str, float]
 
 
@@ -179,6 +181,7 @@ def score(
     seen.remove()
     share = _Share(
         data_rank=groups.data_rank(),
+        context_rank=groups.context_group().rank(),
         tensor_rank=groups.tensor_rank(),
         logits=seen.logits,
         token_loss=[loss.cpu().numpy() for loss in token_loss],
@@ -277,28 +280,28 @@ def _gradient_squares(chunks: Sequence[Any], trained: TrainedModel) -> dict[str,
 
 def _merge(shares: Sequence[_Share], *, num_counted: int) -> Scores:
     """Return the whole from what the ranks saw."""
-    ordered = sorted(shares, key=lambda share: (share.data_rank, share.tensor_rank))
-    last = [share for share in ordered if share.logits]
-    by_data: dict[int, list[_Share]] = {}
-    for share in last:
-        by_data.setdefault(share.data_rank, []).append(share)
+    stages = [share for share in shares if share.logits]
     logits = [
-        np.concatenate([share.logits[i] for share in tensor_ranks], axis=-1)
-        for tensor_ranks in by_data.values()
-        for i in range(len(tensor_ranks[0].logits))
+        _whole_sequence([np.concatenate([s.logits[i][0] for s in part], -1) for part in parts])
+        for parts in _by_place(stages)
+        for i in range(len(parts[0][0].logits))
     ]
-    token_loss = [loss for ranks in by_data.values() for loss in ranks[0].token_loss]
+    token_loss = [
+        _whole_sequence([part[0].token_loss[i][0] for part in parts])
+        for parts in _by_place(stages)
+        for i in range(len(parts[0][0].token_loss))
+    ]
     squares: dict[str, float] = {}
     for share in shares:
         for name, value in share.squares.items():
             squares[name] = squares.get(name, 0.0) + value
-    losses = np.concatenate(token_loss)
+    losses = np.stack(token_loss)
     routing = {
-        layer: _merge_layer([share for share in ordered if layer in share.routing], layer)
+        layer: _merge_layer([share for share in shares if layer in share.routing], layer)
         for layer in sorted({layer for share in shares for layer in share.routing})
     }
     return Scores(
-        logits=np.concatenate(logits),
+        logits=np.stack(logits),
         token_loss=losses,
         loss=float(losses.sum(dtype=np.float64) / num_counted) if num_counted else float("nan"),
         experts={layer: experts for layer, (experts, _) in routing.items()},
@@ -307,18 +310,28 @@ def _merge(shares: Sequence[_Share], *, num_counted: int) -> Scores:
     )
 
 
+def _by_place(shares: Sequence[_Share]) -> list[list[list[_Share]]]:
+    """Return shares by data rank, context rank and tensor rank, each in order."""
+    places: dict[int, dict[int, list[_Share]]] = {}
+    for share in sorted(shares, key=lambda one: (one.data_rank, one.context_rank, one.tensor_rank)):
+        places.setdefault(share.data_rank, {}).setdefault(share.context_rank, []).append(share)
+    return [list(parts.values()) for parts in places.values()]
+
+
+def _whole_sequence(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Return `[S, ...]` from what the context ranks hold of it, `[S / R, ...]` each."""
+    return join(torch.from_numpy(np.stack(parts))).numpy() if len(parts) > 1 else parts[0]
+
+
 def _merge_layer(
     shares: Sequence[_Share], layer: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Return a layer's routing `[B, S, k]`; tensor ranks hold a sequence's parts in order."""
-    by_data: dict[int, list[_Share]] = {}
-    for share in shares:
-        by_data.setdefault(share.data_rank, []).append(share)
-    sequences = [
-        [share.routing[layer][i] for share in ranks]
-        for ranks in by_data.values()
-        for i in range(len(ranks[0].routing[layer]))
-    ]
-    experts = [np.concatenate([experts for experts, _ in parts]) for parts in sequences]
-    weights = [np.concatenate([weights for _, weights in parts]) for parts in sequences]
+    """Return a layer's routing `[B, S, k]`; tensor ranks hold a part's tokens in order."""
+    experts: list[NDArray[np.int32]] = []
+    weights: list[NDArray[np.float32]] = []
+    for parts in _by_place(shares):
+        for i in range(len(parts[0][0].routing[layer])):
+            both = [[share.routing[layer][i] for share in part] for part in parts]
+            experts.append(_whole_sequence([np.concatenate([e for e, _ in part]) for part in both]))
+            weights.append(_whole_sequence([np.concatenate([w for _, w in part]) for part in both]))
     return np.stack(experts), np.stack(weights)

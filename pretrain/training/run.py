@@ -201,6 +201,12 @@ class Run:
                 f"layout.cp={layout.cp} and layout.tp={layout.tp} given; 2 * cp * tp must divide"
                 f" data.sequence_tokens={self.data.sequence_tokens}"
             )
+        rope = model.rope
+        if rope.scaling_factor > 1 and rope.original_context_tokens % (2 * layout.cp):
+            raise ValueError(
+                f"layout.cp={layout.cp} given; with YaRN 2 * cp must divide"
+                f" model.rope.original_context_tokens={rope.original_context_tokens}"
+            )
         if layout.pp > 1:
             stage_slots(
                 num_layers=model.num_layers,

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data.indexed.format import DataError
-from kernels.backend import has_transformer_engine
 from parallel.spawn import find_function, run_ranks
 from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
 from pretrain.checkpoint.resume import (
@@ -81,11 +80,6 @@ def check(run: Run, *, every_id: bool) -> bool:
         ValueError, DataError, CheckpointError: see `start`.
     """
     check_available(run.precision)
-    if run.layout.cp > 1 and not has_transformer_engine():
-        raise ValueError(
-            f"layout.cp={run.layout.cp} given, but without Transformer Engine only layout.cp=1 is"
-            " allowed: the exchange of keys and values is not built for the CPU yet"
-        )
     corpus = open_run_corpus(run)
     try:
         if every_id:

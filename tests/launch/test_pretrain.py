@@ -73,7 +73,7 @@ def refuse(
         ("precision=fp16", ["precision=fp16", "bf16, fp32, fp8_hybrid"]),
         ("precision=fp8_hybrid", ["precision.kind=fp8_hybrid", "Transformer Engine"]),
         ("layout.pp=3", ["layout.pp=3", "2 ranks"]),
-        ("layout.cp=2", ["layout.cp=2", "Transformer Engine"]),
+        ("layout.cp=3", ["layout.cp=3", "2 ranks"]),
         ("layout.num_ranks=3", ["layout.num_ranks", "layout.ep"]),
         ("model.num_routed_experts=7", ["model.num_expert_groups", "num_routed_experts=7"]),
         ("model.num_experts_per_token=2", ["model.num_experts_per_token=2", "transformers"]),

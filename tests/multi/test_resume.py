@@ -34,9 +34,10 @@ def assert_goes_on(resumed: Curve, whole: Curve, *, saved: int = SAVED) -> None:
     [
         (Layout(num_ranks=2, ep=2), False),
         (Layout(num_ranks=2, pp=2), False),
+        (Layout(num_ranks=2, cp=2), False),
         (Layout(num_ranks=2), True),
     ],
-    ids=["ep2", "pp2 with MTP", "dp2 in many buckets"],
+    ids=["ep2", "pp2 with MTP", "cp2", "dp2 in many buckets"],
 )
 def test_two_ranks_go_on_to_the_bit(
     layout: Layout, overlap: bool, variant: dict[str, bool], tiny_run: MakeRun, two_ranks: RankPool

@@ -52,7 +52,7 @@ def free_port() -> int:
 
 @pytest.mark.parametrize(
     "layout",
-    ["tp=2 etp=2", "tp=2 ep=2", "ep=2", "pp=2", "ep=2 pp=2"],
+    ["tp=2 etp=2", "tp=2 ep=2", "ep=2", "pp=2", "cp=2", "ep=2 pp=2", "cp=2 tp=2 ep=2"],
     ids=lambda layout: layout.replace(" ", "_"),
 )
 def test_scores_are_those_of_transformers(
@@ -60,7 +60,7 @@ def test_scores_are_those_of_transformers(
 ) -> None:
     output = tmp_path / "scores.npz"
     words = [f"layout.{word}" for word in layout.split()]
-    num_ranks = 4 if layout == "ep=2 pp=2" else 2
+    num_ranks = 4 if layout in ("ep=2 pp=2", "cp=2 tp=2 ep=2") else 2
     launcher = ["torch.distributed.run", f"--nproc-per-node={num_ranks}"]
     places = [f"checkpoint={hub}", f"input={hub.parent / 'batch.npz'}", f"output={output}"]
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from parallel.layout import Layout, LayoutError
+from pretrain.model.spec import Rope
 from pretrain.training.batch import Batch
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.run import (
@@ -55,6 +56,13 @@ MakeRun = Callable[..., Run]
             },
             ["layout.tp=4", "2 * cp * tp must divide data.sequence_tokens=36"],
         ),
+        (
+            {
+                "layout": Layout(num_ranks=2, cp=2),
+                "data": Data(corpus=Path("none"), sequence_tokens=62),
+            },
+            ["layout.cp=2", "2 * cp * tp must divide data.sequence_tokens=62"],
+        ),
         ({"layout": Layout(num_ranks=8, pp=8)}, ["layout.pp * layout.vp = 8", "4 layers"]),
         (
             {"layout": Layout(num_ranks=3), "batch": Batch(global_sequences=8, micro_sequences=1)},
@@ -71,6 +79,12 @@ def test_parts_that_do_not_fit_are_refused_by_key(
         replace(run, **changes)
     for words in said:
         assert words in str(refusal.value)
+
+
+def test_a_yarn_context_that_context_ranks_cannot_cut_is_refused_by_key(tiny_run: MakeRun) -> None:
+    run = tiny_run(spec={"rope": Rope(scaling_factor=2.0, original_context_tokens=50)})
+    with pytest.raises(ValueError, match=r"layout\.cp=2.*model\.rope\.original_context_tokens=50"):
+        replace(run, layout=Layout(num_ranks=2, cp=2))
 
 
 @pytest.mark.parametrize(
