@@ -7,7 +7,7 @@ groups of rank 777 of 1,536, and builds that rank's modules, in a process of its
 Nothing may be computed in such a world: every collective would leave its output as it was.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -40,17 +40,23 @@ def imagined_rank(rank: int, *, layout: Layout) -> Iterator[Device]:
         groups.leave_world()
 
 
-def find_group_differences(rank: int, *, layout: Layout) -> list[str]:
-    """Return where megatron's groups of an imagined `rank` are not those of the arithmetic.
+def find_group_differences(ranks: Iterable[int], *, layout: Layout) -> list[str]:
+    """Return where the groups that megatron makes for `ranks` are not those of the arithmetic.
 
-    Call it within `imagined_rank`.
+    One line each, which names rank and group. Each rank is imagined in turn.
+
+    Raises:
+        RuntimeError: if this process is a rank of a real world.
     """
-    made = groups.group_members()
-    expected = {
-        name: group(rank, name=name, layout=layout) for name in (*GROUP_AXES, EMBEDDING_GROUP)
-    }
-    return [
-        f"rank {rank}: megatron's {name} group is {made.get(name)}, by the layout it is {ranks}"
-        for name, ranks in expected.items()
-        if made.get(name) != ranks
-    ]
+    found: list[str] = []
+    for rank in ranks:
+        with imagined_rank(rank, layout=layout):
+            made = groups.group_members()
+        for name in (*GROUP_AXES, EMBEDDING_GROUP):
+            expected = group(rank, name=name, layout=layout)
+            if made[name] != expected:
+                found.append(
+                    f"rank {rank}: megatron's {name} group is {made[name]}, by the layout it is"
+                    f" {expected}"
+                )
+    return found

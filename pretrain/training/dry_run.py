@@ -8,7 +8,7 @@ Activations are not counted: they depend on recomputation and on where experts s
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -78,7 +78,7 @@ def examine(run: Run, options: DryRun) -> Finding:
     verdicts = tuple(judge(run, curriculum=_fitting(run, options)))
     faults = [
         *(fault for size in _widths(run) for fault in find_group_faults(size)),
-        *find_megatron_differences(layout, ranks=sampled),
+        *find_group_differences(sampled, layout=layout),
         *find_weight_faults(shares, spec=run.model, layout=layout),
         *find_stage_faults(verdicts),
     ]
@@ -121,19 +121,6 @@ def read_shares(spec: ModelSpec, *, layout: Layout) -> Iterator[Share]:
                     for box in boxes(chunks)
                 ),
             )
-
-
-def find_megatron_differences(layout: Layout, *, ranks: Sequence[int]) -> list[str]:
-    """Return where the groups that megatron-core makes for `ranks` are not the layout's.
-
-    Raises:
-        RuntimeError: if this process is a rank already.
-    """
-    found: list[str] = []
-    for rank in ranks:
-        with imagined_rank(rank, layout=layout):
-            found += find_group_differences(rank, layout=layout)
-    return found
 
 
 def _sample(layout: Layout, num_ranks: int) -> tuple[int, ...]:
