@@ -7,6 +7,7 @@ groups of rank 777 of 1,536, and builds that rank's modules, in a process of its
 Nothing may be computed in such a world: every collective would leave its output as it was.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -30,6 +31,7 @@ def imagined_rank(rank: int, *, layout: Layout) -> Iterator[Device]:
         raise RuntimeError("this process is a rank already: imagine ranks in one that is none")
     coordinates(rank, layout=layout)
     device = prepare()
+    excepthook = sys.excepthook  # torch puts the rank before each line, once more for each world
     torch.distributed.init_process_group(
         "fake", store=FakeStore(), rank=rank, world_size=layout.num_ranks
     )
@@ -38,6 +40,7 @@ def imagined_rank(rank: int, *, layout: Layout) -> Iterator[Device]:
         yield device
     finally:
         groups.leave_world()
+        sys.excepthook = excepthook
 
 
 def find_group_differences(ranks: Iterable[int], *, layout: Layout) -> list[str]:

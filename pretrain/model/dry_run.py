@@ -50,7 +50,8 @@ def chunks_on_meta(spec: ModelSpec, *, layout: Layout, device: Device) -> list[A
     """
     config = transformer_config(
         spec,
-        layout=layout,
+        # Context ranks hold the same weights, and the CPU's attention refuses to be one of several.
+        layout=dataclasses.replace(layout, cp=1),
         device=device,
         precision=Precision(kind="bf16"),
         load_balance=LoadBalance(),

@@ -7,7 +7,6 @@ for a checkpoint. Tied and replicated copies have the same name and no second ow
 
 import itertools
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from parallel.stages import LAYER, stage_slots
 from pretrain.model.count import count_parameters
 from pretrain.model.spec import ModelSpec
 
-_DECODER_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _SHOWN = 4
 
 
@@ -48,13 +46,9 @@ class Share:
     """Values of its modules' parameters, experts and tied copies included."""
     num_expert_parameters: int
     """Those whose gradients are summed over expert_dp instead of dp and cp."""
+    layers: tuple[int, ...]
+    """Decoder layers it has modules of, from 0, in their order."""
     shards: tuple[Shard, ...]
-
-    @property
-    def layers(self) -> list[int]:
-        """Decoder layers it has a part of, from 0, rising."""
-        found = (_DECODER_LAYER.match(shard.key) for shard in self.shards)
-        return sorted({int(match[1]) for match in found if match})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,10 +134,10 @@ def _rank_faults(share: Share, spec: ModelSpec, layout: Layout) -> list[str]:
             f" parameters, but would store {named:,}"
         )
     expected = layers_of_stage(share.place.pp, spec=spec, layout=layout)
-    if share.layers != expected:
+    if list(share.layers) != expected:
         faults.append(
-            f"rank {share.rank} ({share.place}): it holds decoder layers {share.layers}, its stage"
-            f" has {expected}"
+            f"rank {share.rank} ({share.place}): it holds decoder layers {list(share.layers)}, its"
+            f" stage has {expected}"
         )
     return faults
 

@@ -110,6 +110,9 @@ def read_shares(spec: ModelSpec, *, layout: Layout) -> Iterator[Share]:
                 place=coordinates(rank, layout=layout),
                 num_parameters=sum(weight.numel() for weight in parameters),
                 num_expert_parameters=sum(weight.numel() for weight in experts),
+                layers=tuple(
+                    layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers
+                ),
                 shards=tuple(
                     Shard(
                         key=box.key,
