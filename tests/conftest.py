@@ -1,8 +1,10 @@
 """What every test may rely on: an environment that is not the caller's, and stated skips."""
 
+import multiprocessing
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from data.corpus.prepare import PrepareConfig, prepare
 from data.corpus.sources import SourceConfig
 from parallel.layout import Layout
-from parallel.spawn import RankPool
+from parallel.spawn import RankPool, silence_expected_warnings
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.spec import ModelSpec
@@ -124,6 +126,14 @@ def two_ranks() -> Iterator[RankPool]:
     pool = RankPool(2)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def no_rank() -> Iterator[ProcessPoolExecutor]:
+    """Yield a process that is no rank, and so may imagine to be any (parallel/imagined.py)."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=silence_expected_warnings) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from launch.compose import build
+from launch.dry_run import OWN
 from pretrain.model.spec import ModelSpec
 from pretrain.training.run import Run
 
@@ -48,6 +49,14 @@ def test_every_cluster_is_the_full_model_in_fp8_on_its_ranks(cluster: str) -> No
     assert run.layout.num_ranks == int(cluster.rpartition("_")[2])
     assert run.model.num_layers == 61
     assert run.precision.kind == "fp8_hybrid"
+
+
+@pytest.mark.parametrize("overrides", [[], *([f"+cluster={name}"] for name in CLUSTERS)], ids=str)
+def test_a_dry_run_is_of_the_run_that_the_same_words_would_train(overrides: list[str]) -> None:
+    with initialize_config_dir(str(CONF), version_base=None):
+        cfg = compose("dry_run", overrides)
+    run = build(Run, {str(key): cfg[key] for key in cfg if key not in OWN})
+    assert run == composed(*overrides)
 
 
 def test_the_command_line_wins_over_a_cluster() -> None:

@@ -130,6 +130,8 @@ class Box:
     """Index of the first value in it."""
     size: tuple[int, ...]
     """Extent in it; the values' shape, for experts with 1 before it."""
+    whole: tuple[int, ...]
+    """Shape of the stored tensor."""
     values: torch.Tensor
     """Share memory with the parameter: writing here writes there."""
     is_owner: bool
@@ -162,6 +164,7 @@ def boxes(chunks: Sequence[Any], *, of_gradients: bool = False) -> Iterator[Box]
                 key=sharded.key,
                 start=tuple(sharded.global_offset),
                 size=(1,) * sharded.prepend_axis_num + tuple(sharded.local_shape),
+                whole=tuple(sharded.global_shape),
                 values=values.detach(),
                 is_owner=is_main_replica(sharded.replica_id),
             )

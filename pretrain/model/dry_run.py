@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from parallel import groups
+from parallel.device import Device
 from parallel.layout import Layout
 from pretrain.model.assemble import build_chunks
 from pretrain.model.load_balance import LoadBalance
@@ -32,9 +33,25 @@ def build_on_meta(spec: ModelSpec, *, layout: Layout) -> dict[str, int]:
     """
     device = groups.join_world()
     groups.start_groups(layout)
+    counts: dict[str, int] = {}
+    for chunk in chunks_on_meta(spec, layout=layout, device=device):
+        for name, parameter in chunk.named_parameters():
+            counts[_global_name(name, chunk)] = parameter.numel()
+    return counts
+
+
+def chunks_on_meta(spec: ModelSpec, *, layout: Layout, device: Device) -> list[Any]:
+    """Return this rank's model chunks in bf16, shapes without storage.
+
+    Args:
+        spec: the model's sizes.
+        layout: the one whose groups are started.
+        device: decides between Transformer Engine's modules and local ones.
+    """
     config = transformer_config(
         spec,
-        layout=layout,
+        # Context ranks hold the same weights, and the CPU's attention refuses to be one of several.
+        layout=dataclasses.replace(layout, cp=1),
         device=device,
         precision=Precision(kind="bf16"),
         load_balance=LoadBalance(),
@@ -45,12 +62,10 @@ def build_on_meta(spec: ModelSpec, *, layout: Layout) -> dict[str, int]:
         chunks = build_chunks(
             spec, config=config, device=device, layout=layout, max_tokens=spec.max_context_tokens
         )
-    counts: dict[str, int] = {}
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             assert parameter.is_meta, f"{name} takes memory"
-            counts[_global_name(name, chunk)] = parameter.numel()
-    return counts
+    return list(chunks)
 
 
 def _global_name(name: str, chunk: Any) -> str:

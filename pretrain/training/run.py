@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from parallel.cluster import Cluster
 from parallel.layout import Layout
 from parallel.stages import stage_slots
 from pretrain.model.load_balance import LoadBalance
@@ -162,6 +163,8 @@ class Run:
     when_finished: Literal["stop", "start_again"] = "stop"
     """What a run does whose last token is trained on: stop does nothing, so that a requeued job
     ends; start_again moves the folder aside (name.1, name.2, ...) and trains anew."""
+    cluster: Cluster | None = None
+    """The machines it is meant for; null: whatever it is started on."""
 
     def __post_init__(self) -> None:
         if self.total_tokens < 1 or self.seed < 0 or self.mtp_loss_weight < 0:
@@ -183,6 +186,13 @@ class Run:
                 f"{self.model.max_context_tokens} is allowed"
             )
         self._check_layout()
+        if self.cluster is not None and self.cluster.num_ranks != self.layout.num_ranks:
+            raise ValueError(
+                f"layout.num_ranks={self.layout.num_ranks} given, but"
+                f" cluster.num_nodes={self.cluster.num_nodes} *"
+                f" cluster.gpus_per_node={self.cluster.gpus_per_node} ="
+                f" {self.cluster.num_ranks} is allowed: change one of the three"
+            )
 
     def _check_layout(self) -> None:
         layout, model = self.layout, self.model

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data.indexed.format import DataError
+from parallel.cluster import Cluster
 from parallel.spawn import find_function, run_ranks
 from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
 from pretrain.checkpoint.resume import (
@@ -41,8 +42,8 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
         environment: read for torchrun's WORLD_SIZE and RANK; None: the process's own.
 
     Raises:
-        ValueError: if the layout does not divide the ranks, or the machine cannot run the
-            configuration.
+        ValueError: if the run is meant for a cluster and was started elsewhere, the layout does
+            not divide the ranks, or the machine cannot run the configuration.
         DataError: if the corpus is missing, damaged, or not of its tokenizer.
         CheckpointError: if the run's checkpoints are damaged or of another model.
     """
@@ -52,6 +53,8 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
     if is_first:
         clear_exit(run.folder)
     try:
+        if run.cluster is not None:
+            claim_cluster(run.cluster, environment=environment)
         if under_torchrun:
             run = on_ranks(run, int(environment["WORLD_SIZE"]))
         done = check(run, every_id=is_first)
@@ -67,6 +70,33 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
     if under_torchrun:
         return int(find_function(RANK_MAIN)(run, config_yaml))
     return run_ranks(RANK_MAIN, (run, config_yaml), num_ranks=run.layout.num_ranks)
+
+
+def claim_cluster(cluster: Cluster, *, environment: Mapping[str, str]) -> None:
+    """Refuse any other ranks than the cluster's; set its variables where the user has set none.
+
+    It comes before torch is imported, which reads some of them once.
+
+    Args:
+        cluster: the one the run is meant for.
+        environment: read for torchrun's RANK and WORLD_SIZE.
+
+    Raises:
+        ValueError: names the ranks needed, those given, and the command that needs none.
+    """
+    under_torchrun = "RANK" in environment and "WORLD_SIZE" in environment
+    given = int(environment["WORLD_SIZE"]) if under_torchrun else 1
+    if given != cluster.num_ranks:
+        how = "by torchrun" if under_torchrun else "(this process; torchrun starts more)"
+        raise ValueError(
+            f"+cluster={cluster.name} needs {cluster.num_ranks} ranks (cluster.num_nodes="
+            f"{cluster.num_nodes} * cluster.gpus_per_node={cluster.gpus_per_node}), {given} given"
+            f" {how}. On the cluster: `torchrun --nnodes {cluster.num_nodes} --nproc-per-node"
+            f" {cluster.gpus_per_node} launch/pretrain.py +cluster={cluster.name}`. Anywhere, to"
+            f" check the layout without a GPU: `python launch/dry_run.py +cluster={cluster.name}`"
+        )
+    for name, value in cluster.environment.items():
+        os.environ.setdefault(name, value)
 
 
 def check(run: Run, *, every_id: bool) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from parallel import groups
+from parallel.coordinates import EMBEDDING_GROUP, GROUP_AXES, group
 from parallel.layout import Layout, LayoutError
 from parallel.spawn import RankPool
 
@@ -50,6 +51,16 @@ def test_ranks_know_their_places(two_ranks: RankPool) -> None:
     assert two_ranks.run(groups.is_first_stage) == [True, False]
     assert two_ranks.run(groups.is_last_stage) == [False, True]
     assert two_ranks.run(groups.last_stage_rank) == [1, 1]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_real_groups_are_those_of_the_arithmetic(layout: Layout, two_ranks: RankPool) -> None:
+    two_ranks.run(groups.start_groups, layout)
+    made = two_ranks.run(groups.group_members)
+    for rank, members in enumerate(made):
+        assert set(members) == {*GROUP_AXES, EMBEDDING_GROUP}
+        for name, ranks in members.items():
+            assert ranks == group(rank, name=name, layout=layout), (rank, name)
 
 
 @pytest.mark.usefixtures("groups_of_one_rank")
