@@ -27,25 +27,29 @@ log = logging.getLogger(__name__)
 
 
 def mark_expert_parameters(chunk: torch.nn.Module, layout: Layout) -> None:
-    """Mark the routed experts of `chunk` whose copies are not spread as those of dense layers are.
+    """Set two of megatron's marks on the routed experts of `chunk`, which 0.16.1 sets wrongly.
 
-    megatron-core 0.16.1 gives a parameter to the expert buffers, and so sums its gradient over the
-    expert-data ranks, if its `allreduce` is False, which it decides by ep > 1 alone
-    (tensor_parallel/layers.py:886 and :1209, extensions/transformer_engine.py:1551). With ep = 1
-    and tp != etp that is wrong without an error: with tp > etp the data ranks are too few and
-    tensor ranks keep different gradients, with etp > tp they hold different parts of an expert,
-    which are added up.
+    `allreduce` False sends a gradient to the expert buffers, where it is summed over the ranks that
+    hold the same part of an expert. megatron asks for ep > 1 alone (tensor_parallel/layers.py:886
+    and :1209, extensions/transformer_engine.py:1551). With ep = 1 and tp > etp tensor ranks then
+    keep gradients of their own, with etp > tp unlike parts of an expert are added up.
+
+    `tensor_model_parallel` True lets the gradient norm count a parameter on every tensor rank.
+    Transformer Engine's grouped experts lack it with ep > 1 and tp > 1, where each tensor rank
+    holds other experts or another shard of them: the norm would be too small.
 
     Args:
         chunk: one of this rank's model chunks, not wrapped.
         layout: how the ranks divide it.
+
+    Source: Megatron-LM #1628, #5916; docs/decisions/0013.
     """
-    if layout.etp == layout.tp:
-        return  # the two kinds of data ranks are the same, or ep > 1 has set the mark
     for layer in chunk.modules():
         if isinstance(layer, MoELayer):
             for parameter in layer.experts.parameters():  # type: ignore[union-attr]  built by now
-                parameter.allreduce = False  # type: ignore[attr-defined]  megatron's mark
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  megatron's
+                if layout.ep > 1 or layout.etp != layout.tp:
+                    parameter.allreduce = False  # type: ignore[attr-defined]  megatron's
 
 
 class Experts(SequentialMLP):

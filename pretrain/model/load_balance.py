@@ -22,8 +22,9 @@ class LoadBalance:
     """
 
     kind: Literal["sequence_aux", "global_aux", "bias"] = "sequence_aux"
-    """sequence_aux: loss over each sequence; global_aux: loss over the global batch; bias: a bias
-    on the scores that only chooses experts, moved against the load after each step."""
+    """sequence_aux: loss over each sequence; global_aux: loss over the global batch, which costs a
+    forward pass more in each step; bias: a bias on the scores that only chooses experts, moved
+    against the load after each step."""
     aux_loss_coefficient: float = 1e-4
     """Weight of the auxiliary loss; with `bias`, of a sequence-level loss beside it (0: none)."""
     bias_update_rate: float = 0.0

@@ -40,19 +40,18 @@ class ScaledAuxLossRouter(TopKRouter):
     is_counting = False
     """Whether forward passes only count what the global batch chooses."""
 
-    def routing(
-        self, logits: Tensor, padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return weights and choices `[T, E]`; while counting, count the choices besides."""
         if self.is_counting:
             chosen_TE, _ = self._choices_and_scores(logits)
-            self.global_tokens_per_expert += chosen_TE.sum(0)
+            counts_E: Any = self.global_tokens_per_expert
+            counts_E += chosen_TE.sum(0)
         return super().routing(logits, padding_mask)
 
     def _choices_and_scores(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the loss is about: the K best experts of all, before groups and bias."""
         return compute_routing_scores_for_aux_loss(
-            logits.view(-1, self.config.num_moe_experts),
+            logits.flatten(0, -2),
             self.topk,
             self.score_function,
             fused=self.config.moe_router_fusion,
@@ -72,14 +71,15 @@ class ScaledAuxLossRouter(TopKRouter):
         coefficient = self.get_aux_loss_coeff("global_aux_loss")
         if coefficient == 0:
             return probs
-        counts_E = self.global_tokens_per_expert  # uncounted: 0 / 0, which no step survives
+        # uncounted it would be 0 / 0, which no step survives
+        counts_E: Any = self.global_tokens_per_expert
         num_tokens = routing_map.shape[0] * self.tp_cp_group.size()
         loss = switch_load_balancing_loss_func(
             probs=scores_for_aux_loss,
             tokens_per_expert=counts_E * (num_tokens * self.topk / counts_E.sum()),
             total_num_tokens=num_tokens,
             topk=self.topk,
-            num_experts=self.config.num_moe_experts,
+            num_experts=routing_map.shape[1],
             moe_aux_loss_coeff=coefficient,
             fused=self.config.moe_router_fusion,
         )

@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
+from parallel.device import prepare
 from parallel.layout import Layout
 from parallel.spawn import RankPool
 from pretrain.model import assemble
@@ -51,6 +52,21 @@ def test_losses_and_gradients_are_those_of_megatrons_experts(
         torch.testing.assert_close(given, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
+def test_the_norm_counts_routed_experts_on_every_tensor_rank() -> None:
+    # Transformer Engine's experts have no such mark of their own (Megatron-LM #5916).
+    spec, layout = twin.tiny_spec(), Layout()
+    (chunk,) = assemble.build_chunks(
+        spec,
+        config=twin.build_ours(spec).config,
+        device=prepare(),
+        layout=layout,
+        max_tokens=32,
+    )
+    marked = {n for n, p in chunk.named_parameters() if getattr(p, "tensor_model_parallel", False)}
+    assert marked == {name for name, _ in chunk.named_parameters() if ".local_experts." in name}
+    assert marked
+
+
 def test_hooked_experts_are_called_one_by_one() -> None:
     # megatron's overlapped gathering of weights waits in such a hook
     model = twin.build_ours(twin.tiny_spec())
@@ -64,20 +80,20 @@ def test_hooked_experts_are_called_one_by_one() -> None:
     assert called == [expert.linear_fc1 for expert in experts.local_experts]
 
 
-def first_norm(run: Run, *, marked: bool = True) -> float:
-    """Return the gradient norm of the first step, with or without our mark on the experts."""
+def norm_after_two_steps(run: Run, *, marked: bool = True) -> float:
+    """Return the gradient norm of the third step, with or without our marks on the experts."""
     mark = assemble.mark_expert_parameters
     if not marked:
         assemble.mark_expert_parameters = lambda chunk, layout: None
     try:
-        return loss_curve(run, num_steps=1).gradient_norms[0]
+        return loss_curve(run, num_steps=3).gradient_norms[-1]
     finally:
         assemble.mark_expert_parameters = mark
 
 
 @pytest.fixture(scope="module")
 def norm_of_one_rank(tiny_run: MakeRun, one_rank: object) -> float:
-    return first_norm(tiny_run())
+    return norm_after_two_steps(tiny_run())
 
 
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"etp": 2}], ids=str)
@@ -85,8 +101,9 @@ def test_gradients_are_summed_where_experts_are_spread_unlike_dense_layers(
     sizes: dict[str, int], norm_of_one_rank: float, tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:
     run = tiny_run(Layout(num_ranks=2, **sizes))
-    assert two_ranks.run(first_norm, run) == pytest.approx([norm_of_one_rank] * 2, rel=1e-5)
+    norms = two_ranks.run(norm_after_two_steps, run)
+    assert norms == pytest.approx([norm_of_one_rank] * 2, rel=1e-5)
 
-    unmarked, _ = two_ranks.run(first_norm, run, marked=False)
-    # If this fails, megatron has mended it: mark_expert_parameters may go.
+    unmarked, _ = two_ranks.run(norm_after_two_steps, run, marked=False)
+    # If this fails, megatron has mended it: the mark may go. Measured 2e-2 and 7e-2.
     assert unmarked != pytest.approx(norm_of_one_rank, rel=1e-3)

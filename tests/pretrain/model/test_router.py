@@ -5,6 +5,7 @@ A coefficient of 10 makes its gradient a visible part of the norm; the usual one
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -114,7 +115,8 @@ def routed(run: Run) -> tuple[list[list[Tensor]], float, Tensor]:
         num_moe_layers=len(routers),
         device=trainer.device,
     )
-    return seen, aux_loss, routers[-1].weight.main_grad.double().clone()
+    weight: Any = routers[-1].weight
+    return seen, aux_loss, weight.main_grad.double().clone()
 
 
 def closed_form(tokens_TD: Tensor, weight_ED: Tensor) -> Tensor:
