@@ -99,6 +99,33 @@ def test_experts_that_ep_does_not_divide_are_refused(refuse: Callable[..., str])
     assert "model.num_routed_experts=8" in message
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [0, 1], ids=["by itself", "under torchrun"])
+def test_off_the_cluster_a_clusters_run_ends_at_once_and_names_the_dry_run(
+    num_ranks: int, tmp_path: Path
+) -> None:
+    words = ["+cluster=h200_1536", f"output_root={tmp_path}", "name=t"]
+    file = str(ROOT / "launch" / "pretrain.py")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    done = subprocess.run(
+        [sys.executable, *(torchrun if num_ranks else []), file, *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd="/",
+    )
+    # torchrun turns every failure into 1; the trainer's own code stands in exit.json
+    assert done.returncode == (1 if num_ranks else 2)
+    assert json.loads((tmp_path / "t" / "exit.json").read_text(encoding="utf-8"))["code"] == 2
+    for words_said in (
+        "error: +cluster=h200_1536 needs 1536 ranks",
+        "1 given",
+        "torchrun --nnodes 192 --nproc-per-node 8",
+        "`python launch/dry_run.py +cluster=h200_1536`",
+    ):
+        assert words_said in done.stderr
+
+
 @pytest.fixture
 def own_corpus(tiny_corpus: Path, tmp_path: Path) -> Path:
     """Return a copy of the corpus that a test may damage."""

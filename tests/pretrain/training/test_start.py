@@ -1,0 +1,60 @@
+"""A run that is meant for a cluster: refused elsewhere, with the cluster's variables on it."""
+
+import os
+from dataclasses import replace
+
+import pytest
+
+from parallel.cluster import Cluster
+from pretrain.training.start import claim_cluster
+
+CLUSTER = Cluster(
+    name="small",
+    num_nodes=2,
+    gpus_per_node=4,
+    gpu_memory_bytes=1,
+    environment={"AXK1_TEST_FIRST": "1", "AXK1_TEST_SECOND": "2"},
+)
+
+
+@pytest.mark.parametrize(
+    ("environment", "given"),
+    [
+        ({}, "1 given (this process; torchrun starts more)"),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "4 given by torchrun"),
+    ],
+)
+def test_other_ranks_than_the_clusters_are_refused_with_what_to_run_instead(
+    environment: dict[str, str], given: str
+) -> None:
+    with pytest.raises(ValueError, match="needs 8 ranks") as refusal:
+        claim_cluster(CLUSTER, environment=environment)
+    said = str(refusal.value)
+    for words in (
+        "+cluster=small needs 8 ranks (cluster.num_nodes=2 * cluster.gpus_per_node=4)",
+        given,
+        "`torchrun --nnodes 2 --nproc-per-node 4 launch/pretrain.py +cluster=small`",
+        "`python launch/dry_run.py +cluster=small`",
+    ):
+        assert words in said
+
+
+def test_on_the_cluster_its_variables_are_set_and_the_users_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AXK1_TEST_FIRST", "mine")
+    monkeypatch.setenv("AXK1_TEST_SECOND", "")  # so that it is put back
+    monkeypatch.delenv("AXK1_TEST_SECOND")
+    claim_cluster(CLUSTER, environment={"RANK": "3", "WORLD_SIZE": "8"})
+    assert (os.environ["AXK1_TEST_FIRST"], os.environ["AXK1_TEST_SECOND"]) == ("mine", "2")
+
+
+@pytest.mark.parametrize("key", ["num_nodes", "gpus_per_node", "gpu_memory_bytes"])
+def test_a_cluster_of_nothing_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"cluster\.{key}=0 given, at least 1 is allowed"):
+        replace(CLUSTER, **{key: 0})
+
+
+def test_a_cluster_that_never_has_a_node_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cluster\.other_num_nodes=0 given"):
+        replace(CLUSTER, other_num_nodes=(4, 0))
