@@ -95,11 +95,31 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none here"))
 
 
+def _program(draw: random.Random) -> str:
+    """Return some functions of no meaning."""
+    names = ["rank", "tokens", "weight", "expert", "layer", "scale", "window", "offset"]
+    lines: list[str] = []
+    for _ in range(12):
+        first, second = draw.sample(names, 2)
+        lines += [
+            f"def {draw.choice(['count', 'find', 'merge'])}_{first}({first}, {second}=None):",
+            f'    """Return {first} {draw.choice(["of", "beside", "without"])} {second}."""',
+            f"    for {second}_idx in range({draw.randrange(2, 64)}):",
+            f"        {first} = {first} {draw.choice('+-*')} {draw.randrange(1000)}",
+            f"    return {first} if {second} is None else {second}",
+            "",
+        ]
+    return "\n".join(lines)
+
+
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a prepared corpus of two domains: our own sources, and sentences drawn from a seed."""
+    """Return a prepared corpus of two domains, sentences and programs, drawn from a seed.
+
+    Nothing of it is our own text: an edit of the code must not move a loss curve.
+    """
     texts = tmp_path_factory.mktemp("texts")
-    draw = random.Random(0)
+    draw = random.Random(2)
     for number in range(120):
         sentences = [
             f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.randrange(1000)} "
@@ -107,11 +127,13 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for _ in range(40)
         ]
         (texts / f"{number:03d}.txt").write_text(" ".join(sentences), encoding="utf-8")
+    code = tmp_path_factory.mktemp("code")
+    for number in range(120):
+        (code / f"{number:03d}.py").write_text(_program(draw), encoding="utf-8")
     sources = {
-        name: SourceConfig(kind="text_folder", path=str(ROOT / name), glob="**/*.py", domain="code")
-        for name in ("kernels", "data", "parallel", "pretrain")
+        "sentences": SourceConfig(kind="text_folder", path=str(texts)),
+        "code": SourceConfig(kind="text_folder", path=str(code), glob="**/*.py", domain="code"),
     }
-    sources["sentences"] = SourceConfig(kind="text_folder", path=str(texts))
     folder = tmp_path_factory.mktemp("corpus")
     config = PrepareConfig(
         output=str(folder), sources=sources, vocab_size=512, validation_fraction=0.2
