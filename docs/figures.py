@@ -88,10 +88,29 @@ def bench_export_table(record: Mapping[str, Any]) -> str:
     return markdown_table(rows)
 
 
+def verify_table(record: Mapping[str, Any]) -> str:
+    """Return the layouts that were verified: how many, and the worst of each difference."""
+    rows = [("pipeline ranks", "layouts", "same as one rank", "loss", "norm", "gradient", "weight")]
+    verdicts: Sequence[Mapping[str, Any]] = record["verdicts"]
+    for stages in sorted({_stages(v) for v in verdicts}):
+        mine = [v for v in verdicts if _stages(v) == stages]
+        ran = [v for v in mine if v["verdict"] == "ok"]
+        worst = [
+            f"{max(v[key] for v in ran):.1e}" for key in ("loss", "norm", "gradient", "weight")
+        ]
+        rows.append((str(stages), str(len(mine)), str(len(ran)), *worst))
+    return markdown_table(rows)
+
+
+def _stages(verdict: Mapping[str, Any]) -> int:
+    return next(int(word[2:]) for word in verdict["layout"].split() if word.startswith("pp"))
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "bench_step": bench_step_table,
     "bench_export": bench_export_table,
+    "verify_4": verify_table,
 }
 
 

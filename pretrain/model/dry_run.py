@@ -50,8 +50,7 @@ def chunks_on_meta(spec: ModelSpec, *, layout: Layout, device: Device) -> list[A
     """
     config = transformer_config(
         spec,
-        # Context ranks hold the same weights, and the CPU's attention refuses to be one of several.
-        layout=dataclasses.replace(layout, cp=1),
+        layout=layout,
         device=device,
         precision=Precision(kind="bf16"),
         load_balance=LoadBalance(),

@@ -1,15 +1,13 @@
 """What does a finished run tell: how good, how fast, where things are, what to try next?"""
 
-import importlib.metadata
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from pretrain.monitor.plots import plot_run
+from pretrain.monitor.provenance import provenance
 from pretrain.monitor.records import read_metrics
 from pretrain.monitor.summary import RunSummary, TextScore
 from pretrain.monitor.throughput import Throughput
@@ -68,29 +66,12 @@ def summarise(
 def write_summary(summary: RunSummary, folder: Path) -> None:
     """Write the figures as `summary.json`, with the command and commit that made them."""
     record = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": _commit(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "megatron-core")},
+        **provenance(),
         **asdict(summary),
     }
     writing = folder / ".summary.json"
     writing.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(writing, folder / "summary.json")
-
-
-def _commit() -> str:
-    """Return the commit of this code, with `+` after it if files differ; `unknown` without git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        )
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
 def draw_curves(run: Run, corpus: Corpus) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from parallel.layout import Layout, LayoutError
 from parallel.spawn import RankError, RankPool
+from pretrain.monitor.provenance import provenance
 from pretrain.training.probe import (
     Deviation,
     Measured,
@@ -229,8 +230,13 @@ def row(verdict: Verdict) -> str:
     )
 
 
-def print_matrix(asked: Verification) -> int:
-    """Run and print every layout; return the exit code, 1 if one differs or failed."""
+def print_matrix(asked: Verification, *, reference: str) -> int:
+    """Run and print every layout; return the exit code, 1 if one differs or failed.
+
+    Args:
+        asked: which layouts.
+        reference: what was found of the single rank, for the JSON.
+    """
     started = time.monotonic()
     print(HEADER)
 
@@ -248,8 +254,15 @@ def print_matrix(asked: Verification) -> int:
     )
     count = {kind: sum(v.verdict == kind for v in verdicts) for kind in KINDS}
     numbers = ", ".join(f"{number} {kind}" for kind, number in count.items())
-    print(f"{numbers} of {len(verdicts)} layouts in {time.monotonic() - started:.0f} s")
+    elapsed_s = time.monotonic() - started
+    print(f"{numbers} of {len(verdicts)} layouts in {elapsed_s:.0f} s")
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps([asdict(v) for v in verdicts], indent=1) + "\n")
+        record = provenance() | {
+            "ranks": asked.ranks,
+            "reference": reference,
+            "elapsed_s": sum(v.seconds for v in verdicts),
+            "verdicts": [asdict(v) for v in verdicts],
+        }
+        asked.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return int(count["differs"] + count["failed"] > 0)
