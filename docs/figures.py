@@ -110,7 +110,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "bench_step": bench_step_table,
     "bench_export": bench_export_table,
-    "verify_4": verify_table,
+    "verify_2": verify_table,
 }
 
 

@@ -1,6 +1,6 @@
 """Does the matrix of layouts tell right from wrong?
 
-Every factorisation of two ranks runs here; `python launch/verify.py ranks=8` runs the 146 of eight.
+Every axis runs here with two ranks; `python launch/verify.py ranks=8` runs the 146 of eight.
 """
 
 from dataclasses import replace
@@ -44,8 +44,12 @@ def test_eight_ranks_have_146_factorisations() -> None:
     assert [len(factorisations(number)) for number in (1, 2, 4, 8)] == [1, 10, 46, 146]
 
 
-@pytest.mark.parametrize("sizes", factorisations(2), ids=lambda s: " ".join(map(str, s.values())))
-def test_every_layout_of_two_ranks_is_the_model_of_one(
+# One axis at a time; the rest of the ten is the command's to run.
+EACH_AXIS = [s for s in factorisations(2) if sorted(s.values()) == [1, 1, 1, 1, 2, 2]]
+
+
+@pytest.mark.parametrize("sizes", EACH_AXIS, ids=lambda s: " ".join(map(str, s.values())))
+def test_a_layout_of_two_ranks_is_the_model_of_one(
     sizes: dict[str, int],
     asked: Verification,
     reference: tuple[Measured, Path],
