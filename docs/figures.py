@@ -90,7 +90,9 @@ def bench_export_table(record: Mapping[str, Any]) -> str:
 
 def verify_table(record: Mapping[str, Any]) -> str:
     """Return the layouts that were verified: how many, and the worst of each difference."""
-    rows = [("pipeline ranks", "layouts", "same as one rank", "loss", "norm", "gradient", "weight")]
+    rows: list[tuple[str, ...]] = [
+        ("pipeline ranks", "layouts", "same as one rank", "loss", "norm", "gradient", "weight")
+    ]
     verdicts: Sequence[Mapping[str, Any]] = record["verdicts"]
     for stages in sorted({_stages(v) for v in verdicts}):
         mine = [v for v in verdicts if _stages(v) == stages]
