@@ -1,7 +1,7 @@
 # `make` lists the targets. Every target that needs Python makes .venv first, once.
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint serve-check bench figures clean distclean
+.PHONY: help install run test test-slow lint serve-check bench figures clean distclean
 
 VENV := .venv/bin/python
 STAMP := .venv/.installed
@@ -30,7 +30,10 @@ run: $(STAMP) ## train a small model on two local CPU ranks, the defaults of con
 	@$(VENV) launch/generate.py checkpoint=$(RUN_FOLDER) prompt='"def main("' max_new_tokens=80
 
 test: $(STAMP) ## run the tests
-	$(VENV) -m pytest tests $(ARGS)
+	$(VENV) -m pytest tests -m "not slow" $(ARGS)
+
+test-slow: $(STAMP) ## run the tests that take longer: more layouts of four ranks, larger worlds
+	$(VENV) -m pytest tests -m slow $(ARGS)
 
 lint: $(STAMP) ## ruff, pyright, and no file above 500 kB
 	$(VENV) -m ruff check .

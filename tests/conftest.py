@@ -151,6 +151,14 @@ def two_ranks() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankPool]:
+    """Yield four local gloo ranks, as `two_ranks`."""
+    pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
 def no_rank() -> Iterator[ProcessPoolExecutor]:
     """Yield a process that is no rank, and so may imagine to be any (parallel/imagined.py)."""
     spawn = multiprocessing.get_context("spawn")

@@ -5,7 +5,7 @@ YaRN's rotary positions, MTP, a sequence-level loss whose coefficient is large e
 the gradient, the router bias.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -36,13 +36,6 @@ def context_run(tiny_run: MakeRun) -> Run:
 @pytest.fixture(scope="module")
 def reference(context_run: Run, one_rank: object) -> Curve:
     return loss_curve(context_run, num_steps=NUM_STEPS)
-
-
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[RankPool]:
-    pool = RankPool(4)
-    yield pool
-    pool.close()
 
 
 def relative_difference(given: Sequence[float], expected: Sequence[float]) -> float:

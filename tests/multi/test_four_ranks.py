@@ -3,7 +3,7 @@
 The oracle is the single rank. MTP, a strong auxiliary loss and the router bias are on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -20,13 +20,6 @@ LOSS_TOLERANCE = 2e-6
 NORM_TOLERANCE = 1e-5
 NUM_STEPS = 3
 BALANCE = LoadBalance(kind="bias", bias_update_rate=1e-3, aux_loss_coefficient=0.01)
-
-
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[RankPool]:
-    pool = RankPool(4)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")
