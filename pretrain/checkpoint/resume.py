@@ -26,12 +26,9 @@ _IDENTITY = (
     "precision",
     "load_balance.kind",
     "data.sequence_tokens",
-    "batch",
-    *(f"layout.{axis}" for axis in ("num_ranks", "tp", "cp", "pp", "vp", "ep", "etp")),
-    "optimizer.overlap",
-    "optimizer.bucket_parameters",
+    *(f"batch.{key}" for key in ("global_sequences", "ramp_from_sequences", "ramp_tokens")),
 )
-"""Keys whose values a run must share with the checkpoint it goes on from."""
+"""Keys whose values a run must share with the checkpoint it goes on from. The layout may differ."""
 
 
 _EXTENDED = ("init_std", "max_context_tokens", "rope")
@@ -87,7 +84,7 @@ def open_checkpoint(path: Path) -> tuple[Path, Manifest]:
 def check_same_run(
     manifest: Manifest, *, folder: Path, config: Mapping[str, Any], tokenizer_digest: str
 ) -> None:
-    """Refuse another model, tokenizer, data order or optimizer layout than the checkpoint's.
+    """Refuse another model, tokenizer or data order than the checkpoint's.
 
     Args:
         manifest: the checkpoint's.
@@ -156,14 +153,9 @@ def _check_key(key: str, saved: Any, given: Any, folder: Path) -> None:
         for name in sorted({*saved, *given}):
             _check_key(f"{key}.{name}", saved.get(name), given.get(name), folder)
     elif saved != given:
-        why = (
-            "the optimizer state of this version can be read on the same layout only"
-            if key.startswith(("layout", "optimizer"))
-            else "going on would continue another model or other data"
-        )
         raise CheckpointError(
-            f"{folder} has {key}={saved}, {key}={given} given; {why}: set {key}={saved}, or"
-            f" choose another name"
+            f"{folder} has {key}={saved}, {key}={given} given; going on would continue another"
+            f" model or other data: set {key}={saved}, or choose another name"
         )
 
 

@@ -2,20 +2,15 @@
 
 megatron's dist_checkpointing says which part of which tensor each rank owns; torch's distributed
 checkpoint writes them, in this process: megatron's own writer starts processes that import the
-launch script again, 4 to 13 s for a toy. Keys are the same with and without Transformer Engine,
-which fuses norms into the linear layers after them.
-
-The optimizer is stored in megatron's `dp_reshardable` form. `fully_reshardable` is silently wrong
-in 0.16.1 when the distributed optimizer has more than one bucket (it only warns that it
-"can lead to data corruption"), so that warning is an error here.
+launch script again, 4 to 13 s for a toy. The optimizer's state goes with them, parameter by
+parameter (optimizer_state.py), so that every layout reads what any other wrote.
 """
 
 import importlib.metadata
-import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +18,19 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save as save_in_process
 
-from parallel.groups import data_context_group
 from parallel.seeds import random_state, restore_random_state
+from pretrain.checkpoint.boxes import model_state, unwrap
 from pretrain.checkpoint.manifest import (
     CheckpointError,
     FileRecord,
@@ -47,134 +41,49 @@ from pretrain.checkpoint.manifest import (
     sync_folder,
     write_manifest,
 )
+from pretrain.checkpoint.optimizer_state import (
+    StoredState,
+    load_state,
+    num_updates,
+    state_to_store,
+)
 
-_FORMAT = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
 _VERSIONED = ("torch", "megatron-core", "numpy")
-_FUSED_NORMS = {
-    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
-    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-"""Transformer Engine's name of a norm -> the key it is stored under, the name without it."""
 
 
-class _NoCorruption(logging.Filter):
-    """Turns megatron's warning about corrupt optimizer state into the error it is."""
+class _Planner(MCoreSavePlanner):
+    """megatron's planner, which also finds the values of a StoredState."""
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        if "data corruption" in record.getMessage():
-            raise CheckpointError(f"megatron-core reports: {record.getMessage()}")
-        return True
-
-
-logging.getLogger("megatron.core.optimizer.distrib_optimizer").addFilter(_NoCorruption())
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = self.state_dict[index.fqn]
+        if isinstance(found, StoredState):
+            return found.values_at(index)
+        return super().lookup_object(index)
 
 
 class _WriteInProcess(SaveShardedStrategy):
-    """Writes a sharded state in this process, each file synced to disk."""
+    """Writes a sharded state in this process, and `beside` with it, each file synced to disk."""
+
+    def __init__(self, beside: Mapping[str, StoredState]) -> None:
+        super().__init__("torch_dist", 1)
+        self._beside = beside
 
     @property
     def can_handle_sharded_objects(self) -> bool:
         """Objects (random states) are written beside tensors."""
         return True
 
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
     def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, keep_only_main_replica=True
         )
         save_in_process(
-            mcore_to_pyt_state_dict(state, False),
+            {**mcore_to_pyt_state_dict(state, False), **self._beside},
             storage_writer=FileSystemWriter(
                 checkpoint_dir, single_file_per_rank=True, sync_files=True
             ),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            planner=_Planner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
-
-
-def _unwrap(chunk: Any) -> MegatronModule:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
-
-
-def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
-    """Return the sharded state of this rank's model chunks, wrapped or not."""
-    states = [_unwrap(chunk).sharded_state_dict(metadata=_metadata()) for chunk in chunks]
-    for sharded in nested_values(states):
-        sharded.key = stored_key(sharded.key)
-    return (
-        {"model": states[0]}
-        if len(chunks) == 1
-        else {f"model{i}": state for i, state in enumerate(states)}
-    )
-
-
-def stored_key(key: str) -> str:
-    """Return the key under which megatron's tensor `key` is stored, whichever spec built it."""
-    for fused, plain in _FUSED_NORMS.items():
-        if key.endswith(fused):
-            return key.removesuffix(fused) + plain
-    return key
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Box:
-    """A part of a stored tensor and the values of a rank that belong there."""
-
-    key: str
-    """Of the stored tensor."""
-    start: tuple[int, ...]
-    """Index of the first value in it."""
-    size: tuple[int, ...]
-    """Extent in it; the values' shape, for experts with 1 before it."""
-    whole: tuple[int, ...]
-    """Shape of the stored tensor."""
-    values: torch.Tensor
-    """Share memory with the parameter: writing here writes there."""
-    is_owner: bool
-    """Whether this rank, of all that hold the box, is the one that stores it."""
-
-
-def boxes(chunks: Sequence[Any], *, of_gradients: bool = False) -> Iterator[Box]:
-    """Yield the parameters and router biases of this rank as parts of stored tensors.
-
-    Args:
-        chunks: this rank's model chunks, wrapped or not.
-        of_gradients: yield the gradients in the chunks' buffers (`main_grad`) instead; good until
-            the next box is asked for.
-
-    Collective: every rank calls it.
-    """
-    parameters = [p for chunk in chunks for p in chunk.parameters()] if of_gradients else []
-    kept = [p.data for p in parameters]
-    try:
-        for parameter in parameters:
-            parameter.data = parameter.main_grad.to(parameter.dtype)
-        state = model_state(chunks)
-        apply_factories(state)
-        for sharded in nested_values(state):
-            is_tensor = isinstance(sharded, ShardedTensor)
-            if not is_tensor or (of_gradients and sharded.key.endswith("expert_bias")):
-                continue  # a router bias has no gradient
-            values: Any = sharded.data
-            yield Box(
-                key=sharded.key,
-                start=tuple(sharded.global_offset),
-                size=(1,) * sharded.prepend_axis_num + tuple(sharded.local_shape),
-                whole=tuple(sharded.global_shape),
-                values=values.detach(),
-                is_owner=is_main_replica(sharded.replica_id),
-            )
-    finally:
-        for parameter, data in zip(parameters, kept, strict=True):
-            parameter.data = data
-
-
-def _metadata() -> dict[str, Any]:
-    return {**_FORMAT, "dp_cp_group": data_context_group()}
 
 
 def _random_state() -> ShardedObject:
@@ -208,16 +117,14 @@ def save_checkpoint(
 
     _on_first_rank(begin, path=final)
     _gather_weights(chunks)
-    model = model_state(chunks)
     state = {
-        **model,
-        "optimizer": optimizer.sharded_state_dict(model, metadata=_metadata()),
+        **model_state(chunks),
+        "optimizer": {"updates": num_updates(optimizer)},
         "random_state": _random_state(),
     }
+    writer = _WriteInProcess(state_to_store(chunks, optimizer))
     try:
-        dist_checkpointing.save(
-            state, str(writing), sharded_strategy=_WriteInProcess(), content_metadata=dict(_FORMAT)
-        )
+        dist_checkpointing.save(state, str(writing), sharded_strategy=writer)
     except CheckpointException as error:  # raised on every rank if writing failed on one
         raise CheckpointError(f"{final} could not be written: {_reason(error)}") from error
     files = _digest_own_files(writing)
@@ -283,15 +190,19 @@ def _digest_own_files(folder: Path) -> dict[str, FileRecord]:
     return {name: record for share in shares for name, record in share.items()}
 
 
-def load_checkpoint(folder: Path, *, chunks: Sequence[Any], optimizer: Any) -> None:
+def load_checkpoint(
+    folder: Path, *, chunks: Sequence[Any], optimizer: Any, same_ranks: bool
+) -> None:
     """Put a checkpoint's weights, optimizer state and random state in place.
 
-    The folder must have been verified (resume.find_newest) and be of the same layout.
+    The folder must have been verified (resume.find_newest); any layout may have written it.
 
     Args:
         folder: a whole checkpoint.
         chunks: this rank's wrapped model chunks.
         optimizer: megatron's optimizer over them.
+        same_ranks: whether the layout is the one that wrote it; else random states, one for each
+            rank, stay as the run's seed made them.
 
     Raises:
         CheckpointError: if a tensor is missing or has another shape.
@@ -299,16 +210,16 @@ def load_checkpoint(folder: Path, *, chunks: Sequence[Any], optimizer: Any) -> N
     Collective: every rank calls it.
     """
     with torch.no_grad():
-        model = model_state(chunks)
-        state = {
-            **model,
-            "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=_metadata()),
-            "random_state": _random_state(),
-        }
+        state = model_state(chunks)
+        _check_vocabulary(state, folder)
+        if same_ranks:
+            state["random_state"] = _random_state()
         loaded = _load(state, folder)
         _put_model(chunks, loaded)
-        optimizer.load_state_dict(loaded["optimizer"])
-    restore_random_state(loaded["random_state"])
+        updates = loaded["optimizer"]["updates"]
+        load_state(folder, chunks=chunks, optimizer=optimizer, updates=updates)
+    if same_ranks:
+        restore_random_state(loaded["random_state"])
 
 
 def load_weights(folder: Path, *, chunks: Sequence[Any]) -> None:
@@ -358,7 +269,7 @@ def _load(state: dict[str, Any], folder: Path) -> Mapping[str, Any]:
 def _put_model(chunks: Sequence[Any], loaded: Mapping[str, Any], *, strict: bool = True) -> None:
     for idx, chunk in enumerate(chunks):
         key = "model" if len(chunks) == 1 else f"model{idx}"
-        keys = _unwrap(chunk).load_state_dict(loaded[key], strict=strict)
+        keys = unwrap(chunk).load_state_dict(loaded[key], strict=strict)
         lost = [name for name in (*keys.missing_keys, *keys.unexpected_keys) if _is_weight(name)]
         if lost:
             raise CheckpointError(f"these weights were not put in place: {', '.join(lost[:5])}")

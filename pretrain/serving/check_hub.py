@@ -26,7 +26,7 @@ from kernels.fp8_blocks import dequantise_blocks, quantise_blocks
 from parallel import groups
 from parallel.layout import Layout
 from parallel.spawn import RankPool
-from pretrain.checkpoint.sharded import Box, boxes
+from pretrain.checkpoint.boxes import Box, boxes
 from pretrain.checkpoint.stored import StoredTensors
 from pretrain.model.assemble import Stage, build_chunk
 from pretrain.model.precision import Precision

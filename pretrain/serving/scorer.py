@@ -23,7 +23,8 @@ from parallel.device import Device
 from parallel.layout import Layout
 from parallel.schedule import MicroBatch, forward_backward
 from parallel.seeds import seed_ranks
-from pretrain.checkpoint.sharded import boxes, load_weights
+from pretrain.checkpoint.boxes import boxes
+from pretrain.checkpoint.sharded import load_weights
 from pretrain.model.assemble import build_chunks
 from pretrain.model.precision import Precision
 from pretrain.model.router import ScaledAuxLossRouter

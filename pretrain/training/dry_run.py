@@ -15,7 +15,7 @@ from typing import Any
 from parallel.coordinates import GROUP_AXES, coordinates, distinct_ranks, find_group_faults
 from parallel.imagined import find_group_differences, imagined_rank
 from parallel.layout import Layout
-from pretrain.checkpoint.sharded import boxes
+from pretrain.checkpoint.boxes import boxes
 from pretrain.model.dry_run import chunks_on_meta
 from pretrain.model.shares import Shard, Share, Total, find_weight_faults, total_parameters
 from pretrain.model.spec import ModelSpec

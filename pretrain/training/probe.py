@@ -20,7 +20,7 @@ from parallel.layout import Layout
 from parallel.reduce import sum_over_all
 from parallel.schedule import MicroBatch, forward_backward
 from parallel.seeds import seed_ranks
-from pretrain.checkpoint.sharded import boxes
+from pretrain.checkpoint.boxes import boxes
 from pretrain.model.assemble import build_chunks
 from pretrain.model.expert_load import ExpertLoad
 from pretrain.model.extra_losses import forget_extra_losses, take_aux_loss, take_mtp_loss

@@ -178,12 +178,13 @@ class Trainer:
         self.optimizer.reload_model_params()  # fp32 masters, where weights are bf16
 
     def load(self, folder: Any, manifest: Manifest) -> None:
-        """Go on from a verified checkpoint; collective.
+        """Go on from a verified checkpoint of any layout; collective.
 
         Raises:
             CheckpointError: see load_checkpoint.
         """
-        load_checkpoint(folder, chunks=self.chunks, optimizer=self.optimizer)
+        same_ranks = manifest.config["layout"] == as_json(self.run)["layout"]
+        load_checkpoint(folder, chunks=self.chunks, optimizer=self.optimizer, same_ranks=same_ranks)
         set_coefficients(self.optimizer, self.run.optimizer)
         self.position = Position(step=manifest.step, sequences=manifest.sequences)
 

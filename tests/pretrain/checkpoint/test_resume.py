@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from parallel.layout import Layout
 from pretrain.checkpoint.manifest import (
     CheckpointError,
     Manifest,
@@ -173,8 +172,6 @@ def check(saved: Run, given: Run, *, tokenizer_digest: str = "a" * 64) -> None:
         ({"bias": True}, "load_balance.kind=sequence_aux"),
         ({"seed": 2}, "has seed=1, seed=2 given"),
         ({"batch": Batch(global_sequences=4, micro_sequences=1)}, "batch.global_sequences=8"),
-        ({"layout": Layout(num_ranks=2, ep=2)}, "layout.num_ranks=1"),
-        ({"overlap": True}, "optimizer.overlap=False"),
     ],
     ids=str,
 )

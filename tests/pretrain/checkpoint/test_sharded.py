@@ -168,23 +168,6 @@ def test_retention_keeps_the_newest(keep: int, left: list[int], tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{n:08d}" for n in left]
 
 
-def test_megatrons_word_of_corruption_is_an_error() -> None:
-    megatron = logging.getLogger("megatron.core.optimizer.distrib_optimizer")
-    with pytest.raises(CheckpointError, match="can lead to data corruption"):
-        megatron.warning("this can lead to data corruption")
-    megatron.debug("all is well")
-
-
-def test_the_format_that_corrupts_many_buckets_is_noticed(
-    tiny_run: MakeRun, one_rank: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If this fails, megatron has mended `fully_reshardable`; the optimizer may change layout."""
-    run = tiny_run(overlap=True)
-    monkeypatch.setitem(sharded._FORMAT, "distrib_optim_sharding_type", "fully_reshardable")
-    with pytest.raises(CheckpointError, match="data corruption"):
-        loss_curve(run, num_steps=1, save_after=1)
-
-
 def test_the_same_step_is_written_again_after_a_rewind(tiny_run: MakeRun, one_rank: object) -> None:
     policy = CheckpointPolicy(interval_steps=0, keep=1)
     run = tiny_run(checkpoints=policy)

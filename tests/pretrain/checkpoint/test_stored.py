@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from parallel.layout import Layout
 from parallel.spawn import RankPool
+from pretrain.checkpoint.boxes import boxes
 from pretrain.checkpoint.manifest import CheckpointError, digest_file, read_manifest, write_manifest
-from pretrain.checkpoint.sharded import boxes, load_weights
+from pretrain.checkpoint.sharded import load_weights
 from pretrain.checkpoint.stored import StoredTensors, WrittenChunk, finish_folder, write_chunks
 from pretrain.training.run import Run
 from pretrain.training.verify import make_trainer

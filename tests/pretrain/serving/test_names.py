@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from torch import Tensor
 
-from pretrain.checkpoint.sharded import boxes, model_state, stored_key
+from pretrain.checkpoint.boxes import boxes, model_state, stored_key
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.spec import ModelSpec
 from pretrain.serving.names import (
