@@ -38,6 +38,7 @@ MEGATRON = """
     pretrain/model/assemble.py pretrain/model/attention.py pretrain/model/dual_norm_layer.py
     pretrain/model/expert_load.py pretrain/model/experts.py pretrain/model/extra_losses.py
     pretrain/model/initialise.py pretrain/model/router.py pretrain/model/transformer_config.py
+    pretrain/checkpoint/boxes.py
     pretrain/checkpoint/sharded.py
     pretrain/training/optimizer.py pretrain/training/train_step.py
 """

@@ -203,8 +203,7 @@ def test_any_box_of_a_folder_of_odd_chunks_is_what_torch_reads(
     odd_folder: Path, weights: dict[str, Tensor]
 ) -> None:
     read = read_whole(odd_folder)
-    assert read.keys() == weights.keys()
-    assert all(torch.equal(read[key], weights[key]) for key in weights)
+    assert [k for k in read.keys() | weights if not torch.equal(read[k], weights[k])] == []
     assert_any_box_is_read(odd_folder)
 
 
