@@ -35,7 +35,16 @@ EXTRAS = {
     "data": ["pyarrow>=20", "zstandard>=0.23", "fsspec>=2025.3"],
     # What launch/export_hf.py and import_hf.py compare with; the trainer never imports it.
     "hf": ["transformers==5.23.0"],
-    "dev": ["pytest>=9,<10", "ruff==0.17.6", "pyright[nodejs]==1.1.414", "transformers==5.23.0"],
+    "dev": [
+        "pytest>=9,<10",
+        "hypothesis>=6.170,<7",
+        "ruff==0.17.6",
+        "pyright[nodejs]==1.1.414",
+        # Oracles: of the model, with what it needs to read FP8 folders, and of casts to FP8.
+        "transformers==5.23.0",
+        "accelerate>=1.15,<2",
+        "ml_dtypes>=0.6,<1",
+    ],
 }
 
 
