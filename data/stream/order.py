@@ -151,7 +151,8 @@ class Order:
         groups, group = np.unique(np.stack([bucket, epoch]), axis=1, return_inverse=True)
         by_group = np.argsort(group, kind="stable")
         ends = np.cumsum(np.bincount(group, minlength=groups.shape[1]))
-        for chosen, (b, e) in zip(np.split(by_group, ends[:-1]), groups.T.tolist(), strict=True):
+        occurring: list[tuple[int, int]] = groups.T.tolist()
+        for chosen, (b, e) in zip(np.split(by_group, ends[:-1]), occurring, strict=True):
             key = permutation_key("windows", self._seed, b, e)
             window[chosen] = permute(position[chosen], num_items=self.windows[b], key=key)
         return Addresses(bucket=bucket, window=window, epoch=epoch)
