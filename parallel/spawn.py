@@ -55,11 +55,16 @@ def _enter_rank(rank: int, num_ranks: int, store_path: str, threads: int) -> Non
     groups.join_world(store=store, rank=rank, num_ranks=num_ranks)
 
 
+def usable_cores() -> int:
+    """Return the cores that this process may use, at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def threads_per_rank(num_ranks: int) -> int:
     """Return the torch threads for each of `num_ranks` local ranks: cores / ranks, at least 1."""
-    return (
-        max(1, len(os.sched_getaffinity(0)) // num_ranks) if hasattr(os, "sched_getaffinity") else 1
-    )
+    return max(1, usable_cores() // num_ranks) if hasattr(os, "sched_getaffinity") else 1
 
 
 def silence_expected_warnings() -> None:
