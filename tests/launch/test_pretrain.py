@@ -177,6 +177,31 @@ def test_a_stopped_run_goes_on_finishes_generates_and_then_does_nothing(
     assert output.startswith("안녕, [def main(")
 
 
+def test_a_run_that_comes_near_its_time_limit_saves_ends_with_75_and_goes_on(
+    words: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs" / "t"
+    cluster = {"name": "one", "num_nodes": 1, "gpus_per_node": 1, "gpu_memory_bytes": 1}
+    links = {"node_link_bytes_per_s": 1, "network_bytes_per_s": 1}
+    times = {"time_limit_s": 4, "time_margin_s": 3}
+    limited = [
+        *(f"+cluster.{key}={value}" for key, value in (cluster | links | times).items()),
+        "layout=single",
+        f"total_tokens={40_000 * STEP_TOKENS}",
+    ]
+    code, output = finish(launch("pretrain.py", *words, *limited))
+    assert code == 75, output
+    assert "asked to stop (cluster.time_limit_s is near): saved step" in output
+    first = json.loads((folder / "exit.json").read_text(encoding="utf-8"))
+    assert first["code"] == 75
+    assert first["step"] > 0
+    code, output = finish(launch("pretrain.py", *words, *limited))
+    assert code == 75, output
+    assert f"going on from {folder / 'checkpoints'}" in output
+    second = json.loads((folder / "exit.json").read_text(encoding="utf-8"))
+    assert second["step"] > first["step"]
+
+
 def wait_for_step(process: subprocess.Popen[str], metrics: Path) -> None:
     """Wait until the run has written a step."""
     deadline = time.monotonic() + 120
