@@ -4,8 +4,8 @@
     python launch/dry_run.py +cluster=h200_1536 json=axk1.json      # the figures as JSON, too
     python launch/dry_run.py model=axk1_20m layout.pp=2 layout.ep=1 # any other run of pretrain.py
 
-Takes the words of launch/pretrain.py. Exit codes: 0 everything fits, 1 a mismatch (named), 2 wrong
-configuration.
+Takes the words of launch/pretrain.py. Exit codes: 0 everything fits, 1 a mismatch or a rank that is
+too heavy for its GPU (named), 2 wrong configuration.
 """
 
 import sys

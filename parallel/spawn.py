@@ -26,14 +26,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from parallel.stacks import collect_stacks, describe, write_stack_on_signal
+
 _SPAWN = multiprocessing.get_context("spawn")
 _GRACE_S = 60.0
 """How long the other ranks may take to end after one has failed: gloo notices a dead peer at
 once."""
+_NUM_FRAMES = 8
+"""Of each stack, in the message on ranks that hang."""
 
 
 class RankError(RuntimeError):
-    """A function failed in a rank; the message holds the rank's traceback."""
+    """A function failed or hung in a rank; the message holds its traceback or every stack.
+
+    The last line says what happened in one line.
+    """
 
 
 def _enter_rank(rank: int, num_ranks: int, store_path: str, threads: int) -> None:
@@ -55,11 +62,16 @@ def _enter_rank(rank: int, num_ranks: int, store_path: str, threads: int) -> Non
     groups.join_world(store=store, rank=rank, num_ranks=num_ranks)
 
 
+def usable_cores() -> int:
+    """Return the cores that this process may use, at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def threads_per_rank(num_ranks: int) -> int:
     """Return the torch threads for each of `num_ranks` local ranks: cores / ranks, at least 1."""
-    return (
-        max(1, len(os.sched_getaffinity(0)) // num_ranks) if hasattr(os, "sched_getaffinity") else 1
-    )
+    return max(1, usable_cores() // num_ranks) if hasattr(os, "sched_getaffinity") else 1
 
 
 def silence_expected_warnings() -> None:
@@ -179,6 +191,7 @@ def _pool_main(rank: int, num_ranks: int, store_path: str, threads: int, link: C
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C is the parent's to handle; it closes the links
+    write_stack_on_signal(Path(store_path).parent, rank=rank)
     _enter_rank(rank, num_ranks, store_path, threads)
     while True:
         try:
@@ -243,7 +256,8 @@ class RankPool:
             kwargs: the same for every rank.
 
         Raises:
-            RankError: if a rank raised, died, or did not answer in time; names the rank.
+            RankError: if a rank raised, died, or did not answer in time; names the rank, and shows
+                the stacks of all of them if one did not answer.
         """
         if not self._processes:
             self._start()
@@ -258,7 +272,7 @@ class RankPool:
                 ready = wait(waiting, max(0.0, deadline - time.monotonic()))
                 if not ready:
                     missing = [rank for rank in range(self.num_ranks) if rank not in results]
-                    raise RankError(f"ranks {missing} did not answer within {timeout_s:.0f} s")
+                    raise RankError(self._describe_hang(missing, timeout_s))
                 for link in ready:
                     rank = self._links.index(link)  # type: ignore[arg-type]  wait() returns what it was given
                     succeeded, value = self._links[rank].recv()
@@ -271,6 +285,23 @@ class RankPool:
                 raise
             raise RankError(f"a rank died: {error}") from error
         return [results[rank] for rank in range(self.num_ranks)]
+
+    def _describe_hang(self, missing: Sequence[int], timeout_s: float) -> str:
+        """Return the stacks of all ranks and, as the last line, where the missing ones stand."""
+        assert self._folder is not None, "ranks run in a folder"
+        stacks = collect_stacks(
+            Path(self._folder.name),
+            pids=[process.pid for process in self._processes],
+            entry=_pool_main.__name__,
+        )
+        places = [f"rank {rank} in {next(iter(stacks[rank]), 'no stack')}" for rank in missing]
+        answered = [rank for rank in range(self.num_ranks) if rank not in missing]
+        if answered:
+            places.append(f"ranks {answered} had answered")
+        return (
+            f"{describe(stacks, num_frames=_NUM_FRAMES)}\n"
+            f"ranks {list(missing)} did not answer within {timeout_s:.0f} s: {', '.join(places)}"
+        )
 
     def close(self) -> None:
         """End every rank."""

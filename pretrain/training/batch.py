@@ -93,6 +93,30 @@ class Batch:
                     " batch.ramp_from_sequences, batch.micro_sequences or the layout"
                 )
 
+    def check_interleaved(self, *, dp: int, pp: int) -> None:
+        """Refuse sizes whose micro-batches an interleaved pipeline cannot take in rounds of `pp`.
+
+        Args:
+            dp: replicas; they divide every size.
+            pp: pipeline ranks.
+
+        Raises:
+            ValueError: if pp does not divide the micro-batches of a replica.
+
+        Source: megatron-core 0.16.1, pipeline_parallel/schedules.py, which raises in the first
+            step; its group of micro-batches is pp where nothing else is set.
+        """
+        for size in self.sizes():
+            micro_batches = size // (dp * self.micro_sequences)
+            if micro_batches % pp:
+                raise ValueError(
+                    f"a batch of {size} sequences given: / (dp={dp} *"
+                    f" batch.micro_sequences={self.micro_sequences}) = {micro_batches}"
+                    f" micro-batches, but with layout.vp above 1 layout.pp={pp} must divide them:"
+                    " change batch.global_sequences, batch.ramp_from_sequences,"
+                    " batch.micro_sequences or layout.pp, or set layout.vp=1"
+                )
+
 
 def local_slots(size: int, *, micro_sequences: int, dp: int, data_rank: int) -> list[range]:
     """Return this replica's micro-batches of a batch, as ranges of slots in it.

@@ -8,7 +8,7 @@ Activations are not counted: they depend on recomputation and on where experts s
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from pretrain.checkpoint.boxes import boxes
 from pretrain.model.dry_run import chunks_on_meta
 from pretrain.model.shares import Shard, Share, Total, find_weight_faults, total_parameters
 from pretrain.model.spec import ModelSpec
-from pretrain.training.curriculum import DryRun, Verdict, find_stage_faults, judge
+from pretrain.training.curriculum import DryRun, Stage, Verdict, find_stage_faults, judge
 from pretrain.training.dry_run_table import as_text
 from pretrain.training.rank_bytes import RankBytes, rank_bytes
 from pretrain.training.run import Run
@@ -36,7 +36,8 @@ class Finding:
         memory: bytes of each of `shares`, in the same order.
         sampled: ranks whose groups megatron-core made.
         verdicts: on the stages of the curriculum.
-        faults: mismatches, one line each; empty if all is well.
+        left_out: stages of the curriculum that are longer than the model's context.
+        faults: mismatches, and ranks that are too heavy, one line each; empty if all is well.
     """
 
     layout: Layout
@@ -45,11 +46,12 @@ class Finding:
     memory: tuple[RankBytes, ...]
     sampled: tuple[int, ...]
     verdicts: tuple[Verdict, ...]
+    left_out: tuple[Stage, ...]
     faults: tuple[str, ...]
 
 
 def dry_run(run: Run, options: DryRun) -> tuple[int, str]:
-    """Return the exit code, 0 or 1 for a mismatch, and the text to show; write JSON if asked to.
+    """Return the exit code, 1 for any fault, and the text to show; write JSON if asked to.
 
     Raises:
         RuntimeError: if this process is a rank already.
@@ -65,30 +67,37 @@ def dry_run(run: Run, options: DryRun) -> tuple[int, str]:
         total=finding.total,
         sampled=finding.sampled,
         verdicts=finding.verdicts,
+        left_out=finding.left_out,
     )
     lines = [f"MISMATCH {fault}" for fault in finding.faults] or ["everything fits"]
     return int(bool(finding.faults)), "\n".join([text, "", *lines])
 
 
 def examine(run: Run, options: DryRun) -> Finding:
-    """Return what a run's ranks are and hold, and every mismatch."""
+    """Return what a run's ranks are and hold, and everything that is wrong with them."""
     layout = run.layout
     sampled = _sample(layout, options.sample_ranks)
     shares = tuple(read_shares(run.model, layout=layout))
-    verdicts = tuple(judge(run, curriculum=_fitting(run, options)))
+    memory = tuple(rank_bytes(share, layout=layout, precision=run.precision) for share in shares)
+    longest = run.model.max_context_tokens
+    left_out = tuple(stage for stage in options.curriculum if stage.sequence_tokens > longest)
+    fitting = [stage for stage in options.curriculum if stage not in left_out]
+    verdicts = tuple(judge(run, curriculum=fitting))
     faults = [
         *(fault for size in _widths(run) for fault in find_group_faults(size)),
         *find_group_differences(sampled, layout=layout),
         *find_weight_faults(shares, spec=run.model, layout=layout),
         *find_stage_faults(verdicts),
+        *_find_memory_faults(run, shares, memory),
     ]
     return Finding(
         layout=layout,
         shares=shares,
         total=total_parameters(shares),
-        memory=tuple(rank_bytes(share, layout=layout, precision=run.precision) for share in shares),
+        memory=memory,
         sampled=sampled,
         verdicts=verdicts,
+        left_out=left_out,
         faults=tuple(faults),
     )
 
@@ -141,9 +150,20 @@ def _widths(run: Run) -> list[Layout]:
     return [run.layout, *(replace(run.layout, num_ranks=nodes * gpus) for nodes in others)]
 
 
-def _fitting(run: Run, options: DryRun) -> list[Any]:
-    longest = run.model.max_context_tokens
-    return [stage for stage in options.curriculum if stage.sequence_tokens <= longest]
+def _find_memory_faults(
+    run: Run, shares: Sequence[Share], memory: Sequence[RankBytes]
+) -> list[str]:
+    """Return one line on the heaviest rank if it is too heavy before any activation."""
+    if run.cluster is None:
+        return []
+    share, size = max(zip(shares, memory, strict=True), key=lambda pair: pair[1].total)
+    if size.total <= run.cluster.gpu_memory_bytes:
+        return []
+    return [
+        f"rank {share.rank} holds {size.total:,} bytes without activations, but"
+        f" cluster.gpu_memory_bytes={run.cluster.gpu_memory_bytes:,}: raise layout.pp, layout.ep or"
+        " layout.tp"
+    ]
 
 
 def _as_json(finding: Finding) -> dict[str, Any]:
@@ -167,5 +187,6 @@ def _as_json(finding: Finding) -> dict[str, Any]:
         "sampled_ranks": list(finding.sampled),
         "ranks": ranks,
         "curriculum": [asdict(verdict) for verdict in finding.verdicts],
+        "left_out": [asdict(stage) for stage in finding.left_out],
         "faults": list(finding.faults),
     }

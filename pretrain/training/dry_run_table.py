@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from parallel.coordinates import GROUP_AXES, is_inside_nodes
 from pretrain.model.shares import Share, Total, slots_of_stage
-from pretrain.monitor.quantities import format_bytes
-from pretrain.training.curriculum import Verdict
+from pretrain.monitor.quantities import format_bytes, format_si
+from pretrain.training.curriculum import Stage, Verdict
 from pretrain.training.rank_bytes import RankBytes
 from pretrain.training.run import Run
 
@@ -24,6 +24,7 @@ def as_text(
     total: Total,
     sampled: Sequence[int],
     verdicts: Sequence[Verdict],
+    left_out: Sequence[Stage],
 ) -> str:
     """Return the whole text, no newline at the end.
 
@@ -34,6 +35,7 @@ def as_text(
         total: what they add up to.
         sampled: ranks whose groups megatron-core made.
         verdicts: on the curriculum.
+        left_out: stages that are longer than the model's context.
     """
     layout = run.layout
     blocks = [
@@ -50,6 +52,13 @@ def as_text(
     ]
     if verdicts:
         blocks += ["", _curriculum_table(verdicts)]
+    if left_out:
+        lengths = ", ".join(f"{stage.sequence_tokens:,}" for stage in left_out)
+        blocks += [
+            "",
+            f"curriculum, left out: stages of {lengths} tokens are longer than"
+            f" model.max_context_tokens={run.model.max_context_tokens}; raise it to check them",
+        ]
     return "\n".join(blocks)
 
 
@@ -57,12 +66,17 @@ def _node_lines(run: Run) -> list[str]:
     if run.cluster is None:
         return []
     gpus, layout = run.cluster.gpus_per_node, run.layout
+    limit = run.cluster.time_limit_s
+    hours = "none" if limit is None else f"{limit / 3600:g} h"
     used = [axis for axis in _SINGLE_AXES if getattr(layout, axis) > 1]
     inside = [a for a in used if is_inside_nodes(a, gpus_per_node=gpus, layout=layout)]
     across = [axis for axis in used if axis not in inside]
     return [
         f"nodes      {run.cluster.num_nodes} of {gpus} GPUs; inside a node:"
-        f" {' '.join(inside) or '-'}; across nodes: {' '.join(across) or '-'}"
+        f" {' '.join(inside) or '-'}; across nodes: {' '.join(across) or '-'}",
+        f"links      a GPU sends {format_si(run.cluster.node_link_bytes_per_s, unit='B/s')} inside"
+        f" its node, {format_si(run.cluster.network_bytes_per_s, unit='B/s')} across; time limit"
+        f" {hours}",
     ]
 
 

@@ -53,7 +53,10 @@ def validation_loss(
     """
     num_windows = stream.num_sequential(windows_per_domain)
     share = micro_sequences * layout.dp
-    per_rank = -(-num_windows // share) * micro_sequences
+    num_batches = -(-num_windows // share)
+    if layout.vp > 1:  # the interleaved schedule takes micro-batches in rounds of pp
+        num_batches = -(-num_batches // layout.pp) * layout.pp
+    per_rank = num_batches * micro_sequences
     first = min(data_rank() * per_rank, num_windows)
     num_counted = min(per_rank, num_windows - first)
     windows = stream.sequential(first, num_counted, per_domain=windows_per_domain)

@@ -5,6 +5,7 @@ ends with one of the codes of exit_file.py. Rank 0 writes what people read.
 """
 
 import logging
+import math
 import os
 import signal
 import sys
@@ -33,11 +34,19 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGINT; a second SIGINT stops the process at once."""
+    """Remembers SIGTERM, SIGINT and the end of its time; a second SIGINT stops the process at once.
 
-    def __init__(self) -> None:
-        """Take over the two signals."""
+    One rank's request is every rank's (trainer.fit), so their clocks need not agree.
+    """
+
+    def __init__(self, *, working_time_s: float) -> None:
+        """Take over the two signals.
+
+        Args:
+            working_time_s: from now on; after it the run is asked to stop. Infinite: never.
+        """
         self.received = ""
+        self._deadline = time.monotonic() + working_time_s
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self._remember)
 
@@ -47,7 +56,9 @@ class StopRequest:
         self.received = signal.Signals(signum).name
 
     def __call__(self) -> bool:
-        """Return whether a signal has arrived."""
+        """Return whether a signal has arrived or the time is over."""
+        if not self.received and time.monotonic() > self._deadline:
+            self.received = "cluster.time_limit_s is near"
         return bool(self.received)
 
 
@@ -60,7 +71,8 @@ def train(run: Run, config_yaml: str) -> int:
 
     Every rank of the run calls it.
     """
-    stop = StopRequest()
+    working_time_s = math.inf if run.cluster is None else run.cluster.working_time_s
+    stop = StopRequest(working_time_s=working_time_s)
     rank = int(os.environ.get("RANK", "0"))
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format=f"[rank {rank}] %(levelname)s %(message)s")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from parallel.cluster import Cluster
 from parallel.layout import Layout
-from parallel.stages import stage_slots
+from pretrain.model.cuts import check_cuts
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.spec import ModelSpec
@@ -195,35 +195,11 @@ class Run:
             )
 
     def _check_layout(self) -> None:
-        layout, model = self.layout, self.model
-        if model.num_routed_experts % layout.ep:
-            raise ValueError(
-                f"layout.ep={layout.ep} given; it must divide"
-                f" model.num_routed_experts={model.num_routed_experts}"
-            )
-        if model.num_heads % layout.tp or model.vocab_size % layout.tp:
-            raise ValueError(
-                f"layout.tp={layout.tp} given; it must divide model.num_heads={model.num_heads} and"
-                f" model.vocab_size={model.vocab_size}"
-            )
-        if self.data.sequence_tokens % (2 * layout.cp * layout.tp) and layout.cp * layout.tp > 1:
-            raise ValueError(
-                f"layout.cp={layout.cp} and layout.tp={layout.tp} given; 2 * cp * tp must divide"
-                f" data.sequence_tokens={self.data.sequence_tokens}"
-            )
-        rope = model.rope
-        if rope.scaling_factor > 1 and rope.original_context_tokens % (2 * layout.cp):
-            raise ValueError(
-                f"layout.cp={layout.cp} given; with YaRN 2 * cp must divide"
-                f" model.rope.original_context_tokens={rope.original_context_tokens}"
-            )
-        if layout.pp > 1:
-            stage_slots(
-                num_layers=model.num_layers,
-                num_mtp_layers=model.num_mtp_layers,
-                num_stages=layout.pp * layout.vp,
-            )
+        layout = self.layout
+        check_cuts(self.model, layout=layout, sequence_tokens=self.data.sequence_tokens)
         self.batch.check_divisible(layout.dp)
+        if layout.vp > 1:
+            self.batch.check_interleaved(dp=layout.dp, pp=layout.pp)
 
     @property
     def folder(self) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.indexed.format import DataError
 from parallel.cluster import Cluster
-from parallel.spawn import find_function, run_ranks
+from parallel.spawn import find_function, run_ranks, usable_cores
 from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
 from pretrain.checkpoint.resume import (
     check_same_model,
@@ -28,6 +28,9 @@ from pretrain.training.run import Run, as_json, on_ranks
 log = logging.getLogger(__name__)
 
 _NEXT = "choose another name, raise total_tokens, or set when_finished=start_again"
+_LOCAL_RANKS_PER_CORE = 16
+"""Our choice: 32 local ranks on two cores still train; thousands fill the memory before any of them
+says a word."""
 RANK_MAIN = "pretrain.training.job:train"
 USER_ERRORS = (ValueError, DataError, CheckpointError)
 """What the user can mend; each ends with exit code 2."""
@@ -43,7 +46,8 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
 
     Raises:
         ValueError: if the run is meant for a cluster and was started elsewhere, the layout does
-            not divide the ranks, or the machine cannot run the configuration.
+            not divide the ranks, there are more local ranks than the cores can run, or the machine
+            cannot run the configuration.
         DataError: if the corpus is missing, damaged, or not of its tokenizer.
         CheckpointError: if the run's checkpoints are damaged or of another model.
     """
@@ -57,6 +61,8 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
             claim_cluster(run.cluster, environment=environment)
         if under_torchrun:
             run = on_ranks(run, int(environment["WORLD_SIZE"]))
+        else:
+            _check_local_ranks(run.layout.num_ranks)
         done = check(run, every_id=is_first)
     except USER_ERRORS as error:
         if is_first:
@@ -97,6 +103,17 @@ def claim_cluster(cluster: Cluster, *, environment: Mapping[str, str]) -> None:
         )
     for name, value in cluster.environment.items():
         os.environ.setdefault(name, value)
+
+
+def _check_local_ranks(num_ranks: int) -> None:
+    most = _LOCAL_RANKS_PER_CORE * usable_cores()
+    if num_ranks > most:
+        raise ValueError(
+            f"layout.num_ranks={num_ranks} given; this process would start them all, and at most"
+            f" {most} ({_LOCAL_RANKS_PER_CORE} on each of {usable_cores()} cores) are allowed:"
+            " lower layout.num_ranks, start the ranks with torchrun, or check the layout alone with"
+            " `python launch/dry_run.py`"
+        )
 
 
 def check(run: Run, *, every_id: bool) -> bool:

@@ -14,7 +14,6 @@ What follows for the 519B model is bytes by measured speed; the memory does not 
 
 # ruff: noqa: E402  the line that puts the root on sys.path comes before our imports
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -52,7 +51,7 @@ from pretrain.serving.names import name_table, stored_shapes
 from pretrain.serving.request import Export
 from pretrain.serving.to_hub import export
 from pretrain.serving.trained import TrainedModel
-from tests.bench.provenance import machine
+from tests.bench.provenance import parser, write_result
 
 MIB = 1 << 20
 TARGET_MIB = 1024
@@ -208,8 +207,7 @@ def format_rows(rows: Sequence[Row], *, num_parameters: int) -> str:
 
 def main() -> int:
     """Run the bench; 1 if an export needed more memory than the target."""
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    arguments.add_argument("--json", type=Path, help="write the result here as well")
+    arguments = parser(__doc__)
     arguments.add_argument("--folder", type=Path, help="where 20 GB may be written; default: tmp")
     options = arguments.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -232,12 +230,7 @@ def main() -> int:
     print(format_rows(rows, num_parameters=num_parameters))
     worst = max(row.peak_mib for row in rows)
     print(f"target: at most {TARGET_MIB} MiB; largest {worst:.0f} MiB")
-    if options.json:
-        result = machine() | {
-            "num_parameters": num_parameters,
-            "rows": [asdict(row) for row in rows],
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.json, num_parameters=num_parameters, rows=[asdict(row) for row in rows])
     return int(worst > TARGET_MIB)
 
 

@@ -16,8 +16,6 @@ none. Then a profile says where (a) spends its time.
 
 # ruff: noqa: E402  the line that puts the root on sys.path comes before our imports
 
-import argparse
-import json
 import logging
 import statistics
 import sys
@@ -42,7 +40,7 @@ from pretrain.training.optimizer import make_optimizer, wrap_chunks
 from pretrain.training.run import AdamW
 from pretrain.training.train_step import micro_batches, train_step
 from tests.bench.profile_table import breakdown, format_breakdown
-from tests.bench.provenance import machine
+from tests.bench.provenance import parser, write_result
 from tests.pretrain.serving import twin
 
 NUM_SEQUENCES, SEQUENCE_TOKENS = 8, 256
@@ -278,8 +276,7 @@ def format_rows(rows: Sequence[Row]) -> str:
 
 def main() -> int:
     """Run the bench; 0 if the comparison is fair, 1 if not."""
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    arguments.add_argument("--json", type=Path, help="write the result here as well")
+    arguments = parser(__doc__)
     arguments.add_argument(
         "--repeats", type=int, default=40, help="timed steps of each row, at most"
     )
@@ -304,13 +301,9 @@ def main() -> int:
     print(format_rows(rows), f"target: ours <= {TARGET_RATIO} of transformers", sep="\n")
     print(f"first losses: ours {losses[0]:.7f}, transformers {losses[1]:.7f}\n")
     print(format_breakdown(shares))
-    if options.json:
-        result = machine() | {
-            "losses": losses,
-            "rows": [asdict(row) for row in rows],
-            "breakdown_ms": shares,
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(
+        options.json, losses=losses, rows=[asdict(row) for row in rows], breakdown_ms=shares
+    )
     return 0
 
 

@@ -12,56 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.compose import run
-from launch.pretrain import main
-from pretrain.training.start import USER_ERRORS
-
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = (
-    "model.num_layers=2",
-    "model.hidden_size=32",
-    "model.dense_ffn_size=64",
-    "model.expert_ffn_size=16",
-    "model.num_routed_experts=8",
-    "model.q_lora_rank=16",
-    "model.kv_lora_rank=16",
-    "model.vocab_size=512",
-    "data.sequence_tokens=32",
-    "batch.global_sequences=4",
-    "batch.micro_sequences=1",
-    "lr_schedule.warmup_tokens=0",
-    "lr_schedule.decay_tokens=0",
-    "evaluation.final_windows_per_domain=4",
-    "telemetry=offline",
-)
 STEP_TOKENS = 4 * 32
-
-
-@pytest.fixture
-def words(tiny_corpus: Path, tmp_path: Path) -> list[str]:
-    """Return the command line of a run of four steps on the tiny corpus."""
-    places = [f"data.corpus={tiny_corpus}", f"output_root={tmp_path / 'runs'}", "name=t"]
-    return [*SMALL, *places, f"total_tokens={4 * STEP_TOKENS}"]
-
-
-@pytest.fixture
-def refuse(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
-    """Return what runs the command in this process and gives the message of its refusal."""
-    monkeypatch.setattr(
-        "pretrain.training.start.run_ranks", lambda *_, **__: pytest.fail("a rank was started")
-    )
-
-    def run_here(*more: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", *words, *more])
-        assert run(main, user_errors=USER_ERRORS) == 2
-        lines = capsys.readouterr().err.splitlines()
-        messages = [line for line in lines if line.startswith("error: ")]
-        assert len(messages) == 1, lines
-        return messages[0]
-
-    return run_here
 
 
 @pytest.mark.parametrize(
@@ -223,6 +175,31 @@ def test_a_stopped_run_goes_on_finishes_generates_and_then_does_nothing(
     )
     assert code == 0, output
     assert output.startswith("안녕, [def main(")
+
+
+def test_a_run_that_comes_near_its_time_limit_saves_ends_with_75_and_goes_on(
+    words: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs" / "t"
+    cluster = {"name": "one", "num_nodes": 1, "gpus_per_node": 1, "gpu_memory_bytes": 1}
+    links = {"node_link_bytes_per_s": 1, "network_bytes_per_s": 1}
+    times = {"time_limit_s": 4, "time_margin_s": 3}
+    limited = [
+        *(f"+cluster.{key}={value}" for key, value in (cluster | links | times).items()),
+        "layout=single",
+        f"total_tokens={40_000 * STEP_TOKENS}",
+    ]
+    code, output = finish(launch("pretrain.py", *words, *limited))
+    assert code == 75, output
+    assert "asked to stop (cluster.time_limit_s is near): saved step" in output
+    first = json.loads((folder / "exit.json").read_text(encoding="utf-8"))
+    assert first["code"] == 75
+    assert first["step"] > 0
+    code, output = finish(launch("pretrain.py", *words, *limited))
+    assert code == 75, output
+    assert f"going on from {folder / 'checkpoints'}" in output
+    second = json.loads((folder / "exit.json").read_text(encoding="utf-8"))
+    assert second["step"] > first["step"]
 
 
 def wait_for_step(process: subprocess.Popen[str], metrics: Path) -> None:

@@ -100,3 +100,13 @@ def test_replicas_that_cannot_share_a_size_are_refused_with_the_factors() -> Non
     batch.check_divisible(2)
     with pytest.raises(ValueError, match=r"batch of 4 sequences given.*dp=4.*= 8 must divide"):
         batch.check_divisible(4)
+
+
+@pytest.mark.parametrize(("pp", "legal"), [(2, True), (3, True), (4, False), (6, True)])
+def test_an_interleaved_pipeline_takes_micro_batches_in_rounds(pp: int, legal: bool) -> None:
+    batch = Batch(global_sequences=24, micro_sequences=1, ramp_from_sequences=12, ramp_tokens=1)
+    if legal:
+        batch.check_interleaved(dp=2, pp=pp)  # 6 and 12 micro-batches
+        return
+    with pytest.raises(ValueError, match=r"= 6 micro-batches.*layout\.pp=4"):
+        batch.check_interleaved(dp=2, pp=pp)

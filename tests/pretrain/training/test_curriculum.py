@@ -25,6 +25,8 @@ def axk1(tiny_run: MakeRun) -> Run:
         num_nodes=192,
         gpus_per_node=8,
         gpu_memory_bytes=1,
+        node_link_bytes_per_s=1,
+        network_bytes_per_s=1,
         other_num_nodes=(128,),
     )
     batch = Batch(
@@ -119,3 +121,20 @@ def test_a_stage_without_sizes_is_refused(sizes: dict[str, int]) -> None:
 def test_a_sample_of_no_rank_is_refused() -> None:
     with pytest.raises(ValueError, match="sample_ranks=0 given, at least 1"):
         DryRun(json=None, sample_ranks=0, curriculum=())
+
+
+def test_a_stage_whose_micro_batches_do_not_fit_an_interleaved_pipeline_is_refused(
+    axk1: Run,
+) -> None:
+    interleaved = replace(axk1, layout=replace(axk1.layout, vp=2))
+    # 480 sequences on 12 and on 8 replicas: 40 and 60 micro-batches, in rounds of 16
+    stage = Stage(sequence_tokens=131_072, global_sequences=480, cp=(8,))
+    for verdict, micro_batches in zip(
+        judge(interleaved, curriculum=[stage]), (40, 60), strict=True
+    ):
+        assert f"= {micro_batches} micro-batches" in verdict.refusal
+        assert "layout.pp=16 must divide them" in verdict.refusal
+    legal = Stage(sequence_tokens=4_096, global_sequences=15_360, cp=(1,))
+    no_ramp = Batch(global_sequences=15_360, micro_sequences=1)
+    verdicts = judge(replace(interleaved, batch=no_ramp), curriculum=[legal])
+    assert [verdict.refusal for verdict in verdicts] == ["", ""]

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from parallel.cluster import Cluster
 from parallel.layout import Layout
 from parallel.stages import stage_slots
 from pretrain.model.count import count_parameters
 from pretrain.model.precision import Precision
 from pretrain.model.shares import layers_of_stage, slots_of_stage
-from pretrain.training.curriculum import DryRun
+from pretrain.training.curriculum import DryRun, Stage
 from pretrain.training.dry_run import Finding, dry_run, examine
 from pretrain.training.rank_bytes import rank_bytes
 from pretrain.training.run import Run
@@ -118,6 +119,34 @@ def test_the_text_and_the_json_have_every_stage(
     assert record["faults"] == []
     assert record["main_parameters"] == count_parameters(run.model).main
     assert [rank["rank"] for rank in record["ranks"]] == [0, 1, 2, 3]
+
+
+def test_a_rank_heavier_than_its_gpu_is_a_fault_and_links_and_long_stages_are_shown(
+    tiny_run: MakeRun, no_rank: ProcessPoolExecutor
+) -> None:
+    small = Cluster(
+        name="small",
+        num_nodes=1,
+        gpus_per_node=2,
+        gpu_memory_bytes=1_000,
+        node_link_bytes_per_s=450 * 10**9,
+        network_bytes_per_s=50 * 10**9,
+        time_limit_s=7_200,
+    )
+    run = replace(tiny_run(Layout(num_ranks=2, pp=2)), cluster=small)
+    long = Stage(sequence_tokens=512, global_sequences=8, cp=(1,))
+    options = replace(OPTIONS, curriculum=(long,))
+    code, text = no_rank.submit(dry_run, run, options).result()
+    assert code == 1
+    assert "TOO LARGE" in text
+    assert text.splitlines()[-1].startswith("MISMATCH rank ")
+    assert text.endswith("cluster.gpu_memory_bytes=1,000: raise layout.pp, layout.ep or layout.tp")
+    assert "stages of 512 tokens are longer than model.max_context_tokens=256; raise it" in text
+    assert "sends 450.0 GB/s inside its node, 50.0 GB/s across; time limit 2 h" in text
+
+    roomy = replace(run, cluster=replace(small, gpu_memory_bytes=10**9))
+    code, text = no_rank.submit(dry_run, roomy, options).result()
+    assert (code, text.splitlines()[-1]) == (0, "everything fits")
 
 
 @pytest.mark.parametrize(("pp", "vp"), [(1, 1), (2, 1), (2, 2), (3, 1)])

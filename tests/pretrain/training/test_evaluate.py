@@ -69,7 +69,12 @@ def test_validation_leaves_the_model_ready_to_train(trainer: Trainer) -> None:
     assert trainer.validate(windows_per_domain=2) == trainer.validate(windows_per_domain=2)
 
 
-@pytest.mark.parametrize("layout", [Layout(num_ranks=2), Layout(num_ranks=2, pp=2)], ids=str)
+# interleaved: 2 and 10 windows are 1 and 3 micro-batches, padded to rounds of two
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(num_ranks=2), Layout(num_ranks=2, pp=2), Layout(num_ranks=2, pp=2, vp=2)],
+    ids=str,
+)
 @pytest.mark.parametrize("windows_per_domain", [1, 5])
 def test_two_ranks_find_the_same_loss(
     layout: Layout,

@@ -47,21 +47,21 @@ MakeRun = Callable[..., Run]
         ),
         (
             {"layout": Layout(num_ranks=8, tp=8, ep=8)},
-            ["layout.tp=8", "model.num_heads=4", "model.vocab_size=512"],
+            ["layout.tp=8", "must divide model.num_heads=4"],
         ),
         (
             {
                 "layout": Layout(num_ranks=4, tp=4, ep=4),
                 "data": Data(corpus=Path("none"), sequence_tokens=36),
             },
-            ["layout.tp=4", "2 * cp * tp must divide data.sequence_tokens=36"],
+            ["layout.tp=4", "2 * cp * tp = 8 must divide data.sequence_tokens=36"],
         ),
         (
             {
                 "layout": Layout(num_ranks=2, cp=2),
                 "data": Data(corpus=Path("none"), sequence_tokens=62),
             },
-            ["layout.cp=2", "2 * cp * tp must divide data.sequence_tokens=62"],
+            ["layout.cp=2", "2 * cp * tp = 4 must divide data.sequence_tokens=62"],
         ),
         ({"layout": Layout(num_ranks=8, pp=8)}, ["layout.pp * layout.vp = 8", "4 layers"]),
         (

@@ -1,5 +1,6 @@
 """A run that is meant for a cluster: refused elsewhere, with the cluster's variables on it."""
 
+import math
 import os
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ CLUSTER = Cluster(
     num_nodes=2,
     gpus_per_node=4,
     gpu_memory_bytes=1,
+    node_link_bytes_per_s=1,
+    network_bytes_per_s=1,
     environment={"AXK1_TEST_FIRST": "1", "AXK1_TEST_SECOND": "2"},
 )
 
@@ -49,7 +52,17 @@ def test_on_the_cluster_its_variables_are_set_and_the_users_stay(
     assert (os.environ["AXK1_TEST_FIRST"], os.environ["AXK1_TEST_SECOND"]) == ("mine", "2")
 
 
-@pytest.mark.parametrize("key", ["num_nodes", "gpus_per_node", "gpu_memory_bytes"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "num_nodes",
+        "gpus_per_node",
+        "gpu_memory_bytes",
+        "node_link_bytes_per_s",
+        "network_bytes_per_s",
+        "time_margin_s",
+    ],
+)
 def test_a_cluster_of_nothing_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"cluster\.{key}=0 given, at least 1 is allowed"):
         replace(CLUSTER, **{key: 0})
@@ -58,3 +71,10 @@ def test_a_cluster_of_nothing_is_refused(key: str) -> None:
 def test_a_cluster_that_never_has_a_node_is_refused() -> None:
     with pytest.raises(ValueError, match=r"cluster\.other_num_nodes=0 given"):
         replace(CLUSTER, other_num_nodes=(4, 0))
+
+
+def test_a_time_limit_without_time_to_work_is_refused() -> None:
+    assert replace(CLUSTER, time_limit_s=61, time_margin_s=60).working_time_s == 1
+    assert replace(CLUSTER, time_limit_s=None).working_time_s == math.inf
+    with pytest.raises(ValueError, match=r"cluster\.time_limit_s=60 .*cluster\.time_margin_s=60"):
+        replace(CLUSTER, time_limit_s=60, time_margin_s=60)

@@ -1,0 +1,60 @@
+"""The small run that the tests of launch/pretrain.py share, and what catches its refusals."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.compose import run
+from launch.pretrain import main
+from pretrain.training.start import USER_ERRORS
+
+SMALL = (
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.dense_ffn_size=64",
+    "model.expert_ffn_size=16",
+    "model.num_routed_experts=8",
+    "model.q_lora_rank=16",
+    "model.kv_lora_rank=16",
+    "model.vocab_size=512",
+    "data.sequence_tokens=32",
+    "batch.global_sequences=4",
+    "batch.micro_sequences=1",
+    "lr_schedule.warmup_tokens=0",
+    "lr_schedule.decay_tokens=0",
+    "evaluation.final_windows_per_domain=4",
+    "telemetry=offline",
+)
+STEP_TOKENS = 4 * 32
+
+
+@pytest.fixture
+def words(tiny_corpus: Path, tmp_path: Path) -> list[str]:
+    """Return the command line of a run of four steps on the tiny corpus."""
+    places = [f"data.corpus={tiny_corpus}", f"output_root={tmp_path / 'runs'}", "name=t"]
+    return [*SMALL, *places, f"total_tokens={4 * STEP_TOKENS}"]
+
+
+@pytest.fixture
+def refuse(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Return what runs the command in this process and gives the message of its refusal.
+
+    `alone` leaves the words of the small run out, for commands that bring a model of their own.
+    """
+    monkeypatch.setattr(
+        "pretrain.training.start.run_ranks", lambda *_, **__: pytest.fail("a rank was started")
+    )
+
+    def run_here(*more: str, alone: bool = False) -> str:
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *([] if alone else words), *more])
+        assert run(main, user_errors=USER_ERRORS) == 2
+        lines = capsys.readouterr().err.splitlines()
+        messages = [line for line in lines if line.startswith("error: ")]
+        assert len(messages) == 1, lines
+        return messages[0]
+
+    return run_here
