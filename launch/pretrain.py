@@ -9,6 +9,7 @@ Exit codes: 0 finished, 2 wrong configuration or data, 75 asked to stop and save
 <output_root>/<name>/exit.json, because torchrun turns every failure into 1.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,15 +18,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not launch/: see
 import hydra
 
 from launch.compose import Composed, build, job_name, record_exit_code, run, to_yaml
+from launch.config_tree import ConfigError
 from pretrain.training.run import Run
-from pretrain.training.start import USER_ERRORS, start
+from pretrain.training.start import USER_ERRORS, ranks_of_torchrun, start, write_refusal
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="pretrain")
 def main(cfg: Composed) -> None:
     """Check the configuration, then train on it."""
     cfg.name = job_name(cfg)
-    config = build(Run, cfg)
+    num_ranks = ranks_of_torchrun(os.environ)
+    if num_ranks and "cluster" not in cfg:  # a cluster says how many it needs, and why
+        cfg.layout.num_ranks = num_ranks
+    try:
+        config = build(Run, cfg)
+    except ConfigError as error:
+        write_refusal(Path(str(cfg.output_root)) / str(cfg.name), error, environment=os.environ)
+        raise
     record_exit_code(start(config, config_yaml=to_yaml(config)))
 
 

@@ -5,7 +5,7 @@ owner imports torch (AdamW, Data, Evaluation, CheckpointPolicy) stand here, so t
 configuration is refused before torch or a rank starts.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -225,12 +225,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def on_ranks(run: Run, num_ranks: int) -> Run:
-    """Return `run` for the number of ranks that torchrun started.
-
-    Raises:
-        ValueError: if the layout or the batch does not divide them.
-    """
-    return replace(run, layout=replace(run.layout, num_ranks=num_ranks))

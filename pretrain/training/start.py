@@ -23,7 +23,7 @@ from pretrain.checkpoint.resume import (
 from pretrain.model.precision import check_available
 from pretrain.training.corpus import Corpus, open_run_corpus
 from pretrain.training.exit_file import FINISHED, WRONG_INPUT, clear_exit, write_exit
-from pretrain.training.run import Run, as_json, on_ranks
+from pretrain.training.run import Run, as_json
 
 log = logging.getLogger(__name__)
 
@@ -52,21 +52,18 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
         CheckpointError: if the run's checkpoints are damaged or of another model.
     """
     environment = os.environ if environment is None else environment
-    under_torchrun = "RANK" in environment and "WORLD_SIZE" in environment
-    is_first = not under_torchrun or environment["RANK"] == "0"
+    under_torchrun = ranks_of_torchrun(environment) is not None
+    is_first = _is_first(environment)
     if is_first:
         clear_exit(run.folder)
     try:
         if run.cluster is not None:
             claim_cluster(run.cluster, environment=environment)
-        if under_torchrun:
-            run = on_ranks(run, int(environment["WORLD_SIZE"]))
-        else:
+        if not under_torchrun:
             _check_local_ranks(run.layout.num_ranks)
         done = check(run, every_id=is_first)
     except USER_ERRORS as error:
-        if is_first:
-            write_exit(run.folder, code=WRONG_INPUT, reason=str(error))
+        write_refusal(run.folder, error, environment=environment)
         raise
     if done:
         if is_first:
@@ -76,6 +73,22 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
     if under_torchrun:
         return int(find_function(RANK_MAIN)(run, config_yaml))
     return run_ranks(RANK_MAIN, (run, config_yaml), num_ranks=run.layout.num_ranks)
+
+
+def ranks_of_torchrun(environment: Mapping[str, str]) -> int | None:
+    """Return how many ranks torchrun has started, this process among them, or None without it."""
+    under_torchrun = "RANK" in environment and "WORLD_SIZE" in environment
+    return int(environment["WORLD_SIZE"]) if under_torchrun else None
+
+
+def _is_first(environment: Mapping[str, str]) -> bool:
+    return ranks_of_torchrun(environment) is None or environment["RANK"] == "0"
+
+
+def write_refusal(folder: Path, error: Exception, *, environment: Mapping[str, str]) -> None:
+    """Write into a run's folder why it was refused: torchrun turns every exit code into 1."""
+    if _is_first(environment):
+        write_exit(folder, code=WRONG_INPUT, reason=str(error))
 
 
 def claim_cluster(cluster: Cluster, *, environment: Mapping[str, str]) -> None:
@@ -90,10 +103,10 @@ def claim_cluster(cluster: Cluster, *, environment: Mapping[str, str]) -> None:
     Raises:
         ValueError: names the ranks needed, those given, and the command that needs none.
     """
-    under_torchrun = "RANK" in environment and "WORLD_SIZE" in environment
-    given = int(environment["WORLD_SIZE"]) if under_torchrun else 1
+    by_torchrun = ranks_of_torchrun(environment)
+    given = by_torchrun or 1
     if given != cluster.num_ranks:
-        how = "by torchrun" if under_torchrun else "(this process; torchrun starts more)"
+        how = "by torchrun" if by_torchrun else "(this process; torchrun starts more)"
         raise ValueError(
             f"+cluster={cluster.name} needs {cluster.num_ranks} ranks (cluster.num_nodes="
             f"{cluster.num_nodes} * cluster.gpus_per_node={cluster.gpus_per_node}), {given} given"

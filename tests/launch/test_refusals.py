@@ -13,7 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from launch.compose import run
+from launch.pretrain import main
+from parallel.layout import Layout
 from parallel.spawn import usable_cores
+from pretrain.training.run import Run
 
 Refuse = Callable[..., str]
 
@@ -187,6 +191,7 @@ def test_an_illegal_layout_of_a_cluster_ends_with_2_and_names_the_key(
     [
         ("3", ["3 ranks given (layout.num_ranks, or WORLD_SIZE under torchrun)", "layout.ep=2"]),
         ("6", ["a batch of 4 sequences", "dp=6", "batch.global_sequences"]),
+        ("2 layout.tp=true", ["layout.tp: got True (bool); allowed: int"]),
     ],
 )
 def test_an_illegal_number_of_torchruns_ranks_ends_with_2_and_is_written_down(
@@ -197,11 +202,25 @@ def test_an_illegal_number_of_torchruns_ranks_ends_with_2_and_is_written_down(
     said: list[str],
 ) -> None:
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    message = refuse()
+    number, *more = world_size.split()
+    monkeypatch.setenv("WORLD_SIZE", number)
+    message = refuse(*more)
     assert all(part in message for part in said), message
     record = json.loads((tmp_path / "runs" / "t" / "exit.json").read_text(encoding="utf-8"))
     assert record["code"] == 2
+
+
+def test_torchruns_ranks_replace_those_of_the_layout(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four ranks in four stages: not a layout of the two that the file says."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    started: list[Run] = []
+    monkeypatch.setattr("launch.pretrain.start", lambda run, **_: started.append(run) or 0)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *words, "layout.pp=4", "layout.ep=1"])
+    assert run(main) == 0
+    assert started[0].layout == Layout(num_ranks=4, pp=4)
 
 
 @pytest.mark.parametrize(

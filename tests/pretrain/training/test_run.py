@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from parallel.layout import Layout, LayoutError
+from parallel.layout import Layout
 from pretrain.model.spec import Rope
 from pretrain.training.batch import Batch
 from pretrain.training.lr_schedule import LrSchedule
@@ -18,7 +18,6 @@ from pretrain.training.run import (
     Evaluation,
     Run,
     as_json,
-    on_ranks,
 )
 
 MakeRun = Callable[..., Run]
@@ -113,16 +112,6 @@ def test_a_value_out_of_range_is_refused_by_key(
     with pytest.raises(ValueError, match="given") as refusal:
         kind(**values)
     assert said in str(refusal.value)
-
-
-def test_torchruns_ranks_replace_those_of_the_layout(tiny_run: MakeRun) -> None:
-    assert on_ranks(tiny_run(), 4).layout.dp == 4
-
-
-def test_ranks_that_the_layout_does_not_divide_are_refused(tiny_run: MakeRun) -> None:
-    run = tiny_run(Layout(num_ranks=2, ep=2))
-    with pytest.raises(LayoutError, match=r"3 ranks given .*WORLD_SIZE.* layout\.ep=2"):
-        on_ranks(run, 3)
 
 
 def test_steps_and_folder_follow(tiny_run: MakeRun, tmp_path: Path) -> None:
