@@ -320,7 +320,7 @@ def patch_absent_transformer_engine() -> None:
 
     Needed by multi_latent_attention.py:62 and :185 (its imports succeed with mocks, and
     isinstance(x, MagicMock) raises), moe_utils.py:1192 (`te_general_gemm` is undefined) and
-    random.py:636 (MLA's "not in FP8" is taken for FP8).
+    random.py:636 (takes its default, False, for FP8).
     """
     extensions: Any = importlib.import_module("megatron.core.extensions.transformer_engine")
     attention: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")

@@ -13,10 +13,11 @@ from pretrain.model.precision import Precision
 from pretrain.model.recompute import Recompute
 from pretrain.model.spec import ModelSpec
 
-_PACKAGES = {
+PACKAGES = {
     "deepep": (has_deep_ep, "DeepEP, package deep_ep, github.com/deepseek-ai/DeepEP"),
     "hybridep": (has_hybrid_ep, "HybridEP, the branch hybrid-ep of github.com/deepseek-ai/DeepEP"),
 }
+"""By dispatcher: whether its package is here, and what it is called."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +90,7 @@ def check_exchange(
             "exchange.dispatcher=allgather with precision.kind=fp8_hybrid given; it does not pad"
             " each expert's tokens as FP8 products need: exchange.dispatcher=alltoall is allowed"
         )
-    if exchange.dispatcher in _PACKAGES and layout.ep * layout.etp == 1:
+    if exchange.dispatcher in PACKAGES and layout.ep * layout.etp == 1:
         raise ValueError(
             f"exchange.dispatcher={exchange.dispatcher} with layout.ep=1 and layout.etp=1 given;"
             " no token travels: exchange.dispatcher=alltoall is allowed"
@@ -125,9 +126,9 @@ def check_exchange_available(exchange: Exchange) -> None:
             " which tokens could travel meanwhile: set exchange.overlap_shared_expert=false. What"
             " it costs here: nothing, there is nothing to hide"
         )
-    if exchange.dispatcher not in _PACKAGES:
+    if exchange.dispatcher not in PACKAGES:
         return
-    has_package, package = _PACKAGES[exchange.dispatcher]
+    has_package, package = PACKAGES[exchange.dispatcher]
     if not has_cuda() or not has_package():
         missing = "CUDA device" if not has_cuda() else package
         raise ValueError(

@@ -4,12 +4,15 @@ from typing import Any
 
 import pytest
 
+from parallel.device import Device
 from parallel.layout import Layout
 from pretrain.model import exchange as module
 from pretrain.model.exchange import Exchange, check_exchange, check_exchange_available
+from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.recompute import Recompute
 from pretrain.model.spec import ModelSpec
+from pretrain.model.transformer_config import transformer_config
 from tests.conftest import TINY_MODEL
 
 SPEC = ModelSpec(**TINY_MODEL)  # type: ignore[arg-type]  a table
@@ -69,3 +72,23 @@ def test_a_gpu_without_the_package_is_told_what_it_lacks_and_what_it_costs(
 def test_what_runs_anywhere_is_not_refused() -> None:
     check_exchange_available(Exchange())
     check_exchange_available(Exchange(dispatcher="allgather"))
+
+
+@pytest.mark.parametrize("dispatcher", ["deepep", "hybridep"])
+def test_the_packages_are_megatrons_flex_dispatcher(
+    dispatcher: Any, monkeypatch: pytest.MonkeyPatch, one_rank: Device
+) -> None:
+    monkeypatch.setattr(module, "has_cuda", lambda: True)
+    packages = {name: (lambda: True, text) for name, (_, text) in module.PACKAGES.items()}
+    monkeypatch.setattr(module, "PACKAGES", packages)
+    config = transformer_config(
+        SPEC,
+        layout=Layout(num_ranks=2, ep=2),
+        device=one_rank,
+        precision=Precision(kind="bf16"),
+        load_balance=LoadBalance(),
+        mtp_loss_weight=0.3,
+        exchange=Exchange(dispatcher=dispatcher),
+    )
+    assert config.moe_token_dispatcher_type == "flex"
+    assert config.moe_flex_dispatcher_backend == dispatcher

@@ -11,7 +11,7 @@ from pretrain.model.precision import Precision
 from pretrain.model.recompute import Module, Recompute, check_recompute
 from pretrain.model.spec import ModelSpec
 from pretrain.training.run import Run
-from pretrain.training.verify import Curve, loss_curve
+from pretrain.training.verify import Curve, loss_curve, make_trainer
 from tests.conftest import TINY_MODEL
 
 MakeRun = Callable[..., Run]
@@ -55,6 +55,50 @@ def test_recomputation_changes_no_number(
     for name in ("losses", "mtp_losses", "aux_losses", "gradient_norms", "validation"):
         # fp32: a gradient may come as a sum in another order
         assert getattr(curve, name) == pytest.approx(getattr(expected, name), rel=1e-6), name
+
+
+NAMES = {
+    "mla_up_proj": "decoder.layers.1.self_attention.linear_q_up_proj",
+    "layernorm": "decoder.layers.1.pre_mlp_layernorm",
+    "mlp": "decoder.layers.0.mlp",
+    "shared_experts": "decoder.layers.1.mlp.shared_experts",
+    "router": "decoder.layers.1.mlp.router",
+    "MTP's router": "mtp.layers.0.transformer_layer.mlp.router",
+}
+
+
+@pytest.mark.parametrize(
+    ("recompute", "twice"),
+    [
+        (Recompute(), set[str]()),
+        (Recompute(kind="full"), set(NAMES)),
+        (Recompute(kind="selective", modules=("mla_up_proj",)), {"mla_up_proj"}),
+        (Recompute(kind="selective", modules=("layernorm",)), {"layernorm"}),
+        (Recompute(kind="selective", modules=("mlp",)), {"mlp"}),
+        (
+            Recompute(kind="selective", modules=("moe",)),
+            {"shared_experts", "router", "MTP's router"},
+        ),
+    ],
+    ids=lambda value: ",".join(value.modules) or value.kind if hasattr(value, "kind") else "",
+)
+def test_what_is_named_is_computed_twice_and_nothing_else(
+    recompute: Recompute, twice: set[str], tiny_run: MakeRun, one_rank: object
+) -> None:
+    trainer = make_trainer(tiny_run(recompute=recompute, micro=8))
+    model: Any = trainer.chunks[0].module
+    calls = dict.fromkeys(NAMES, 0)
+
+    def count(name: str) -> Any:
+        def add(*_: object) -> None:
+            calls[name] += 1
+
+        return add
+
+    for name, path in NAMES.items():
+        model.get_submodule(path).register_forward_hook(count(name))
+    trainer.step(trainer.next_batch())
+    assert calls == {name: 2 if name in twice else 1 for name in NAMES}
 
 
 @pytest.mark.parametrize(
