@@ -89,23 +89,25 @@ def bench_export_table(record: Mapping[str, Any]) -> str:
 
 
 def verify_table(record: Mapping[str, Any]) -> str:
-    """Return the layouts that were verified: how many, and the worst of each difference."""
+    """Return what was verified: how many cases of each kind, and the worst of each difference."""
     rows: list[tuple[str, ...]] = [
-        ("pipeline ranks", "layouts", "same as one rank", "loss", "norm", "gradient", "weight")
+        ("cases", "number", "same as one rank", "loss", "norm", "gradient", "weight", "experts")
     ]
     verdicts: Sequence[Mapping[str, Any]] = record["verdicts"]
-    for stages in sorted({_stages(v) for v in verdicts}):
-        mine = [v for v in verdicts if _stages(v) == stages]
+    for kind in sorted({_kind(v) for v in verdicts}):
+        mine = [v for v in verdicts if _kind(v) == kind]
         ran = [v for v in mine if v["verdict"] == "ok"]
-        worst = [
-            f"{max(v[key] for v in ran):.1e}" for key in ("loss", "norm", "gradient", "weight")
-        ]
-        rows.append((str(stages), str(len(mine)), str(len(ran)), *worst))
+        keys = ("loss", "norm", "gradient", "weight", "other_experts")
+        worst = [f"{max(v[key] for v in ran):.1e}" for key in keys]
+        rows.append((kind, str(len(mine)), str(len(ran)), *worst))
     return markdown_table(rows)
 
 
-def _stages(verdict: Mapping[str, Any]) -> int:
-    return next(int(word[2:]) for word in verdict["layout"].split() if word.startswith("pp"))
+def _kind(verdict: Mapping[str, Any]) -> str:
+    if verdict["options"]:
+        return "options, bf16" if "bf16" in verdict["options"] else "options, fp32"
+    stages = next(word[2:] for word in verdict["layout"].split() if word.startswith("pp"))
+    return f"layouts, {stages} pipeline rank{'s' if stages != '1' else ''}"
 
 
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {

@@ -1,4 +1,4 @@
-"""What does this machine offer: an accelerator, Transformer Engine, apex?
+"""What does this machine offer: an accelerator, Transformer Engine, apex, DeepEP?
 
 The only file that probes, and it imports what it probes for only when asked, so that configurations
 can be read without torch. NVIDIA's apex is detected, never listed as a dependency: the package
@@ -42,3 +42,20 @@ def has_nvidia_apex() -> bool:
         importlib.util.find_spec("apex") is not None
         and importlib.util.find_spec("apex.optimizers") is not None
     )
+
+
+@functools.cache
+def has_deep_ep() -> bool:
+    """Return whether DeepEP, the package `deep_ep`, can be imported."""
+    if importlib.util.find_spec("deep_ep") is None:
+        return False
+    try:
+        return hasattr(importlib.import_module("deep_ep"), "Buffer")
+    except (ImportError, OSError):  # built for another CUDA than this machine's
+        return False
+
+
+@functools.cache
+def has_hybrid_ep() -> bool:
+    """Return whether the `deep_ep` found is of the branch hybrid-ep, which alone has HybridEP."""
+    return has_deep_ep() and hasattr(importlib.import_module("deep_ep"), "HybridEPBuffer")

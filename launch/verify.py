@@ -1,14 +1,16 @@
-"""Check on this machine that every layout trains the same model.
+"""Check on this machine that every layout trains the same model, whatever its options.
 
     python launch/verify.py ranks=2
     python launch/verify.py ranks=8 json=runs/verify/matrix.json
     python launch/verify.py ranks=4 only=tp2
+    python launch/verify.py ranks=4 what=options
 
 A small model with everything on (MLA, dual norm, grouped routing, shared expert, MTP, auxiliary
-loss, router bias) takes a few fp32 steps under every factorisation of the ranks, and losses, the
-global gradient norm, every gradient, tokens per expert and every weight are compared with one
-rank's, which is itself compared with transformers. Exit code 1 if any differs. A second start
-goes on where the first was stopped.
+loss, router bias) takes a few steps under every factorisation of the ranks, and under a pairwise
+cover of schedule, dispatcher, recomputation, overlap, load balance, precision and micro-batch size.
+Losses, the global gradient norm, every gradient, every token's experts and every weight are
+compared with one rank's, which is itself compared with transformers. Exit code 1 if any differs. A
+second start goes on where the first was stopped.
 """
 
 import sys
@@ -25,7 +27,7 @@ from pretrain.training.verification import Verification
 
 @hydra.main(version_base=None, config_path="../conf", config_name="verify")
 def main(cfg: Composed) -> None:
-    """Run every layout, print the matrix as it grows."""
+    """Run every case, print the matrix as it grows."""
     asked = build(Verification, cfg)
     # Found now: the ranks import this file again, and need nothing of that.
     reference = find_function("pretrain.serving.check_reference:compare_reference")(asked.probe)

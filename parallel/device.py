@@ -110,8 +110,7 @@ def prepare() -> Device:
                 " CUDA_VISIBLE_DEVICES="
             )
         return Device(kind="cuda", backend="nccl")
-    # torch.compile would cost minutes on toy shapes; the first covers imports to come, the second
-    # those done.
+    # torch.compile would cost minutes on toy shapes: for imports to come, and for those done.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     torch.compiler.set_stance("force_eager")
     for patch in PATCHES:
@@ -317,11 +316,11 @@ def patch_split_sizes() -> None:
 
 
 def patch_absent_transformer_engine() -> None:
-    """Tell MLA and the router that Transformer Engine is absent, which they get wrong in 0.16.1.
+    """Tell MLA, the router and recomputation that Transformer Engine is absent.
 
     Needed by multi_latent_attention.py:62 and :185 (its imports succeed with mocks, and
-    isinstance(x, MagicMock) raises) and moe_utils.py:1192 (`te_general_gemm` is undefined without
-    TE: NameError in the router).
+    isinstance(x, MagicMock) raises), moe_utils.py:1192 (`te_general_gemm` is undefined) and
+    random.py:636 (takes its default, False, for FP8).
     """
     extensions: Any = importlib.import_module("megatron.core.extensions.transformer_engine")
     attention: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
@@ -329,6 +328,9 @@ def patch_absent_transformer_engine() -> None:
     attention.HAVE_TE = extensions.HAVE_TE
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    init = random.CheckpointWithoutOutput.__init__
+    random.CheckpointWithoutOutput.__init__ = lambda self, fp8=None: init(self, fp8=fp8 or None)
 
 
 def patch_optimizer() -> None:

@@ -50,6 +50,7 @@ OWNERS = {
     "torch.distributed": "parallel/* pretrain/* launch/*",
     "triton": "kernels/*_triton.py kernels/backend.py",
     "transformer_engine": "kernels/backend.py",
+    "deep_ep": "kernels/backend.py",
     "apex": "kernels/backend.py",
     "megatron": MEGATRON,
     "fsspec": "data/indexed/*",

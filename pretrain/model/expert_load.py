@@ -7,7 +7,7 @@ are read, once for each logged step.
 L layers (decoder and MTP), E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,12 +30,8 @@ class ExpertLoad:
         """
         device = next(chunks[0].parameters()).device
         self._counts_LE = torch.zeros(num_layers, num_experts, device=device)
-        for chunk in chunks:
-            for name, module in chunk.named_modules():
-                if isinstance(module, TopKRouter):
-                    number = int(module.layer_number or 0)
-                    layer = num_layers - 1 if name.startswith("mtp.") else number - 1
-                    module.register_forward_hook(self._counter(layer))
+        for layer, router in routers_by_layer(chunks, num_layers=num_layers):
+            router.register_forward_hook(self._counter(layer))
 
     def _counter(self, layer: int) -> Any:
         def count(module: torch.nn.Module, _inputs: object, output: tuple[Tensor, Tensor]) -> None:
@@ -50,3 +46,19 @@ class ExpertLoad:
         counts_LE = self._counts_LE.clone()
         self._counts_LE.zero_()
         return counts_LE
+
+
+def routers_by_layer(
+    chunks: Sequence[torch.nn.Module], *, num_layers: int
+) -> Iterator[tuple[int, TopKRouter]]:
+    """Yield this rank's routers with their layers, counted from 0, MTP's module last.
+
+    Args:
+        chunks: this rank's model chunks, not wrapped.
+        num_layers: decoder layers and MTP modules of the whole model.
+    """
+    for chunk in chunks:
+        for name, module in chunk.named_modules():
+            if isinstance(module, TopKRouter):
+                number = int(module.layer_number or 0)
+                yield (num_layers - 1 if name.startswith("mtp.") else number - 1), module

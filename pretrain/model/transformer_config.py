@@ -12,8 +12,10 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from parallel.device import Device
 from parallel.layout import Layout
 from parallel.stages import megatron_pipeline_layout, stage_slots
+from pretrain.model.exchange import Exchange, check_exchange_available
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision, check_available
+from pretrain.model.recompute import Recompute, check_recompute_available
 from pretrain.model.spec import ModelSpec
 
 _AUX_LOSS = {
@@ -31,6 +33,8 @@ def transformer_config(
     precision: Precision,
     load_balance: LoadBalance,
     mtp_loss_weight: float,
+    exchange: Exchange | None = None,
+    recompute: Recompute | None = None,
 ) -> MLATransformerConfig:
     """Return megatron's config of the model on `layout`.
 
@@ -41,19 +45,26 @@ def transformer_config(
         precision: number formats.
         load_balance: how experts are kept even.
         mtp_loss_weight: factor on the MTP loss beside the main loss, >= 0.
+        exchange: how tokens reach experts; None: all-to-all.
+        recompute: what the backward pass computes again; None: nothing.
 
     Raises:
-        ValueError: if the machine cannot run the precision, or the stages cannot hold the layers
-            (LayoutError).
+        ValueError: if the machine cannot run the precision, the exchange or the recomputation, or
+            the stages cannot hold the layers (LayoutError).
     """
     check_available(precision)
-    dtype = torch.bfloat16 if precision.is_low else torch.float32
+    exchange, recompute = exchange or Exchange(), recompute or Recompute()
     on_gpu = device.uses_transformer_engine
+    check_exchange_available(exchange)
+    check_recompute_available(recompute, uses_transformer_engine=on_gpu)
+    dtype = torch.bfloat16 if precision.is_low else torch.float32
     return MLATransformerConfig(
         **_sizes(spec),
         **_router(spec, load_balance),
         **_layout(spec, layout, on_gpu),
         **_precision(precision),
+        **_exchange(exchange),
+        **_recompute(recompute),
         mtp_num_layers=spec.num_mtp_layers or None,
         mtp_loss_scaling_factor=mtp_loss_weight,
         calculate_per_token_loss=True,
@@ -128,7 +139,6 @@ def _router(spec: ModelSpec, balance: LoadBalance) -> dict[str, Any]:
         "moe_aux_loss_coeff": balance.aux_loss_coefficient,
         "moe_router_enable_expert_bias": balance.uses_bias,
         "moe_router_bias_update_rate": balance.bias_update_rate,
-        "moe_token_dispatcher_type": "alltoall",
     }
 
 
@@ -160,3 +170,32 @@ def _precision(precision: Precision) -> dict[str, Any]:
     if precision.kind != "fp8_hybrid":
         return {}
     return {"fp8": "hybrid", "fp8_recipe": precision.fp8_recipe, "moe_router_padding_for_fp8": True}
+
+
+def _exchange(exchange: Exchange) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "moe_token_dispatcher_type": exchange.dispatcher,
+        "moe_shared_expert_overlap": exchange.overlap_shared_expert,
+        "overlap_moe_expert_parallel_comm": exchange.overlap_all_to_all,
+    }
+    if exchange.dispatcher in ("deepep", "hybridep"):
+        options |= {
+            "moe_token_dispatcher_type": "flex",
+            "moe_flex_dispatcher_backend": exchange.dispatcher,
+        }
+    return options
+
+
+def _recompute(recompute: Recompute) -> dict[str, Any]:
+    if recompute.kind == "selective":
+        return {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(recompute.modules),
+        }
+    if recompute.kind == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": recompute.method,
+            "recompute_num_layers": recompute.num_layers,
+        }
+    return {}

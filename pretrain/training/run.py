@@ -5,15 +5,17 @@ owner imports torch (AdamW, Data, Evaluation, CheckpointPolicy) stand here, so t
 configuration is refused before torch or a rank starts.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from parallel.cluster import Cluster
 from parallel.layout import Layout
 from pretrain.model.cuts import check_cuts
+from pretrain.model.exchange import Exchange, check_exchange
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
+from pretrain.model.recompute import Recompute, check_recompute
 from pretrain.model.spec import ModelSpec
 from pretrain.monitor.telemetry import TelemetryConfig
 from pretrain.training.batch import Batch
@@ -154,6 +156,8 @@ class Run:
     evaluation: Evaluation
     checkpoints: CheckpointPolicy
     telemetry: TelemetryConfig
+    exchange: Exchange = field(default_factory=Exchange)
+    recompute: Recompute = field(default_factory=Recompute)
     resume: Literal["auto", "never"] = "auto"
     """auto: from the newest whole checkpoint if there is one; never: refuse a folder that has
     one."""
@@ -200,6 +204,9 @@ class Run:
         self.batch.check_divisible(layout.dp)
         if layout.vp > 1:
             self.batch.check_interleaved(dp=layout.dp, pp=layout.pp)
+        parts = {"spec": self.model, "layout": layout, "precision": self.precision}
+        check_recompute(self.recompute, **parts)
+        check_exchange(self.exchange, recompute=self.recompute, **parts)
 
     @property
     def folder(self) -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data.indexed.format import DataError
+from kernels.backend import has_transformer_engine
 from parallel.cluster import Cluster
 from parallel.spawn import find_function, run_ranks, usable_cores
 from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
@@ -20,7 +21,9 @@ from pretrain.checkpoint.resume import (
     find_newest,
     open_checkpoint,
 )
+from pretrain.model.exchange import check_exchange_available
 from pretrain.model.precision import check_available
+from pretrain.model.recompute import check_recompute_available
 from pretrain.training.corpus import Corpus, open_run_corpus
 from pretrain.training.exit_file import FINISHED, WRONG_INPUT, clear_exit, write_exit
 from pretrain.training.run import Run, as_json
@@ -140,6 +143,8 @@ def check(run: Run, *, every_id: bool) -> bool:
         ValueError, DataError, CheckpointError: see `start`.
     """
     check_available(run.precision)
+    check_exchange_available(run.exchange)
+    check_recompute_available(run.recompute, uses_transformer_engine=has_transformer_engine())
     corpus = open_run_corpus(run)
     try:
         if every_id:

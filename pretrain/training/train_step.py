@@ -52,7 +52,7 @@ def train_step(
     Collective: every rank calls it.
     """
     zero_gradients(chunks, optimizer)
-    _count_choices(chunks, batches)
+    count_choices(chunks, batches)
     micro_batch_size, sequence_length = batches[0].tokens.shape
     kept = forward_backward(
         chunks,
@@ -69,10 +69,16 @@ def train_step(
     )
 
 
-def _count_choices(chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch]) -> None:
-    """Route the global batch once for the losses that need its counts (`global_aux`); collective.
+def count_choices(chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch]) -> None:
+    """Route the global batch once for the losses that need its counts (`global_aux`).
 
     Costs a forward pass, about a third of a step; nothing with other losses.
+
+    Args:
+        chunks: this rank's wrapped model chunks.
+        batches: this replica's micro-batches.
+
+    Collective: every rank calls it.
     """
     routers = batch_counters(chunks)
     if not routers:

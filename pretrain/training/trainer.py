@@ -198,6 +198,8 @@ def build_modules(run: Run, device: Device) -> Sequence[Any]:
         precision=run.precision,
         load_balance=run.load_balance,
         mtp_loss_weight=run.mtp_loss_weight,
+        exchange=run.exchange,
+        recompute=run.recompute,
     )
     return build_chunks(
         run.model,

@@ -1,11 +1,13 @@
 """What is a layout to be verified with? No torch, so that a wrong request is refused at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from pretrain.model.exchange import Exchange
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
+from pretrain.model.recompute import Recompute
 from pretrain.model.spec import ModelSpec
 from pretrain.training.run import AdamW
 
@@ -23,13 +25,17 @@ class Probe:
     sequence_tokens: int
     """S."""
     num_steps: int
+    micro_sequences: int = 1
+    """Sequences of a micro-batch."""
     mtp_loss_weight: float = 0.3
     seed: int = 0
+    exchange: Exchange = field(default_factory=Exchange)
+    recompute: Recompute = field(default_factory=Recompute)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """Which layouts are verified, and where the verdicts are kept.
+    """Which cases are verified, and where the verdicts are kept.
 
     Raises:
         ValueError: if a value is out of range.
@@ -37,12 +43,15 @@ class Verification:
 
     ranks: Literal[2, 4, 8]
     """Local ranks; every factorisation of them is a layout."""
+    what: Literal["all", "layouts", "options"]
+    """layouts: every factorisation, options as in `probe`; options: the pairwise cover of
+    schedules, dispatchers, recomputation and so on (cover.py); all: both."""
     only: str
-    """Layouts whose name contains this, as `tp2` or `ep4 etp1`; empty: all."""
+    """Cases whose name contains this, as `tp2`, `ep4 etp1` or `allgather`; empty: all."""
     folder: Path
     """What is done stands here: a second start goes on."""
     timeout_s: float
-    """A layout that takes longer is killed and reported."""
+    """A case that takes longer is killed and reported."""
     json: Path | None
     """A file for the verdicts."""
     probe: Probe

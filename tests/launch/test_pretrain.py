@@ -36,6 +36,13 @@ STEP_TOKENS = 4 * 32
         ("data.sequence_tokens=4096", ["data.sequence_tokens", "model.max_context_tokens"]),
         ("load_balance.bias_update_rate=0.1", ["load_balance", "bias"]),
         ("resume=maybe", ["resume", "'maybe'", "auto"]),
+        ("exchange=deepep", ["exchange.dispatcher=deepep", "CUDA device", "What it costs"]),
+        ("exchange=hybridep", ["exchange.dispatcher=hybridep", "exchange.dispatcher=alltoall"]),
+        ("exchange.overlap_shared_expert=true", ["exchange.overlap_shared_expert=false", "CUDA"]),
+        ("exchange.overlap_all_to_all=true", ["exchange.overlap_all_to_all", "model.dual_norm"]),
+        ("recompute=axk1", ["recompute.modules", "moe_act", "Transformer Engine"]),
+        ("recompute.kind=selective", ["recompute.modules=[]", "at least one"]),
+        ("recompute.modules=[mla]", ["recompute.modules", "'mla'", "mla_up_proj"]),
     ],
 )
 def test_a_wrong_configuration_ends_with_2_and_names_the_key(

@@ -25,15 +25,19 @@ def reference(tiny_run: MakeRun, one_rank: object) -> Curve:
     return loss_curve(tiny_run(load_balance=BALANCE), num_steps=NUM_STEPS)
 
 
-@pytest.mark.slow
+SLOW = [
+    Layout(num_ranks=4, tp=2, ep=2, etp=2),  # unlike parts between expert tensor ranks
+    Layout(num_ranks=4, ep=2, etp=2),  # the same over two replicas
+    Layout(num_ranks=4, tp=2),  # whole experts on every tensor rank and replica
+    Layout(num_ranks=4, pp=2, vp=2, ep=2),
+]
+
+
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(num_ranks=4, tp=2, ep=2, etp=2),  # unlike parts between expert tensor ranks
-        Layout(num_ranks=4, ep=2, etp=2),  # the same over two replicas
-        Layout(num_ranks=4, tp=2),  # whole experts on every tensor rank and replica
-        Layout(num_ranks=4, tp=2, ep=2, pp=2),
-        Layout(num_ranks=4, pp=2, vp=2, ep=2),
+        Layout(num_ranks=4, tp=2, ep=2, pp=2),  # most axes at once
+        *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW),
     ],
     ids=str,
 )

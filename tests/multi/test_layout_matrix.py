@@ -1,8 +1,9 @@
-"""Does the matrix of layouts tell right from wrong?
+"""Does the matrix of layouts and options tell right from wrong?
 
 Every axis runs here with two ranks; `python launch/verify.py ranks=8` runs the 146 of eight.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from hydra import compose, initialize_config_dir
 
 from launch.compose import build
 from parallel.spawn import RankPool
-from pretrain.training.matrix import factorisations, judge, print_matrix
+from pretrain.training.cover import Case, option_cases
+from pretrain.training.matrix import cases, factorisations, judge, print_matrix
 from pretrain.training.probe import Measured, write_reference
 from pretrain.training.verification import Verification
 
@@ -55,7 +57,8 @@ def test_a_layout_of_two_ranks_is_the_model_of_one(
     reference: tuple[Measured, Path],
     two_ranks: RankPool,
 ) -> None:
-    verdict = judge(asked.probe, sizes, *reference, pool=two_ranks, timeout_s=120)
+    case = Case(sizes=sizes, probe=asked.probe)
+    verdict = judge(case, *reference, pool=two_ranks, timeout_s=120)
     assert verdict.verdict == "ok", verdict
 
 
@@ -74,9 +77,9 @@ def test_one_tensor_that_is_off_is_named(
     torch.save(kept, tmp_path / "reference.pt")
     sizes = next(s for s in factorisations(2) if s["ep"] == 2)
 
-    verdict = judge(
-        asked.probe, sizes, measured, tmp_path / "reference.pt", pool=two_ranks, timeout_s=120
-    )
+    case = Case(sizes=sizes, probe=asked.probe)
+    changed = tmp_path / "reference.pt"
+    verdict = judge(case, measured, changed, pool=two_ranks, timeout_s=120)
 
     assert verdict.verdict == "differs"
     assert key in verdict.where
@@ -89,18 +92,72 @@ def test_a_loss_or_a_norm_that_is_off_is_a_difference(
     [sizes] = [s for s in factorisations(2) if s["pp"] == 2]
     first, *rest = measured.gradient_norms
     off = replace(measured, gradient_norms=(first * 1.0001, *rest))
-    verdict = judge(asked.probe, sizes, off, path, pool=two_ranks, timeout_s=120)
+    case = Case(sizes=sizes, probe=asked.probe)
+    verdict = judge(case, off, path, pool=two_ranks, timeout_s=120)
     assert (verdict.verdict, verdict.where) == ("differs", "gradient norm")
+
+
+def test_two_tokens_that_exchange_their_experts_are_noticed(
+    asked: Verification,
+    reference: tuple[Measured, Path],
+    two_ranks: RankPool,
+    tmp_path: Path,
+) -> None:
+    measured, path = reference
+    kept = torch.load(path, weights_only=True)
+    rows_TE = kept["chosen"][5]
+    first, second = 100, 101 + int((rows_TE[101:] != rows_TE[100]).any(1).nonzero()[0])
+    rows_TE[[first, second]] = rows_TE[[second, first]]
+    torch.save(kept, tmp_path / "reference.pt")
+    [case] = [Case(sizes=s, probe=asked.probe) for s in factorisations(2) if s["cp"] * s["ep"] == 4]
+
+    verdict = judge(case, measured, tmp_path / "reference.pt", pool=two_ranks, timeout_s=120)
+
+    assert verdict.experts_equal
+    assert (verdict.verdict, verdict.where) == ("differs", "chosen experts")
+    # of 8 layers with a router and three steps of 8 sequences of 64 tokens
+    assert verdict.other_experts == pytest.approx(2 / (8 * 3 * 8 * 64))
+
+
+def test_what_and_only_choose_among_layouts_and_options(asked: Verification) -> None:
+    layouts = cases(replace(asked, what="layouts"))
+    options = cases(replace(asked, what="options"))
+    assert len(layouts) == 10
+    assert not any(case.options for case in layouts)
+    assert all(case.options for case in options)
+    names = [case.name for case in cases(asked)]
+    assert names == [case.name for case in (*layouts, *options)]
+    assert len(set(names)) == len(names)
+    chosen = cases(replace(asked, only="allgather"))
+    assert chosen == [case for case in options if "allgather" in case.name]
+
+
+# Gathering, recomputation by pieces, overlap and a counting pass; bf16 on an interleaved pipeline.
+# The others are the command's to run.
+@pytest.mark.parametrize("number", [3, pytest.param(9, marks=pytest.mark.slow)])
+def test_options_together_are_the_model_of_one_rank(
+    number: int, asked: Verification, one_rank: Any, two_ranks: RankPool, tmp_path: Path
+) -> None:
+    case = option_cases(asked.probe, num_ranks=2)[number]
+    path = tmp_path / "reference.pt"
+    expected = write_reference(case.reference, path)
+    verdict = judge(case, expected, path, pool=two_ranks, timeout_s=120)
+    assert verdict.verdict == "ok", verdict
 
 
 def test_the_command_prints_a_matrix_and_goes_on_where_it_was(
     asked: Verification, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    once = replace(asked, folder=tmp_path, only="pp2", json=tmp_path / "matrix.json")
+    once = replace(
+        asked, folder=tmp_path, only="pp2 ep1 etp1 1f1b alltoall", json=tmp_path / "matrix.json"
+    )
     assert print_matrix(once, reference="none") == 0
     first = capsys.readouterr().out
     assert "tp1 cp1 pp2 ep1 etp1     ok" in first
+    assert "1f1b alltoall none at_end bias fp32" in first
     assert "1 ok" in first
+    [kept] = json.loads((tmp_path / "matrix.json").read_text())["verdicts"]
+    assert kept["options"] == "1f1b alltoall none at_end bias fp32 micro1"
 
     verdicts = (tmp_path / "ranks_2" / "verdicts.jsonl").read_text()
     assert print_matrix(once, reference="none") == 0

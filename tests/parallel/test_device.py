@@ -38,6 +38,7 @@ REASONS = {
     "transformer/multi_latent_attention.py:62": "HAVE_TE = True",
     "transformer/multi_latent_attention.py:185": "isinstance(self.linear_proj, TELinear)",
     "transformer/moe/moe_utils.py:1192": "te_general_gemm is not None",
+    "tensor_parallel/random.py:636": "self.fp8 = fp8 is not None",
     "optimizer/distrib_optimizer.py:640": "if not HAVE_APEX_OR_TE:",
     "optimizer/distrib_optimizer.py:818": "if not HAVE_APEX_OR_TE:",
     "distributed/param_and_grad_buffer.py:285": "dist_all_gather_func(",

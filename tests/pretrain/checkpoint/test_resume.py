@@ -16,6 +16,8 @@ from pretrain.checkpoint.manifest import (
     write_manifest,
 )
 from pretrain.checkpoint.resume import check_same_run, find_newest, open_checkpoint
+from pretrain.model.exchange import Exchange
+from pretrain.model.recompute import Recompute
 from pretrain.training.batch import Batch
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.run import AdamW, Run, as_json
@@ -197,6 +199,8 @@ def test_what_does_not_make_another_model_may_change(tiny_run: MakeRun) -> None:
         total_tokens=2 * run.total_tokens,
         optimizer=AdamW(lr=5e-4, overlap=False, bucket_parameters=20_000),
         lr_schedule=LrSchedule(warmup_tokens=10, decay_tokens=10, final_ratio=0.1),
+        exchange=Exchange(dispatcher="allgather"),
+        recompute=Recompute(kind="full"),
     )
     check(run, run)
     check(run, longer)
