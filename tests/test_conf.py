@@ -7,15 +7,17 @@ from hydra import compose, initialize_config_dir
 
 from launch.compose import build
 from launch.dry_run import OWN
+from launch.inspect_data import Inspection
 from pretrain.model.spec import ModelSpec
 from pretrain.training.run import Run
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 COMMANDS = sorted(path.stem for path in CONF.glob("*.yaml"))
+OF_INSPECTION = ("curriculum", "described")
 GROUPS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in CONF.glob("*/*.yaml")
-    if path.parent.name != "cluster"
+    if path.parent.name not in ("cluster", *OF_INSPECTION)
 )
 CLUSTERS = sorted(path.stem for path in CONF.glob("cluster/*.yaml"))
 # A choice that needs others beside it to stand: without them the run is refused, and rightly so.
@@ -35,6 +37,14 @@ def composed(*overrides: str) -> Run:
 def test_every_choice_of_every_group_stands(choice: str) -> None:
     run = composed(choice, *WITH.get(choice, []))
     assert isinstance(run.model, ModelSpec)
+
+
+@pytest.mark.parametrize(
+    "path", [path for group in OF_INSPECTION for path in CONF.glob(f"{group}/*.yaml")]
+)
+def test_every_curriculum_and_corpus_can_be_inspected(path: Path) -> None:
+    with initialize_config_dir(str(CONF), version_base=None):
+        assert build(Inspection, compose("inspect_data", [f"{path.parent.name}={path.stem}"]))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,0 +1,167 @@
+"""A curriculum becomes exact shares, batch by batch, or is refused by the key to change."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.stream.curriculum import Bucket, Curriculum, Mixture, Plan, Stage, plan, tokens_by_label
+from data.stream.report import address_table, plan_report, plan_text
+
+WEB = Mixture(domains={"web": 3.0, "code": 1.0})
+
+
+def bucket(domain: str, *, quality: int = 0, difficulty: int = 0, **changes: Any) -> Bucket:
+    size = changes.get("window_tokens", 64)
+    return replace(
+        Bucket(
+            name=f"{domain}/q{quality}/d{difficulty}/{size}",
+            domain=domain,
+            language="en",
+            quality=quality,
+            difficulty=difficulty,
+            window_tokens=64,
+            windows=4_000,
+        ),
+        **changes,
+    )
+
+
+BUCKETS = [
+    bucket(domain, quality=quality, difficulty=difficulty)
+    for domain in ("web", "code")
+    for quality in range(2)
+    for difficulty in range(2)
+] + [bucket("web", window_tokens=256, windows=500)]
+
+
+def stage(**changes: Any) -> Stage:
+    sizes = {"tokens": 64 * 1_000, "window_tokens": 64, "global_sequences": 10}
+    return Stage(**{"name": "first", "begin": WEB, **sizes, **changes})
+
+
+def planned(*stages: Stage, **changes: Any) -> Plan:
+    return plan(Curriculum(stages=stages, **changes), BUCKETS, seed=0)
+
+
+def shares(given: Plan, label: str) -> dict[str, float]:
+    tokens = tokens_by_label(given, label)
+    return {name: number / sum(tokens.values()) for name, number in tokens.items() if number}
+
+
+def test_shares_are_divided_by_their_sum() -> None:
+    assert shares(planned(stage()), "domain") == pytest.approx(
+        {"web": 0.75, "code": 0.25}, abs=4e-3
+    )
+
+
+def test_tiers_tilt_a_domain_and_leave_its_share() -> None:
+    tilted = Mixture(domains={"web": 3.0, "code": 1.0}, quality=(1.0, 3.0), difficulty=(1.0, 0.0))
+    found = planned(stage(begin=tilted))
+    assert shares(found, "domain") == pytest.approx({"web": 0.75, "code": 0.25}, abs=4e-3)
+    assert shares(found, "quality") == pytest.approx({"0": 0.25, "1": 0.75}, abs=4e-3)
+    assert shares(found, "difficulty") == {"0": 1.0}
+
+
+def test_a_stage_moves_from_its_beginning_to_its_end() -> None:
+    end = Mixture(domains={"web": 1.0, "code": 3.0})
+    found = planned(stage(end=end, pieces=3))
+    segments = [part.segment for part in found.segments]
+    assert [segment.num_batches for segment in segments] == [34, 33, 33]
+    code = [idx for idx, b in enumerate(found.buckets) if b.domain == "code"]
+    part = [sum(s.weights[idx] for idx in code) / sum(s.weights) for s in segments]
+    assert part == pytest.approx([0.25, 0.5, 0.75], abs=1e-5)
+
+
+def test_the_batch_grows_in_equal_steps_over_its_tokens() -> None:
+    ramp = {"ramp_from_sequences": 2, "ramp_tokens": 64 * 500}
+    found = planned(stage(**ramp))
+    sizes = [(part.segment.global_sequences, part.segment.num_batches) for part in found.segments]
+    assert [size for size, _ in sizes] == [2, 4, 6, 8, 10]
+    tokens = [size * batches for size, batches in sizes]
+    assert tokens[:4] == pytest.approx([100] * 4, abs=8)
+    assert sum(tokens) == pytest.approx(1_000, abs=10)
+
+
+def test_stages_follow_each_other_and_take_their_own_windows() -> None:
+    long = stage(name="long", window_tokens=256, begin=Mixture(domains={"web": 1.0}), tokens=25_600)
+    found = planned(stage(), long)
+    last = found.order.addresses(found.order.num_batches - 1, np.arange(10))
+    assert {found.buckets[b].window_tokens for b in last.bucket.tolist()} == {256}
+    assert [part.stage for part in found.segments] == ["first", "long"]
+
+
+def test_the_order_of_the_buckets_is_of_no_consequence() -> None:
+    one = plan(Curriculum(stages=(stage(),)), BUCKETS, seed=0)
+    other = plan(Curriculum(stages=(stage(),)), BUCKETS[::-1], seed=0)
+    assert one.digest == other.digest
+    assert one.digest != plan(Curriculum(stages=(stage(),)), BUCKETS, seed=1).digest
+    assert one.digest != planned(stage(tokens=64 * 2_000)).digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"begin": Mixture(domains={"math": 1.0})},
+            "100.00% from domain 'math', which has no window",
+        ),
+        ({"window_tokens": 128}, "which has no window of 128 tokens"),
+        ({"tokens": 64 * 300_000}, r"gone through too often: web/q\d/d\d/64 14.*cap 4.*max_epochs"),
+        ({"tokens": 0}, "tokens=0"),
+        ({"ramp_from_sequences": 3, "ramp_tokens": 10}, "ramp_from_sequences=3 given; it must"),
+        ({"ramp_from_sequences": 2}, "both above 0 or both 0"),
+    ],
+)
+def test_what_cannot_be_met_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        planned(stage(**changes))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"domains": {}},
+        {"domains": {"web": -1.0, "code": 2.0}},
+        {"domains": {"web": 1.0}, "quality": ()},
+    ],
+)
+def test_a_mixture_without_meaning_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"a mixture needs|0 or more"):
+        Mixture(**values)
+
+
+def test_a_domain_may_have_a_cap_of_its_own() -> None:
+    much = stage(tokens=64 * 100_000)
+    with pytest.raises(ValueError, match="web"):
+        planned(much)
+    planned(much, max_epochs_by_domain={"web": 5.0})
+
+
+def test_two_buckets_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\['web/q0/d0/64'\] are given twice"):
+        plan(Curriculum(stages=(stage(),)), [*BUCKETS, BUCKETS[0]], seed=0)
+
+
+def test_the_report_adds_up() -> None:
+    report = plan_report(planned(stage(), stage(name="second")), replicas=[5, 4], micro_batch=1)
+    assert report["tokens"] == 2 * 64 * 1_000
+    assert [s["first_batch"] for s in report["stages"]] == [0, 100]
+    assert report["stages"][1]["divides"] == {"5": True, "4": False}
+    assert sum(report["stages"][0]["domains"].values()) == pytest.approx(1.0)
+    text = plan_text(report)
+    assert "5 yes, 4 NO" in text
+    assert "200 batches" in text
+
+
+def test_the_table_of_addresses_is_what_each_replica_reads() -> None:
+    found = planned(stage())
+    table = address_table(found, steps=range(3, 5), replicas=5, micro_batch=2)
+    for rank in range(5):
+        mine = (table["step"] == 4) & (table["rank"] == rank)
+        expected = found.order.addresses(4, [2 * rank, 2 * rank + 1])
+        assert table["slot"][mine].tolist() == [2 * rank, 2 * rank + 1]
+        assert table["window"][mine].tolist() == expected.window.tolist()
+    with pytest.raises(ValueError, match=r"10 sequences, but ranks=3 \* micro_batch=2"):
+        address_table(found, steps=range(1), replicas=3, micro_batch=2)
