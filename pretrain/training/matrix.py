@@ -17,6 +17,7 @@ from pathlib import Path
 
 from parallel.layout import Layout, LayoutError
 from parallel.spawn import RankError, RankPool
+from pretrain.model.cuts import check_cuts
 from pretrain.monitor.provenance import provenance
 from pretrain.training.cover import Case, option_cases
 from pretrain.training.probe import (
@@ -84,6 +85,8 @@ class Verdict:
     """Part of the tokens, by layer and step, that chose other experts."""
     where: str = ""
     """The tensor that is furthest off, or why the case did not run."""
+    detail: str = ""
+    """What a case that failed said: a traceback, or the stack of every rank that hung."""
     seconds: float = 0.0
 
     @property
@@ -196,6 +199,8 @@ def judge(
     not_run = partial(Verdict, layout=case.layout, options=case.options)
     try:
         layout = Layout(**case.sizes)
+        tokens = case.probe.sequence_tokens
+        check_cuts(case.probe.model, layout=layout, sequence_tokens=tokens)
     except LayoutError as error:
         return not_run(verdict="refused", where=str(error))
     try:
@@ -203,9 +208,10 @@ def judge(
             compare_with_reference, case.probe, layout, reference, timeout_s=timeout_s
         )
     except RankError as error:
-        why = str(error).strip().splitlines()[-1]
+        said = str(error).strip()
         seconds = time.monotonic() - started
-        return not_run(verdict="failed", where=why, seconds=seconds)
+        where = said.splitlines()[-1]
+        return not_run(verdict="failed", where=where, detail=said, seconds=seconds)
     return _verdict(case, expected, answers, seconds=time.monotonic() - started)
 
 
@@ -302,6 +308,9 @@ def print_matrix(asked: Verification, *, reference: str) -> int:
 
     verdicts = verify(asked, show=show)
     count = {kind: sum(v.verdict == kind for v in verdicts) for kind in KINDS}
+    for verdict in verdicts:
+        if verdict.detail:
+            print(f"\n{verdict.name}\n{verdict.detail}\n")
     numbers = ", ".join(f"{number} {kind}" for kind, number in count.items())
     elapsed_s = time.monotonic() - started
     print(f"{numbers} of {len(verdicts)} cases in {elapsed_s:.0f} s")

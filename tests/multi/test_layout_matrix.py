@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from launch.compose import build
-from parallel.spawn import RankPool
+from parallel.spawn import RankError, RankPool
 from pretrain.training.cover import Case, option_cases
 from pretrain.training.matrix import cases, factorisations, judge, print_matrix
 from pretrain.training.probe import Measured, write_reference
@@ -26,6 +26,8 @@ pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning")
     for message in ("MLP requires ffn_hidden_size", "Warning. tp_group is None")
 ]
+
+NOTHING = Measured(losses=(), gradient_norms=(), mtp_losses=(), aux_losses=(), expert_tokens=())
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +164,27 @@ def test_the_command_prints_a_matrix_and_goes_on_where_it_was(
     verdicts = (tmp_path / "ranks_2" / "verdicts.jsonl").read_text()
     assert print_matrix(once, reference="none") == 0
     assert (tmp_path / "ranks_2" / "verdicts.jsonl").read_text() == verdicts
+
+
+def test_a_model_that_the_layout_cannot_cut_is_refused_by_its_key(
+    asked: Verification, tmp_path: Path, two_ranks: RankPool
+) -> None:
+    probe = replace(asked.probe, model=replace(asked.probe.model, num_heads=3))
+    case = Case(sizes=next(s for s in factorisations(2) if s["tp"] == 2), probe=probe)
+    verdict = judge(case, NOTHING, tmp_path, pool=two_ranks, timeout_s=120)
+    assert verdict.verdict == "refused"
+    assert "layout.tp=2 given; it must divide model.num_heads=3" in verdict.where
+
+
+def test_the_stacks_of_a_case_that_hangs_are_kept(asked: Verification, tmp_path: Path) -> None:
+    said = "rank 0 stands in\n  barrier\nranks [0, 1] did not answer within 5 s: rank 0 in barrier"
+
+    class Hanging:
+        def run(self, *_: object, **__: object) -> None:
+            raise RankError(said)
+
+    case = Case(sizes=factorisations(2)[0], probe=asked.probe)
+    pool: Any = Hanging()
+    verdict = judge(case, NOTHING, tmp_path, pool=pool, timeout_s=5)
+    assert (verdict.verdict, verdict.detail) == ("failed", said)
+    assert verdict.where == "ranks [0, 1] did not answer within 5 s: rank 0 in barrier"
