@@ -32,7 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 from data.stream.shuffle import permutation_key, permute
 
 PackingPolicy = Literal["best_fit", "concat"]
-POLICIES: tuple[str, ...] = get_args(PackingPolicy)
+POLICIES: tuple[PackingPolicy, ...] = get_args(PackingPolicy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -17,8 +17,8 @@ nothing else. `<name>.win` says which pieces fill which window, little endian th
 
     (W+1) x u64  first piece of each window; the last entry is P
         W x u64  digest of the window's ids in .bin, padding included
-        W x u64  digest of the window's row: its number, its first piece and the next window's, the
-                 digest of its ids, its piece lengths, piece offsets and document ids
+        W x u64  digest of the window's row: its first piece and the next window's, the digest of
+                 its ids, its piece lengths, piece offsets and document ids
         P x u64  document id of each piece
         P x u32  where in its document each piece begins, in tokens
         P x u32  tokens of each piece
@@ -48,7 +48,7 @@ _FIELDS = struct.Struct("<8sIIQQQQQQQ32s32s32s")
 HEADER_BYTES = _FIELDS.size + 32
 COUNT_DTYPE = np.dtype("<u8")
 PIECE_DTYPE = np.dtype("<u4")
-_ROW = struct.Struct("<QQQQ")
+_ROW = struct.Struct("<QQQ")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,9 +198,8 @@ def ids_digest(raw: bytes) -> int:
 
 
 def row_digest(
-    window: int,
-    *,
     pieces: tuple[int, int],
+    *,
     ids: int,
     piece_lengths: NDArray[np.uint32],
     piece_offsets: NDArray[np.uint32],
@@ -209,14 +208,13 @@ def row_digest(
     """Return the 64-bit digest of what .win says of a window.
 
     Args:
-        window: its number in the shard.
-        pieces: its first piece and that of the next window.
+        pieces: its first piece and that of the next window; no two windows have the same.
         ids: the digest of its ids.
         piece_lengths: `[P]` u32, as stored.
         piece_offsets: `[P]` u32, as stored.
         document_ids: `[P]` u64, as stored.
     """
-    digest = hashlib.sha256(_ROW.pack(window, *pieces, ids))
+    digest = hashlib.sha256(_ROW.pack(*pieces, ids))
     for column in (piece_lengths, piece_offsets, document_ids):
         digest.update(column.tobytes())
     return int.from_bytes(digest.digest()[:8], "little")

@@ -190,8 +190,7 @@ class WindowReader:
         digest = int(self._ids_digests[window])
         if self._check_digests:
             found = row_digest(
-                window,
-                pieces=(first, last),
+                (first, last),
                 ids=digest,
                 piece_lengths=lengths,
                 piece_offsets=offsets,
@@ -261,6 +260,9 @@ def _map_sidecar(path: Path) -> tuple[WindowHeader, bytes, mmap.mmap]:
                 f"{path}: {actual_bytes} bytes, its header says {header.win_bytes} "
                 f"({header.num_windows} windows, {header.num_pieces} pieces); truncated or damaged"
             )
-        return header, raw[-32:], mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+        sidecar = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+        # windows are read in random order: without this each first touch reads 128 KiB around it
+        sidecar.madvise(mmap.MADV_RANDOM)
+        return header, raw[-32:], sidecar
     finally:
         os.close(descriptor)

@@ -153,8 +153,7 @@ class WindowWriter:
         digest = ids_digest(raw)
         pieces = (self._first[-1], self._first[-1] + len(lengths))
         row = row_digest(
-            number,
-            pieces=pieces,
+            pieces,
             ids=digest,
             piece_lengths=lengths,
             piece_offsets=offsets,

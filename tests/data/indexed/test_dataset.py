@@ -1,6 +1,7 @@
 """A dataset: windows of buckets found in their shards, and whatever changed is found and named."""
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -351,6 +352,20 @@ def test_a_header_that_contradicts_itself_is_refused() -> None:
         replace(HEADER, buckets=(CODE, KOREAN, CODE))
     with pytest.raises(ValueError, match="'books' begins with document 99, source 'crawl' ends"):
         replace(HEADER, sources=(crawl, replace(books, first_document_id=99)))
+
+
+def test_no_more_shards_stay_open_than_allowed(path: Path) -> None:
+    def num_open() -> int:
+        return len(os.listdir("/dev/fd"))
+
+    before = num_open()
+    with open_dataset(path, max_open_shards=2) as dataset:
+        for bucket, windows in enumerate(EXPECTED):
+            for number in range(len(windows)):
+                dataset.read(bucket, number)
+                assert num_open() <= before + 2 * 2
+        assert num_open() == before + 2 * 2
+    assert num_open() == before
 
 
 def test_at_least_one_shard_may_be_open(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Damage of a shard: every flipped bit, every truncation is found, and its file named."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from data.indexed.format import DataError
 from data.indexed.window_reader import WindowReader
+from data.indexed.window_writer import WindowWriter
 from tests.data.indexed.shards import SEQUENCE, flip, write_shard
 
 
@@ -109,6 +111,57 @@ def test_without_digests_only_bounds_are_checked(tmp_path: Path) -> None:
         reader.read(0)
         flip(path, 15)  # ids of 16 bits in a vocabulary of 1,000
         with pytest.raises(DataError, match=r"a\.b\.bin: window 0, position 0: id \d+; vocab_size"):
+            reader.read(0)
+
+
+@pytest.mark.parametrize(
+    ("value", "count_of_windows", "count_of_pieces", "message"),
+    [
+        # column by column: first pieces, three digests and documents of 8 bytes, offsets of 4
+        (2**20, 0, 0, r"a\.b\.win: window 0 has pieces 1048576 \.\. \d+; expected: at least one"),
+        (2**20, 3, 12, r"a\.b\.win: pieces of \d+ tokens in window 0; expected: at most 65"),
+    ],
+)
+def test_a_row_that_breaks_a_bound_is_found_without_digests(
+    tmp_path: Path, value: int, count_of_windows: int, count_of_pieces: int, message: str
+) -> None:
+    packed = write_shard(tmp_path)
+    header = packed.written.header
+    columns = 8 * bool(count_of_windows)
+    offset = 200 + columns + 8 * count_of_windows * header.num_windows
+    offset += count_of_pieces * header.num_pieces
+    path = Path(f"{packed.prefix}.win")
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 4] = value.to_bytes(4, "little")
+    path.write_bytes(content)
+
+    with (
+        WindowReader(packed.prefix, check_digests=False) as reader,
+        pytest.raises(DataError, match=message),
+    ):
+        reader.read(0)
+
+
+def test_ids_beyond_the_vocabulary_are_found_though_every_digest_is_right(tmp_path: Path) -> None:
+    packed = write_shard(tmp_path)
+    path = Path(f"{packed.prefix}.win")
+    content = path.read_bytes()
+    path.write_bytes(replace(packed.written.header, vocab_size=500).pack() + content[200:])
+
+    with (
+        WindowReader(packed.prefix) as reader,
+        pytest.raises(DataError, match=r"a\.b\.bin: window 0, position \d+: id [5-9]\d\d; vocab"),
+    ):
+        reader.read(0)
+
+
+def test_a_shard_without_windows_can_be_opened(tmp_path: Path) -> None:
+    with WindowWriter(tmp_path / "a", window_tokens=4, vocab_size=9, padding_id=0) as writer:
+        writer.finish()
+
+    with WindowReader(tmp_path / "a") as reader:
+        assert reader.header.num_windows == 0
+        with pytest.raises(IndexError, match="window 0 of 0"):
             reader.read(0)
 
 
