@@ -1,4 +1,5 @@
-"""Token files: the megatron-compatible .bin/.idx pair, its atomic writer and its checking reader.
+"""Token files: megatron's .bin/.idx pair, shards of packed windows, and datasets of shards.
 
-What may not live here: text, tokenizers, sampling order.
+All are written whole or not at all, and checked when they are read. What may not live here: text,
+tokenizers, sampling order.
 """

@@ -4,8 +4,7 @@ Everything that can be checked without reading the ids is checked when the pair 
 version, dtype, the size of `.idx`, lengths and offsets against each other, document bounds, and the
 size of `.bin` to the byte. Afterwards a read is one `pread`: no seek, no lock, no memory map (a map
 of a file that is truncated later ends in SIGBUS, a `pread` in a message). 8 bytes a document stay
-in
-memory: where each starts.
+in memory: where each starts.
 """
 
 import os
@@ -80,6 +79,11 @@ class IndexedReader:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+    @property
+    def document_starts(self) -> NDArray[np.int64]:
+        """Where each document begins in the flat stream, `[documents + 1]`; last: num_tokens."""
+        return self._starts
 
     def tokens(self, start: int, count: int) -> NDArray[np.integer]:
         """Return ids `start .. start + count` of the flat stream of all documents.
