@@ -70,7 +70,7 @@ class Inspection:
 def main(cfg: Composed) -> None:
     """Print what was asked for, and write it where wanted."""
     asked = build(Inspection, cfg)
-    planned = plan(asked.curriculum, asked.described.buckets(), seed=asked.seed)
+    planned = plan(asked.curriculum, asked.described.windows(), seed=asked.seed)
     if asked.action == "plan":
         report = plan_report(planned, replicas=asked.replicas, micro_batch=asked.micro_batch)
         print(plan_text(report))

@@ -63,6 +63,12 @@ class Bucket:
     difficulty_tier: int
     window_tokens: int
 
+    @property
+    def name(self) -> str:
+        """All of it in short, as `web/ko/q2/d0/4096`."""
+        tiers = f"q{self.quality_tier}/d{self.difficulty_tier}"
+        return f"{self.domain}/{self.language or '-'}/{tiers}/{self.window_tokens}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:

@@ -14,27 +14,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from data.indexed.dataset_manifest import Bucket
 from data.stream.order import Order, Segment
 
 WEIGHT_UNIT = 2**22
 """Weights of a segment add up to about this: a share of one millionth is kept to a quarter."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bucket:
-    """Windows of one length with one set of labels."""
-
-    name: str
-    domain: str
-    language: str
-    quality: int
-    """Tier, 0 the lowest."""
-    difficulty: int
-    """Tier, 0 the simplest."""
-    window_tokens: int
-    """S."""
-    windows: int
-    """In one epoch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,35 +143,33 @@ class Plan:
     digest: str
 
 
-def plan(curriculum: Curriculum, buckets: Sequence[Bucket], *, seed: int) -> Plan:
+def plan(curriculum: Curriculum, windows: Mapping[Bucket, int], *, seed: int) -> Plan:
     """Return the segments of a curriculum over buckets.
 
     Args:
         curriculum: the stages.
-        buckets: of all window lengths; the order is of no consequence.
+        windows: of each bucket in one epoch, buckets of all window lengths; their order in the
+            mapping is of no consequence.
         seed: decides every permutation.
 
     Raises:
-        ValueError: if a domain of a stage has no window of its length, two buckets have one name,
-            or a bucket would be gone through more often than its cap; names stage, bucket and
-            the keys to change.
+        ValueError: if a domain of a stage has no window of its length, or a bucket would be gone
+            through more often than its cap; names stage, bucket and the keys to change.
     """
-    ordered = tuple(sorted(buckets, key=lambda bucket: bucket.name))
-    names = [bucket.name for bucket in ordered]
-    if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"buckets {twice[:5]} are given twice")
-    segments = tuple(
-        segment for stage in curriculum.stages for segment in _segments(stage, ordered)
-    )
-    order = Order([bucket.windows for bucket in ordered], [s.segment for s in segments], seed=seed)
-    _check_epochs(curriculum, ordered, order)
-    decides = [seed, [asdict(b) for b in ordered], [asdict(s) for s in segments]]
+    held = dict(sorted(windows.items()))
+    segments = tuple(segment for stage in curriculum.stages for segment in _segments(stage, held))
+    order = Order(list(held.values()), [s.segment for s in segments], seed=seed)
+    _check_epochs(curriculum, held, order)
+    decides = [
+        seed,
+        [[asdict(bucket), number] for bucket, number in held.items()],
+        [asdict(s) for s in segments],
+    ]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    return Plan(buckets=ordered, segments=segments, order=order, digest=digest)
+    return Plan(buckets=tuple(held), segments=segments, order=order, digest=digest)
 
 
-def _segments(stage: Stage, buckets: Sequence[Bucket]) -> list[PlannedSegment]:
+def _segments(stage: Stage, windows: Mapping[Bucket, int]) -> list[PlannedSegment]:
     """Return a stage's segments: a new one where the mixture or the size of the batch changes."""
     sizes = stage.batch_sizes()
     size_ends = [stage.ramp_tokens * (idx + 1) // len(sizes) for idx in range(len(sizes) - 1)]
@@ -202,7 +184,7 @@ def _segments(stage: Stage, buckets: Sequence[Bucket]) -> list[PlannedSegment]:
         if num_batches < 1:
             continue  # a batch of the piece before reached beyond it
         done += num_batches * size * stage.window_tokens
-        weights = _weights(stage, piece, buckets)
+        weights = _weights(stage, piece, windows)
         segments.append(
             PlannedSegment(
                 stage=stage.name,
@@ -213,7 +195,7 @@ def _segments(stage: Stage, buckets: Sequence[Bucket]) -> list[PlannedSegment]:
     return segments
 
 
-def _weights(stage: Stage, piece: int, buckets: Sequence[Bucket]) -> tuple[int, ...]:
+def _weights(stage: Stage, piece: int, windows: Mapping[Bucket, int]) -> tuple[int, ...]:
     """Return the integer weight of each bucket in one piece of a stage."""
     progress = piece / (stage.pieces - 1) if stage.pieces > 1 else 0.0
     begin, end = stage.begin, stage.end or stage.begin
@@ -226,21 +208,23 @@ def _weights(stage: Stage, piece: int, buckets: Sequence[Bucket]) -> tuple[int, 
         for domain in sorted({*begin.domains, *end.domains})
     }
     held = [
-        bucket.windows
+        number
         * _between(
-            _tier(begin.quality, bucket.quality), _tier(end.quality, bucket.quality), progress
+            _tier(begin.quality, bucket.quality_tier),
+            _tier(end.quality, bucket.quality_tier),
+            progress,
         )
         * _between(
-            _tier(begin.difficulty, bucket.difficulty),
-            _tier(end.difficulty, bucket.difficulty),
+            _tier(begin.difficulty, bucket.difficulty_tier),
+            _tier(end.difficulty, bucket.difficulty_tier),
             progress,
         )
         if bucket.window_tokens == stage.window_tokens
         else 0.0
-        for bucket in buckets
+        for bucket, number in windows.items()
     ]
     by_domain = {domain: 0.0 for domain in domains}
-    for bucket, amount in zip(buckets, held, strict=True):
+    for bucket, amount in zip(windows, held, strict=True):
         if bucket.domain in by_domain:
             by_domain[bucket.domain] += amount
     for domain, share in domains.items():
@@ -254,7 +238,7 @@ def _weights(stage: Stage, piece: int, buckets: Sequence[Bucket]) -> tuple[int, 
         max(1, round(WEIGHT_UNIT * domains[bucket.domain] * amount / by_domain[bucket.domain]))
         if amount > 0 and domains.get(bucket.domain, 0.0) > 0
         else 0
-        for bucket, amount in zip(buckets, held, strict=True)
+        for bucket, amount in zip(windows, held, strict=True)
     )
 
 
@@ -266,17 +250,18 @@ def _tier(factors: Sequence[float], tier: int) -> float:
     return factors[min(tier, len(factors) - 1)]
 
 
-def _check_epochs(curriculum: Curriculum, buckets: Sequence[Bucket], order: Order) -> None:
+def _check_epochs(curriculum: Curriculum, windows: Mapping[Bucket, int], order: Order) -> None:
     over: list[tuple[float, float, str]] = []
-    for bucket, given in zip(buckets, order.given(order.num_batches).tolist(), strict=True):
+    all_given = order.given(order.num_batches).tolist()
+    for (bucket, number), given in zip(windows.items(), all_given, strict=True):
         cap = curriculum.max_epochs_by_domain.get(bucket.domain, curriculum.max_epochs)
-        if given > cap * bucket.windows:
-            over.append((given / bucket.windows, cap, bucket.name))
+        if given > cap * number:
+            over.append((given / number, cap, bucket.name))
     if over:
         over.sort(reverse=True)
         named = ", ".join(f"{name} {epochs:.2f} (cap {cap:g})" for epochs, cap, name in over[:5])
         raise ValueError(
-            f"{len(over)} of {len(buckets)} buckets would be gone through too often: {named}; lower"
+            f"{len(over)} of {len(windows)} buckets would be gone through too often: {named}; lower"
             " the share of their domain or the tokens of a stage, raise curriculum.max_epochs or"
             " max_epochs_by_domain, or prepare more text"
         )

@@ -4,11 +4,10 @@ Tokens of each domain, divided by language and tiers as shares: enough to plan a
 its bytes, months before the text is there.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from data.stream.curriculum import Bucket
+from data.indexed.dataset_manifest import Bucket
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +51,9 @@ class DescribedCorpus:
                     " a share of 0 or more are allowed"
                 )
 
-    def buckets(self) -> Sequence[Bucket]:
-        """Return the buckets, those without a whole window left out."""
-        found: list[Bucket] = []
+    def windows(self) -> dict[Bucket, int]:
+        """Return the windows of each bucket; those without a whole one are left out."""
+        found: dict[Bucket, int] = {}
         for (domain, tokens), (language, spoken), quality, difficulty, (length, packed) in product(
             self.domains.items(),
             self.languages.items(),
@@ -67,15 +66,12 @@ class DescribedCorpus:
             share *= self.difficulty[difficulty] / sum(self.difficulty)
             windows = int(tokens * share) // int(length)
             if windows:
-                found.append(
-                    Bucket(
-                        name=f"{domain}/{language}/q{quality}/d{difficulty}/{length}",
-                        domain=domain,
-                        language=language,
-                        quality=quality,
-                        difficulty=difficulty,
-                        window_tokens=int(length),
-                        windows=windows,
-                    )
+                bucket = Bucket(
+                    domain=domain,
+                    language=language,
+                    quality_tier=quality,
+                    difficulty_tier=difficulty,
+                    window_tokens=int(length),
                 )
+                found[bucket] = windows
         return found

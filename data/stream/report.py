@@ -45,8 +45,8 @@ def plan_report(plan: Plan, *, replicas: Sequence[int], micro_batch: int) -> dic
                 "bytes": tokens * ID_BYTES,
                 "buckets": int((given > 0).sum()),
                 "domains": _shares(plan, given, "domain"),
-                "quality": _shares(plan, given, "quality"),
-                "difficulty": _shares(plan, given, "difficulty"),
+                "quality": _shares(plan, given, "quality_tier"),
+                "difficulty": _shares(plan, given, "difficulty_tier"),
                 "divides": {
                     str(dp): all(size % (dp * micro_batch) == 0 for size in sizes)
                     for dp in replicas
@@ -55,8 +55,7 @@ def plan_report(plan: Plan, *, replicas: Sequence[int], micro_batch: int) -> dic
         )
         first_batch += batches
     given = plan.order.given(plan.order.num_batches)
-    windows = np.array([bucket.windows for bucket in plan.buckets], dtype=np.float64)
-    epochs = given / windows
+    epochs = given / np.array(plan.order.windows, dtype=np.float64)
     return {
         "digest": plan.digest,
         "buckets": len(plan.buckets),
