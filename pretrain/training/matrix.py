@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from pretrain.training.probe import (
     compare_with_reference,
     write_reference,
 )
-from pretrain.training.verification import Verification
+from pretrain.training.verification import Probe, Verification
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,10 +107,23 @@ def factorisations(num_ranks: int) -> list[dict[str, int]]:
 
 def cases(asked: Verification) -> list[Case]:
     """Return what is to be run: every factorisation, the cover of options, or both."""
-    layouts = [Case(sizes=sizes, probe=asked.probe) for sizes in factorisations(asked.ranks)]
+    layouts = [_layout_case(asked.probe, sizes) for sizes in factorisations(asked.ranks)]
     options = option_cases(asked.probe, num_ranks=asked.ranks)
     wanted = {"layouts": layouts, "options": options, "all": [*layouts, *options]}[asked.what]
     return [case for case in wanted if asked.only in case.name]
+
+
+def _layout_case(probe: Probe, sizes: dict[str, int]) -> Case:
+    """Return the probe on a layout, in as few micro-batches as show what several of them do.
+
+    Two, and one for each pipeline stage: with eight ranks on two cores most of the time goes to
+    messages, and there are as many in a small micro-batch as in a large one.
+    """
+    dp = sizes["num_ranks"] // (sizes["tp"] * sizes["cp"] * sizes["pp"])
+    sequences = probe.global_sequences // dp
+    most = max(probe.micro_sequences, sequences // max(2, sizes["pp"]))
+    micro = max(n for n in range(1, most + 1) if sequences % n == 0)
+    return Case(sizes=sizes, probe=replace(probe, micro_sequences=micro))
 
 
 class References:
