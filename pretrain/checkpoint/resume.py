@@ -26,10 +26,13 @@ _IDENTITY = (
     "precision",
     "load_balance.kind",
     "data.sequence_tokens",
+    "data.document_attention",
     *(f"batch.{key}" for key in ("global_sequences", "ramp_from_sequences", "ramp_tokens")),
 )
 """Keys whose values a run must share with the checkpoint it goes on from. The layout may differ."""
 
+_BEFORE = {"data.document_attention": False}
+"""What a configuration means that does not name the key: it is older than the key."""
 
 _EXTENDED = ("init_std", "max_context_tokens", "rope")
 """Keys of the model that may change where only weights are taken over."""
@@ -163,4 +166,4 @@ def _at(config: Mapping[str, Any], key: str) -> Any:
     value: Any = config
     for name in key.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
-    return value
+    return _BEFORE.get(key) if value is None else value

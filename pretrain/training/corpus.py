@@ -49,3 +49,11 @@ def open_run_corpus(run: Run) -> Corpus:
         for split in ("train", "validation")
     )
     return Corpus(manifest=train.manifest, train=train, validation=validation)
+
+
+def document_end(run: Run, corpus: Corpus) -> int | None:
+    """Return the id at which attention ends; None: windows are read as one document each.
+
+    Every corpus has one: launch/prepare.py closes each document with it, and no text contains it.
+    """
+    return corpus.manifest.eod_id if run.data.document_attention else None

@@ -38,6 +38,7 @@ def validation_loss(
     micro_sequences: int,
     layout: Layout,
     device: torch.device,
+    document_end: int | None = None,
 ) -> ValidationLoss:
     """Return the loss on a fixed choice of windows.
 
@@ -48,6 +49,7 @@ def validation_loss(
         micro_sequences: sequences in one forward pass.
         layout: its replicas share the windows.
         device: this rank's.
+        document_end: see micro_batches.
 
     Collective: every rank calls it.
     """
@@ -70,6 +72,7 @@ def validation_loss(
             domain_idx.to(device),
             micro_sequences=micro_sequences,
             num_counted=num_counted,
+            document_end=document_end,
         )
     )
     for chunk in chunks:

@@ -75,12 +75,32 @@ class Data:
     """Folder that launch/prepare.py wrote."""
     sequence_tokens: int
     """Tokens in a training sequence."""
+    document_attention: bool = False
+    """Whether tokens attend inside their own document only, where a window holds several; the first
+    token of a document is then predicted from nothing, and its prediction does not count."""
 
     def __post_init__(self) -> None:
         if self.sequence_tokens < 2:
             raise ValueError(
                 f"data.sequence_tokens={self.sequence_tokens} given, at least 2 is allowed"
             )
+
+
+def check_data_available(data: Data, *, uses_transformer_engine: bool) -> None:
+    """Refuse what the attention of this machine cannot do.
+
+    Args:
+        data: the configuration.
+        uses_transformer_engine: whether layers come from it (on CUDA).
+
+    Raises:
+        ValueError: if documents are to bound attention under Transformer Engine.
+    """
+    if data.document_attention and uses_transformer_engine:
+        raise ValueError(
+            "data.document_attention=true given, but with Transformer Engine only false is allowed:"
+            " its attention is not told about documents yet (docs/decisions/0018)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

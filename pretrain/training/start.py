@@ -26,7 +26,7 @@ from pretrain.model.precision import check_available
 from pretrain.model.recompute import check_recompute_available
 from pretrain.training.corpus import Corpus, open_run_corpus
 from pretrain.training.exit_file import FINISHED, WRONG_INPUT, clear_exit, write_exit
-from pretrain.training.run import Run, as_json
+from pretrain.training.run import Run, as_json, check_data_available
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ def check(run: Run, *, every_id: bool) -> bool:
     check_available(run.precision)
     check_exchange_available(run.exchange)
     check_recompute_available(run.recompute, uses_transformer_engine=has_transformer_engine())
+    check_data_available(run.data, uses_transformer_engine=has_transformer_engine())
     corpus = open_run_corpus(run)
     try:
         if every_id:

@@ -116,7 +116,12 @@ def _mean_loss(kept: Sequence[Tensor], device: torch.device) -> float:
 
 
 def micro_batches(
-    tokens: Tensor, domain_idx: Tensor, *, micro_sequences: int, num_counted: int | None = None
+    tokens: Tensor,
+    domain_idx: Tensor,
+    *,
+    micro_sequences: int,
+    num_counted: int | None = None,
+    document_end: int | None = None,
 ) -> Iterator[MicroBatch]:
     """Yield windows as micro-batches of inputs and labels.
 
@@ -125,6 +130,11 @@ def micro_batches(
         domain_idx: `[C]` int64.
         micro_sequences: B; C is a multiple of it.
         num_counted: only the first so many windows count towards the loss; None: all.
+        document_end: the id that closes every document: tokens attend inside their own, and the
+            label after it, the first token of another document, does not count. None: each window
+            is one document, whatever it holds.
+
+    Source: documents: docs/decisions/0018.
     """
     counted = torch.arange(len(tokens), device=tokens.device) < (
         len(tokens) if num_counted is None else num_counted
@@ -132,9 +142,27 @@ def micro_batches(
     for start in range(0, len(tokens), micro_sequences):
         window = slice(start, start + micro_sequences)
         inputs = tokens[window, :-1].contiguous()
+        loss_mask = counted[window, None].expand_as(inputs).float()
+        documents = None
+        if document_end is not None:
+            # Padding of id 0 would else be a document for each token, and slow.
+            is_end = (inputs == document_end) & counted[window, None]
+            loss_mask = loss_mask.masked_fill(is_end, 0.0)
+            documents = number_documents(is_end)
         yield MicroBatch(
             tokens=inputs,
             labels=tokens[window, 1:].contiguous(),
-            loss_mask=counted[window, None].expand_as(inputs).float(),
+            loss_mask=loss_mask,
             domain_idx=domain_idx[window],
+            documents=documents,
         )
+
+
+def number_documents(is_end_BS: Tensor) -> Tensor:
+    """Return the document of each token, `[B, S]` int32, rising from 0 in each window.
+
+    Args:
+        is_end_BS: `[B, S]` bool, where a document has its last token.
+    """
+    ends_before_BS = is_end_BS.cumsum(dim=1) - is_end_BS.long()  # the last token is still its own
+    return ends_before_BS.int()

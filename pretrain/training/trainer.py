@@ -30,7 +30,7 @@ from pretrain.model.assemble import build_chunks
 from pretrain.model.initialise import initialise_weights
 from pretrain.model.transformer_config import transformer_config
 from pretrain.training.batch import local_slots
-from pretrain.training.corpus import Corpus
+from pretrain.training.corpus import Corpus, document_end
 from pretrain.training.evaluate import ValidationLoss, validation_loss
 from pretrain.training.lr_schedule import step_lr
 from pretrain.training.optimizer import make_optimizer, set_coefficients, wrap_chunks
@@ -104,7 +104,12 @@ class Trainer:
             )
             tokens = torch.from_numpy(windows.tokens).to(self.device, torch.int64)
             domain_idx = torch.from_numpy(windows.domain_idx).to(self.device, torch.int64)
-            batches += micro_batches(tokens, domain_idx, micro_sequences=len(micro))
+            batches += micro_batches(
+                tokens,
+                domain_idx,
+                micro_sequences=len(micro),
+                document_end=document_end(run, self.corpus),
+            )
         self.data_wait_s = time.monotonic() - started
         return batches
 
@@ -146,6 +151,7 @@ class Trainer:
             micro_sequences=self.run.batch.micro_sequences,
             layout=self.run.layout,
             device=self.device,
+            document_end=document_end(self.run, self.corpus),
         )
 
     def save(self) -> None:

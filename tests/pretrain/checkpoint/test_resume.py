@@ -187,6 +187,19 @@ def test_another_run_is_refused_by_the_key_that_differs(
     assert "or choose another name" in str(refusal.value)
 
 
+def test_a_run_goes_on_with_the_attention_it_began_with(tiny_run: MakeRun) -> None:
+    plain = tiny_run()
+    inside = replace(plain, data=replace(plain.data, document_attention=True))
+    with pytest.raises(CheckpointError, match=r"has data\.document_attention=False, .*=True given"):
+        check(plain, inside)
+    older = saved_manifest(plain)
+    del older.config["data"]["document_attention"]  # written before there was the key
+    options = {"folder": Path("step_00000001"), "tokenizer_digest": "a" * 64}
+    check_same_run(older, config=as_json(plain), **options)
+    with pytest.raises(CheckpointError, match=r"has data\.document_attention=False, .*=True given"):
+        check_same_run(older, config=as_json(inside), **options)
+
+
 def test_another_tokenizer_is_refused(tiny_run: MakeRun) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer aaaa.*has bbbb.*data\.corpus"):
         check(tiny_run(), tiny_run(), tokenizer_digest="b" * 64)

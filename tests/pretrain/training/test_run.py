@@ -18,6 +18,7 @@ from pretrain.training.run import (
     Evaluation,
     Run,
     as_json,
+    check_data_available,
 )
 
 MakeRun = Callable[..., Run]
@@ -112,6 +113,14 @@ def test_a_value_out_of_range_is_refused_by_key(
     with pytest.raises(ValueError, match="given") as refusal:
         kind(**values)
     assert said in str(refusal.value)
+
+
+def test_attention_inside_documents_is_refused_where_it_would_be_ignored() -> None:
+    data = Data(corpus=Path("none"), sequence_tokens=64, document_attention=True)
+    check_data_available(data, uses_transformer_engine=False)
+    check_data_available(replace(data, document_attention=False), uses_transformer_engine=True)
+    with pytest.raises(ValueError, match=r"data\.document_attention=true given.*only false"):
+        check_data_available(data, uses_transformer_engine=True)
 
 
 def test_steps_and_folder_follow(tiny_run: MakeRun, tmp_path: Path) -> None:

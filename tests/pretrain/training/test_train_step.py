@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,56 @@ def test_windows_become_inputs_and_labels_one_place_on() -> None:
     assert first.loss_mask.tolist() == [[1.0] * 5] * 2
     assert second.loss_mask.tolist() == [[1.0] * 5, [0.0] * 5]
     assert second.domain_idx.tolist() == [0, 1]
+
+
+def test_documents_end_with_the_id_that_closes_them() -> None:
+    """The closing id is the last token of its document, and is itself predicted."""
+    end = 7
+    tokens = torch.tensor([[1, end, 2, 3, end, end, 4], [1, 2, 3, 4, 5, end, 6], [0] * 7])
+    (batch,) = micro_batches(
+        tokens, torch.zeros(3).long(), micro_sequences=3, num_counted=2, document_end=end
+    )
+    assert batch.documents is not None
+    assert batch.documents.dtype == torch.int32
+    assert batch.documents.tolist() == [[0, 0, 1, 1, 1, 2], [0] * 6, [0] * 6]
+    assert batch.loss_mask.tolist() == [[1, 0, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [0] * 6]
+    (plain,) = micro_batches(tokens, torch.zeros(3).long(), micro_sequences=3, num_counted=2)
+    assert plain.documents is None
+    assert plain.loss_mask.tolist() == [[1.0] * 6, [1.0] * 6, [0.0] * 6]
+
+
+def test_padding_with_the_closing_id_is_one_document() -> None:
+    (batch,) = micro_batches(
+        torch.zeros(1, 7).long(),
+        torch.zeros(1).long(),
+        micro_sequences=1,
+        num_counted=0,
+        document_end=0,
+    )
+    assert batch.documents is not None
+    assert batch.documents.tolist() == [[0] * 6]
+
+
+def test_with_documents_the_loss_is_the_mean_over_tokens_that_count(
+    tiny_run: MakeRun, one_rank: object
+) -> None:
+    run = tiny_run(spec={"num_mtp_layers": 0}, micro=2)
+    trainer = make_trainer(replace(run, data=replace(run.data, document_attention=True)))
+    batches = trainer.next_batch()
+    (model,) = trainer.modules
+    total, num_ends = 0.0, 0
+    for batch in batches:
+        is_end = batch.tokens == trainer.corpus.manifest.eod_id
+        num_ends += int(is_end.sum())
+        with torch.no_grad():
+            logits = model(batch.tokens, torch.arange(64).expand(2, -1), batch.documents)
+        loss = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), batch.labels, reduction="none"
+        )
+        total += float(loss[~is_end].double().sum())
+    assert num_ends > 0
+    expected = total / (8 * 64 - num_ends)
+    assert trainer.step(batches).loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_first_loss_is_that_of_guessing(tiny_run: MakeRun, one_rank: object) -> None:
