@@ -21,7 +21,7 @@ from pretrain.training.curriculum import DryRun
 from pretrain.training.run import Run
 from pretrain.training.start import USER_ERRORS
 
-OWN = ("json", "sample_ranks", "curriculum")
+OWN = ("json", "sample_ranks", "stages")
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="dry_run")

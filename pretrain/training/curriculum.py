@@ -31,7 +31,7 @@ class Stage:
     def __post_init__(self) -> None:
         if min(self.sequence_tokens, self.global_sequences, *self.cp) < 1 or not self.cp:
             raise ValueError(
-                f"curriculum: sequence_tokens={self.sequence_tokens},"
+                f"stages: sequence_tokens={self.sequence_tokens},"
                 f" global_sequences={self.global_sequences}, cp={list(self.cp)} given; at least 1"
                 " each, and at least one cp, are allowed"
             )
@@ -49,7 +49,7 @@ class DryRun:
     """File that gets the same figures; null: none."""
     sample_ranks: int
     """Ranks whose groups are compared with those megatron-core makes."""
-    curriculum: tuple[Stage, ...]
+    stages: tuple[Stage, ...]
     """Stages that must each have a legal layout."""
 
     def __post_init__(self) -> None:

@@ -80,8 +80,8 @@ def examine(run: Run, options: DryRun) -> Finding:
     shares = tuple(read_shares(run.model, layout=layout))
     memory = tuple(rank_bytes(share, layout=layout, precision=run.precision) for share in shares)
     longest = run.model.max_context_tokens
-    left_out = tuple(stage for stage in options.curriculum if stage.sequence_tokens > longest)
-    fitting = [stage for stage in options.curriculum if stage not in left_out]
+    left_out = tuple(stage for stage in options.stages if stage.sequence_tokens > longest)
+    fitting = [stage for stage in options.stages if stage not in left_out]
     verdicts = tuple(judge(run, curriculum=fitting))
     faults = [
         *(fault for size in _widths(run) for fault in find_group_faults(size)),

@@ -83,7 +83,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         (["+cluster=h200_1536", "cluster.num_nodes=0"], ["cluster.num_nodes=0", "at least 1"]),
         (["+cluster=h100"], ["cluster=h100", "h200_1024, h200_1536"]),
         (["sample_ranks=0"], ["sample_ranks=0", "at least 1"]),
-        (["curriculum=[{sequence_tokens: 1}]"], ["curriculum[0].global_sequences"]),
+        (["stages=[{sequence_tokens: 1}]"], ["stages[0].global_sequences"]),
         (["jsonn=x"], ["jsonn", "json"]),
     ],
     ids=lambda words: " ".join(words),

@@ -114,13 +114,13 @@ def test_without_a_cluster_only_the_runs_own_ranks_are_judged(tiny_run: MakeRun)
     ],
 )
 def test_a_stage_without_sizes_is_refused(sizes: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"curriculum: sequence_tokens=.* at least 1"):
+    with pytest.raises(ValueError, match=r"stages: sequence_tokens=.* at least 1"):
         Stage(**{"sequence_tokens": 1, "global_sequences": 1, "cp": (1,), **sizes})  # type: ignore[arg-type]  parametrised
 
 
 def test_a_sample_of_no_rank_is_refused() -> None:
     with pytest.raises(ValueError, match="sample_ranks=0 given, at least 1"):
-        DryRun(json=None, sample_ranks=0, curriculum=())
+        DryRun(json=None, sample_ranks=0, stages=())
 
 
 def test_a_stage_whose_micro_batches_do_not_fit_an_interleaved_pipeline_is_refused(

@@ -25,7 +25,7 @@ from pretrain.training.run import Run
 MakeRun = Callable[..., Run]
 
 ROOT = Path(__file__).resolve().parents[3]
-OPTIONS = DryRun(json=None, sample_ranks=64, curriculum=())
+OPTIONS = DryRun(json=None, sample_ranks=64, stages=())
 LAYOUTS = [
     Layout(),
     Layout(num_ranks=2),
@@ -135,7 +135,7 @@ def test_a_rank_heavier_than_its_gpu_is_a_fault_and_links_and_long_stages_are_sh
     )
     run = replace(tiny_run(Layout(num_ranks=2, pp=2)), cluster=small)
     long = Stage(sequence_tokens=512, global_sequences=8, cp=(1,))
-    options = replace(OPTIONS, curriculum=(long,))
+    options = replace(OPTIONS, stages=(long,))
     code, text = no_rank.submit(dry_run, run, options).result()
     assert code == 1
     assert "TOO LARGE" in text
