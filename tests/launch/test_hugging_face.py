@@ -124,6 +124,7 @@ def test_transformers_finds_nothing_missing_and_nothing_unexpected(
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
 
 
+@pytest.mark.slow
 def test_fp8_is_smaller_and_the_same_model(tmp_path: Path, command: Command) -> None:
     spec = twin.tiny_spec(hidden_size=128, expert_ffn_size=128, vocab_size=300)
     oracle.make_hub(tmp_path / "hub", spec)

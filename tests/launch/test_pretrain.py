@@ -184,6 +184,7 @@ def test_a_stopped_run_goes_on_finishes_generates_and_then_does_nothing(
     assert output.startswith("안녕, [def main(")
 
 
+@pytest.mark.slow
 def test_a_run_that_comes_near_its_time_limit_saves_ends_with_75_and_goes_on(
     words: list[str], tmp_path: Path
 ) -> None:

@@ -136,7 +136,8 @@ def test_what_and_only_choose_among_layouts_and_options(asked: Verification) -> 
 
 # Gathering, recomputation by pieces, overlap and a counting pass; bf16 on an interleaved pipeline.
 # The others are the command's to run.
-@pytest.mark.parametrize("number", [3, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [3, 9])
 def test_options_together_are_the_model_of_one_rank(
     number: int, asked: Verification, one_rank: Any, two_ranks: RankPool, tmp_path: Path
 ) -> None:

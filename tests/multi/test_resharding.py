@@ -73,7 +73,10 @@ FOUR_WAYS = [
 ]
 
 
-@pytest.mark.parametrize("layouts", FOUR_WAYS, ids=name)
+SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in FOUR_WAYS[1:]]
+
+
+@pytest.mark.parametrize("layouts", [FOUR_WAYS[0], *SLOW], ids=name)
 def test_the_loss_is_that_of_a_run_never_touched(
     layouts: Sequence[Layout], tiny_run: MakeRun, run_on: RunOn
 ) -> None:
@@ -86,6 +89,7 @@ def test_the_loss_is_that_of_a_run_never_touched(
         assert_same_curve(curve, whole, first=2 * leg)
 
 
+@pytest.mark.slow
 def test_two_replicas_become_three(tiny_run: MakeRun, run_on: RunOn) -> None:
     batch = Batch(global_sequences=6, micro_sequences=1)
     whole = run_on(tiny_run(batch=batch), num_steps=4)
@@ -105,7 +109,9 @@ def stored(run: Run) -> dict[str, Tensor]:
         }
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "bf16", [pytest.param(False, marks=pytest.mark.slow), True], ids=["fp32", "bf16"]
+)
 def test_another_layout_gives_back_every_bit(bf16: bool, tiny_run: MakeRun, run_on: RunOn) -> None:
     """dp 2 in many buckets, read and written again by other layouts without a step between."""
     run = tiny_run(Layout(num_ranks=2), bf16=bf16, bias=True, overlap=True)

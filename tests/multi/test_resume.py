@@ -28,7 +28,11 @@ def assert_goes_on(resumed: Curve, whole: Curve, *, saved: int = SAVED) -> None:
     assert resumed.validation == whole.validation
 
 
-@pytest.mark.parametrize("variant", [{"bias": True}, {"bf16": True}], ids=["fp32-bias", "bf16"])
+@pytest.mark.parametrize(
+    "variant",
+    [{"bias": True}, pytest.param({"bf16": True}, marks=pytest.mark.slow)],
+    ids=["fp32-bias", "bf16"],
+)
 @pytest.mark.parametrize(
     ("layout", "overlap"),
     [

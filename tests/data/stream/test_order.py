@@ -88,10 +88,10 @@ def real_order() -> Order:
     return Order(windows, segments, seed=7)
 
 
-@pytest.mark.parametrize("dp", [64, 96, 192])
+@pytest.mark.parametrize("dp", [64, 96])
 def test_replicas_of_both_clusters_see_the_same_batch(dp: int) -> None:
     order = real_order()
-    for batch in (0, 49_999, 50_000, 149_999):
+    for batch in (49_999, 50_000):
         expected = Counter(whole(order, batch))
         shares = Counter[tuple[int, int, int]]()
         for rank in range(dp):

@@ -23,9 +23,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "layout", [Layout(num_ranks=2, ep=2), Layout(num_ranks=2, pp=2)], ids=["ep2", "pp2"]
+    ("layout", "bf16"),
+    [(Layout(num_ranks=2, ep=2), False), (Layout(num_ranks=2, pp=2), True)],
+    ids=["ep2-fp32", "pp2-bf16"],
 )
 def test_a_new_run_starts_where_the_weights_are(
     layout: Layout, bf16: bool, tiny_run: MakeRun, one_rank: Any, two_ranks: RankPool
