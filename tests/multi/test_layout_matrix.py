@@ -148,6 +148,7 @@ def test_options_together_are_the_model_of_one_rank(
     assert verdict.verdict == "ok", verdict
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_matrix_and_goes_on_where_it_was(
     asked: Verification, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

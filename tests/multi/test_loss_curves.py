@@ -79,7 +79,7 @@ def test_two_ranks_draw_the_loss_curve_of_one(
 @pytest.mark.parametrize(
     ("layout", "num_steps"),
     [
-        (Layout(num_ranks=2, tp=2, etp=2), 3),
+        pytest.param(Layout(num_ranks=2, tp=2, etp=2), 3, marks=pytest.mark.slow),
         (Layout(num_ranks=2, etp=2), 6),
         (Layout(num_ranks=2, pp=2, vp=2), 6),
     ],

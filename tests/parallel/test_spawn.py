@@ -71,6 +71,9 @@ def test_ranks_that_hang_are_ended_and_show_every_stack(two_ranks: RankPool) -> 
     assert ", in never_enter" not in stack_0
     assert stack_1.endswith(", in never_enter")
 
-    two_ranks.run(call_with_own, "builtins:int", ["0", "0"])  # and are there again
+
+@pytest.mark.slow
+def test_ranks_that_had_answered_are_named_beside_those_that_hang(two_ranks: RankPool) -> None:
+    two_ranks.run(call_with_own, "builtins:int", ["0", "0"])  # they are there now
     with pytest.raises(RankError, match=r"ranks \[0\] did not answer.*ranks \[1\] had answered"):
         two_ranks.run(call_with_own, "tests.parallel.hang:wait", [0, 2], timeout_s=3)
