@@ -6,7 +6,7 @@ shares move from the stage's `begin` to its `end` in equal pieces. `plan` turns 
 into the segments of an `Order`: integers, from which everything else follows.
 
 Source: report, data (domains by stage, quality and difficulty tiers, from simple to complex); the
-form of the tilt is our choice, docs/decisions/0019.
+form of the tilt is our choice, docs/decisions/0015.
 """
 
 import hashlib
