@@ -99,6 +99,7 @@ def test_a_loss_or_a_norm_that_is_off_is_a_difference(
     assert (verdict.verdict, verdict.where) == ("differs", "gradient norm")
 
 
+@pytest.mark.slow
 def test_two_tokens_that_exchange_their_experts_are_noticed(
     asked: Verification,
     reference: tuple[Measured, Path],

@@ -25,7 +25,10 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     ("layout", "bf16"),
-    [(Layout(num_ranks=2, ep=2), False), (Layout(num_ranks=2, pp=2), True)],
+    [
+        (Layout(num_ranks=2, ep=2), False),
+        pytest.param(Layout(num_ranks=2, pp=2), True, marks=pytest.mark.slow),
+    ],
     ids=["ep2-fp32", "pp2-bf16"],
 )
 def test_a_new_run_starts_where_the_weights_are(
