@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data.indexed.closing import Closing
 from data.indexed.dataset_manifest import DatasetHeader, Manifest, Source, read_manifest
 from data.indexed.format import DataError, bin_path, idx_path
 from data.indexed.window_format import StoredWindow, win_path
@@ -49,7 +49,7 @@ class DamagedFile:
     found: str
 
 
-class Dataset:
+class Dataset(Closing):
     """Random access to the windows of every bucket.
 
     Safe to use from several threads. Close it, or use it as a context manager.
@@ -86,19 +86,6 @@ class Dataset:
         bounds = np.searchsorted(manifest.bucket, np.arange(num_buckets + 1))
         self._bucket_base = self._before[bounds[:-1]]
         self.num_windows = np.diff(self._before[bounds])
-
-    def __enter__(self) -> "Dataset":
-        """Return the dataset."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close every shard."""
-        self.close()
 
     def close(self) -> None:
         """Close every shard; a later read opens what it needs."""

@@ -9,11 +9,11 @@ in memory: where each starts.
 
 import os
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.indexed.closing import Closing
 from data.indexed.format import (
     HEADER_BYTES,
     LENGTH_DTYPE,
@@ -25,7 +25,7 @@ from data.indexed.format import (
 )
 
 
-class IndexedReader:
+class IndexedReader(Closing):
     """Random access to the documents of one pair, and to their ids as one flat stream.
 
     Safe to use from several threads, and after a fork. Close it, or use it as a context manager.
@@ -55,19 +55,6 @@ class IndexedReader:
         self._descriptor = _open_bin(
             bin_path(prefix), expected_bytes=self.num_tokens * header.dtype.itemsize
         )
-
-    def __enter__(self) -> "IndexedReader":
-        """Return the reader."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the file."""
-        self.close()
 
     def __del__(self) -> None:
         """Close the file if nobody did."""

@@ -13,11 +13,11 @@ import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.indexed.closing import Closing
 from data.indexed.format import DataError, bin_path
 from data.indexed.window_format import (
     COUNT_DTYPE,
@@ -31,7 +31,7 @@ from data.indexed.window_format import (
 )
 
 
-class WindowReader:
+class WindowReader(Closing):
     """Random access to the windows of one shard.
 
     Safe to use from several threads. Close it, or use it as a context manager.
@@ -82,19 +82,6 @@ class WindowReader:
                 f"{self._bin_path}: {actual_bytes} bytes, {self._win_path.name} says "
                 f"{self.header.bin_bytes}; the file is damaged or belongs to another shard"
             )
-
-    def __enter__(self) -> "WindowReader":
-        """Return the reader."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the file."""
-        self.close()
 
     def __del__(self) -> None:
         """Close the file if nobody did."""

@@ -12,12 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from data.indexed.atomic import flush_to_disk, publish, sync_folder, temporary_file
+from data.indexed.closing import Closing
 from data.indexed.format import (
     LENGTH_DTYPE,
     MAX_SEQUENCE_TOKENS,
@@ -56,7 +56,7 @@ class WrittenShard:
     win_sha256: bytes
 
 
-class WindowWriter:
+class WindowWriter(Closing):
     """Writes windows of packed documents to `<prefix>.bin`, `.idx` and `.win`.
 
     Use as a context manager and call `finish` as the last thing inside it; without that call, or
@@ -102,17 +102,8 @@ class WindowWriter:
             temporary_file(self._prefix.parent)
         )
 
-    def __enter__(self) -> "WindowWriter":
-        """Return the writer."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Remove what is unfinished."""
+    def close(self) -> None:
+        """Remove what is unfinished; nothing is left to remove after `finish`."""
         self._stack.close()
 
     def add(

@@ -10,12 +10,12 @@ from array import array
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from data.indexed.atomic import flush_to_disk, publish, sync_folder, temporary_file
+from data.indexed.closing import Closing
 from data.indexed.format import (
     LENGTH_DTYPE,
     MAX_SEQUENCE_TOKENS,
@@ -49,7 +49,7 @@ class WrittenPair:
     idx_sha256: str
 
 
-class IndexedWriter:
+class IndexedWriter(Closing):
     """Writes documents of token ids to `<prefix>.bin` and `<prefix>.idx`.
 
     Use as a context manager and call `finish` as the last thing inside it; without that call, or
@@ -83,17 +83,8 @@ class IndexedWriter:
             temporary_file(self._prefix.parent)
         )
 
-    def __enter__(self) -> "IndexedWriter":
-        """Return the writer."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Remove what is unfinished."""
+    def close(self) -> None:
+        """Remove what is unfinished; nothing is left to remove after `finish`."""
         self._stack.close()
 
     def add(self, ids: ArrayLike) -> None:

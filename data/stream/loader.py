@@ -19,12 +19,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.corpus.manifest import TOKENIZER_NAME, DomainFiles, Manifest, Split, file_sha256
+from data.indexed.closing import Closing
 from data.indexed.format import DataError
 from data.indexed.reader import IndexedReader
 from data.stream.shuffle import permutation_key, permute
@@ -45,7 +45,7 @@ class Windows:
     domain_idx: NDArray[np.int16]
 
 
-class WindowStream:
+class WindowStream(Closing):
     """Random access to the windows of several domains, shuffled for training or in fixed order.
 
     Attributes:
@@ -97,19 +97,6 @@ class WindowStream:
                 f"no domain holds one window of {window_tokens} + 1 tokens: {sizes}; "
                 f"use a smaller window_tokens or prepare more text"
             )
-
-    def __enter__(self) -> "WindowStream":
-        """Return the stream."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the readers."""
-        self.close()
 
     def close(self) -> None:
         """Close the readers; closing twice is allowed, reading afterwards is not."""
@@ -231,7 +218,7 @@ class WindowStream:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class PreparedSplit:
+class PreparedSplit(Closing):
     """One split of a prepared corpus, open for reading. Close it, or use it as a context manager.
 
     Attributes:
@@ -245,19 +232,6 @@ class PreparedSplit:
     stream: WindowStream
     bytes_by_domain: Mapping[str, int]
     tokens_by_domain: Mapping[str, int]
-
-    def __enter__(self) -> "PreparedSplit":
-        """Return the split."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the files."""
-        self.close()
 
     def close(self) -> None:
         """Close the files."""

@@ -136,12 +136,16 @@ def flat_parts(first: int, last: int, size: Sequence[int]) -> list[Part]:
 
 def _ranges(optimizer: Any) -> Iterator[tuple[Any, torch.nn.Parameter, int, int]]:
     """Yield each part of the optimizer with a parameter and the flat range of it that it holds."""
-    for part in optimizer.chained_optimizers:
-        for by_dtype in () if part.is_stub_optimizer else part.gbuf_ranges:
-            for buckets in by_dtype.values():
-                for bucket in buckets:
-                    for parameter, ranges in bucket["param_map"].items():
-                        yield part, parameter, ranges["param"].start, ranges["param"].end
+    for part in _parts(optimizer):
+        buckets = [b for by_dtype in part.gbuf_ranges for held in by_dtype.values() for b in held]
+        for bucket in buckets:
+            for parameter, ranges in bucket["param_map"].items():
+                yield part, parameter, ranges["param"].start, ranges["param"].end
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """Return the optimizers of dense and of expert parameters, those that this rank has."""
+    return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
 
 
 def _boxes_by_parameter(chunks: Sequence[Any]) -> dict[torch.nn.Parameter, dict[int, Box]]:
@@ -218,12 +222,11 @@ def load_state(folder: Path, *, chunks: Sequence[Any], optimizer: Any, updates: 
     Collective: every rank calls it.
     """
     if updates:
-        for part in optimizer.chained_optimizers:
-            if not part.is_stub_optimizer:
-                state = part.state_dict()
-                for group in state["optimizer"]["param_groups"]:
-                    group["step"] = updates
-                part.load_state_dict(state)  # makes room for the moments
+        for part in _parts(optimizer):
+            state = part.state_dict()
+            for group in state["optimizer"]["param_groups"]:
+                group["step"] = updates
+            part.load_state_dict(state)  # makes room for the moments
     with StoredTensors(folder) as stored:
         for box in state_boxes(chunks, optimizer):
             found = stored.tensors.get(box.key)

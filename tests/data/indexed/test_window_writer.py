@@ -111,7 +111,7 @@ def test_windows_are_read_into_the_rows_of_an_array(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="wanted: \\(3, 65\\), int32"):
             reader.read_into([5, 0, 5], rows[:2])
         with pytest.raises(ValueError, match="wanted: \\(3, 65\\), int32"):
-            reader.read_into([5, 0, 5], rows.astype(np.int64))  # type: ignore[arg-type]
+            reader.read_into([5, 0, 5], rows.astype(np.int64))  # type: ignore[arg-type]  wrong on purpose
 
 
 @pytest.mark.parametrize("number", [-1, 10**6])

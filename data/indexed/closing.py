@@ -1,0 +1,28 @@
+"""How is something closed that was opened?
+
+Readers, writers and streams own files: `with` closes them, and so does `close`.
+"""
+
+from types import TracebackType
+from typing import Self
+
+
+class Closing:
+    """A context manager that closes itself at its end."""
+
+    def close(self) -> None:
+        """Close what is owned; closing twice is allowed."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
