@@ -21,8 +21,9 @@ import hydra
 import numpy as np
 
 from data.indexed.atomic import write_bytes
-from data.stream.curriculum import Curriculum, Plan, plan
+from data.stream.curriculum import Curriculum
 from data.stream.described import DescribedCorpus
+from data.stream.plan import Plan, plan
 from data.stream.report import address_table, plan_report, plan_text
 from launch.compose import Composed, build, run
 

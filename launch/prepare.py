@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not launch/: see
 
 import hydra
 
-from data.corpus.prepare import PrepareConfig, prepare
+from data.corpus.prepare import prepare
+from data.corpus.prepare_config import PrepareConfig
 from data.corpus.report import ProgressText, summary
 from data.indexed.format import DataError
 from launch.compose import Composed, build, run

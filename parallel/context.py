@@ -36,7 +36,7 @@ def chunk_starts(num_tokens: int, *, rank: int, num_ranks: int) -> tuple[int, in
     if num_tokens % (2 * num_ranks):
         raise ValueError(
             f"a sequence of {num_tokens} tokens given, but 2 * layout.cp = {2 * num_ranks} must"
-            " divide it: change data.sequence_tokens or layout.cp"
+            " divide it: change window_tokens of the stage or layout.cp"
         )
     chunk = num_tokens // (2 * num_ranks)
     return rank * chunk, (2 * num_ranks - 1 - rank) * chunk

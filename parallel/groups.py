@@ -174,6 +174,11 @@ def data_rank() -> int:
     return int(parallel_state.get_data_parallel_rank())
 
 
+def context_rank() -> int:
+    """Return which part of each sequence this rank computes, 0 <= rank < cp."""
+    return int(parallel_state.get_context_parallel_rank())
+
+
 def tensor_rank() -> int:
     """Return this rank's place on the tensor axis."""
     return int(parallel_state.get_tensor_model_parallel_rank())

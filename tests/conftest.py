@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from data.corpus.prepare import PrepareConfig, prepare
+from data.corpus.prepare import prepare
+from data.corpus.prepare_config import PrepareConfig
 from data.corpus.sources import SourceConfig
+from data.stream.curriculum import Curriculum, Stage
 from parallel.layout import Layout
 from parallel.spawn import RankPool, silence_expected_warnings
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.spec import ModelSpec
 from pretrain.monitor.telemetry import TelemetryConfig
-from pretrain.training.batch import Batch
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.run import AdamW, CheckpointPolicy, Data, Evaluation, Run
 
@@ -136,10 +137,21 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     folder = tmp_path_factory.mktemp("corpus")
     config = PrepareConfig(
-        output=str(folder), sources=sources, vocab_size=512, validation_fraction=0.2
+        output=str(folder),
+        sources=sources,
+        vocab_size=512,
+        validation_fraction=0.2,
+        window_tokens={"64": 0.8, "128": 0.2},
+        validation_window_tokens=64,
     )
     prepare(config, progress=lambda *_: None)
     return folder
+
+
+def tiny_curriculum(tokens: int = 1_000_000, *, sequences: int = 8, **changes: Any) -> Curriculum:
+    """Return a curriculum of one stage in windows of 64, as the corpus has its domains."""
+    stage = Stage(tokens=tokens, window_tokens=64, global_sequences=sequences, **changes)
+    return Curriculum(stages={"only": stage}, max_epochs=100.0)
 
 
 @pytest.fixture(scope="session")
@@ -204,7 +216,6 @@ def tiny_run(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
             name="tiny",
             output_root=tmp_path_factory.mktemp("runs"),
             seed=1,
-            total_tokens=1_000_000,
             mtp_loss_weight=0.3,
             model=ModelSpec(**{**TINY_MODEL, **(spec or {})}),
             layout=layout or Layout(),
@@ -213,8 +224,9 @@ def tiny_run(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
             # 20,000 parameters in a bucket: several buckets, as in every real run
             optimizer=AdamW(lr=1e-3, overlap=overlap, bucket_parameters=20_000),
             lr_schedule=LrSchedule(warmup_tokens=0, decay_tokens=0, final_ratio=1.0),
-            batch=Batch(global_sequences=8, micro_sequences=micro),
-            data=Data(corpus=tiny_corpus, sequence_tokens=64),
+            curriculum=tiny_curriculum(),
+            micro_batch_tokens=64 * micro,
+            data=Data(corpus=tiny_corpus),
             evaluation=Evaluation(
                 interval_steps=0, windows_per_domain=4, final_windows_per_domain=4
             ),

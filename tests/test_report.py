@@ -12,7 +12,9 @@ from launch.compose import build
 from pretrain.training.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
-KEY = re.compile(r"(?:model|layout|optimizer|lr_schedule|batch|precision|mtp_loss_weight)[\w.]*")
+KEY = re.compile(
+    r"(?:model|layout|optimizer|lr_schedule|curriculum|precision|mtp_loss_weight)[\w.]*"
+)
 
 
 def rows() -> list[tuple[str, str]]:
@@ -47,6 +49,9 @@ def full_run() -> Run:
 def value_at(run: Run, key: str) -> Any:
     value: Any = run
     for name in key.split("."):
+        if isinstance(value, dict):
+            value = value[name]
+            continue
         assert is_dataclass(value), key
         assert name in {field.name for field in fields(value)}, (
             f"docs/report.md names {key}, conf has no such key"
@@ -82,8 +87,8 @@ def test_a_key_named_on_the_page_exists(full_run: Run, key: str) -> None:
         ("lr_schedule.warmup_tokens", 2000 * 15360 * 4096),
         ("lr_schedule.decay_tokens", 1.66e12),
         ("lr_schedule.final_ratio", 0.1),
-        ("batch.global_sequences", 15360),
-        ("total_tokens", 9.26e12),
+        ("curriculum.stages.general.global_sequences", 15360),
+        ("curriculum.stages.general.tokens", 7e12),
         ("load_balance.aux_loss_coefficient", 1e-4),
     ],
 )

@@ -13,9 +13,10 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.corpus.manifest import SPLITS, Manifest
+from data.corpus.manifest import SPLITS, CorpusManifest
 from data.indexed.atomic import TEMPORARY_PREFIX
 from data.indexed.format import bin_path, idx_path
+from data.indexed.window_format import win_path
 
 LOCK_NAME = ".lock"
 log = logging.getLogger(__name__)
@@ -53,14 +54,15 @@ def remove_unfinished(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove_unlisted(folder: Path, manifest: Manifest) -> None:
-    """Remove .bin/.idx files of earlier configurations, which the manifest does not name."""
-    listed: set[Path] = set()
-    for files in manifest.splits.values():
-        for entry in files.values():
-            listed |= {bin_path(folder / entry.prefix), idx_path(folder / entry.prefix)}
+def remove_unlisted(folder: Path, manifest: CorpusManifest) -> None:
+    """Remove shards of earlier configurations, which the manifest does not name."""
     for split in SPLITS:
-        for pattern in ("*.bin", "*.idx"):
-            for path in (folder / split).glob(pattern):
-                if path not in listed:
-                    path.unlink()
+        place = folder / split
+        prefixes = [
+            place / shard.name for text in manifest.splits[split].values() for shard in text.shards
+        ]
+        listed = {path(prefix) for prefix in prefixes for path in (bin_path, idx_path, win_path)}
+        for pattern in ("*.bin", "*.idx", "*.win"):
+            for found in place.glob(pattern):
+                if found not in listed:
+                    found.unlink()

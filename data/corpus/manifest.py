@@ -2,7 +2,8 @@
 
 `manifest.json` is written last and all at once: a folder with a manifest was finished. It says what
 was made from what (digests of the configuration, of the sources and of the tokenizer) and, for each
-split and domain, what its .bin/.idx pair must look like. While a folder is being filled the same
+split and domain, how much text there is and which shards of windows hold it. Training opens the
+manifest of those windows, `<split>/dataset.manifest`. While a folder is being filled the same
 content, as far as it is finished, stands in `manifest.partial.json`, so that a run that was killed
 goes on instead of starting over.
 """
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from data.indexed.atomic import write_bytes
-from data.indexed.format import DataError, bin_path, idx_path
+from data.indexed.format import DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 PARTIAL_NAME = "manifest.partial.json"
 TOKENIZER_NAME = "tokenizer.json"
+DATASET_NAME = "dataset.manifest"
+LISTING_NAME = "documents.txt"
+"""Beside the manifest of windows: line d says where document d came from."""
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -41,29 +45,38 @@ class Compressed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DomainFiles:
-    """One .bin/.idx pair of a prepared corpus.
+class ShardRecord:
+    """One shard of windows.
 
     Attributes:
-        prefix: path inside the folder, without `.bin`/`.idx`, e.g. `train/python`.
-        documents: documents in the pair.
-        tokens: ids in the pair, each document's closing end-of-document id included.
+        name: file name in the folder of its split, without a suffix.
+        window_tokens: S of its windows.
+        sha256: digest of the shard, hexadecimal; depends on every byte of its three files.
+    """
+
+    name: str
+    window_tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainText:
+    """The text of one domain in one split.
+
+    Attributes:
+        documents: how many.
+        first_document_id: id of the first; the others follow.
+        tokens: ids, each document's closing end-of-document id included, without padding.
         bytes: UTF-8 bytes of the documents' text; the denominator of bits per byte.
-        bin_bytes: size of .bin.
-        idx_bytes: size of .idx.
-        bin_sha256: SHA-256 of .bin, hexadecimal.
-        idx_sha256: SHA-256 of .idx, hexadecimal.
+        shards: what holds the ids.
         compressed: sizes of the joined text under general compressors; validation only.
     """
 
-    prefix: str
     documents: int
+    first_document_id: int
     tokens: int
     bytes: int
-    bin_bytes: int
-    idx_bytes: int
-    bin_sha256: str
-    idx_sha256: str
+    shards: tuple[ShardRecord, ...]
     compressed: Compressed | None
 
 
@@ -85,7 +98,7 @@ class DomainIntake:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
+class CorpusManifest:
     """The contents of one prepared corpus folder.
 
     Attributes:
@@ -95,7 +108,7 @@ class Manifest:
         tokenizer_digest: SHA-256 of tokenizer.json.
         vocab_size: ids of the tokenizer, special tokens included.
         eod_id: id that closes every document.
-        splits: split -> domain -> its pair.
+        splits: split -> domain -> its text.
         intake: domain -> what became of the documents offered.
         validation_compressed: sizes of all validation text, domains joined in order of their names.
         absent: sources that may be missing on a machine and were, with the folder looked at.
@@ -107,7 +120,7 @@ class Manifest:
     tokenizer_digest: str
     vocab_size: int
     eod_id: int
-    splits: Mapping[str, Mapping[str, DomainFiles]]
+    splits: Mapping[str, Mapping[str, DomainText]]
     intake: Mapping[str, DomainIntake]
     validation_compressed: Compressed | None
     absent: tuple[str, ...]
@@ -127,7 +140,7 @@ class Manifest:
         write_bytes(folder / name, (text + "\n").encode())
 
     @classmethod
-    def load(cls, folder: Path | str, *, name: str = MANIFEST_NAME) -> "Manifest":
+    def load(cls, folder: Path | str, *, name: str = MANIFEST_NAME) -> "CorpusManifest":
         """Return the manifest of a prepared folder.
 
         Raises:
@@ -159,48 +172,10 @@ class Manifest:
                 f"{path}: not a manifest of version {SCHEMA_VERSION}: {error}"
             ) from error
 
-    def check_sizes(self, folder: Path | str, *, splits: tuple[str, ...] = SPLITS) -> None:
-        """Check that every file of `splits` is there with the size that the manifest gives.
 
-        Raises:
-            DataError: naming the first file that is missing or has another size, with both sizes.
-        """
-        for split in splits:
-            for files in self.splits[split].values():
-                check_pair_sizes(files, folder=Path(folder))
-
-
-def check_pair_sizes(files: DomainFiles, *, folder: Path) -> None:
-    """Check the sizes of one pair.
-
-    Raises:
-        DataError: if a file is missing or has another size than recorded.
-    """
-    prefix = folder / files.prefix
-    for path, expected in (
-        (bin_path(prefix), files.bin_bytes),
-        (idx_path(prefix), files.idx_bytes),
-    ):
-        if not path.is_file():
-            raise DataError(f"{path}: missing; the manifest says {expected} bytes; prepare again")
-        actual = path.stat().st_size
-        if actual != expected:
-            raise DataError(
-                f"{path}: {actual} bytes, the manifest says {expected}; prepare the folder again"
-            )
-
-
-def pair_is_whole(files: DomainFiles, *, folder: Path) -> bool:
-    """Return whether both files of a pair have the recorded sizes and SHA-256."""
-    try:
-        check_pair_sizes(files, folder=folder)
-    except DataError:
-        return False
-    prefix = folder / files.prefix
-    return (
-        file_sha256(bin_path(prefix)) == files.bin_sha256
-        and file_sha256(idx_path(prefix)) == files.idx_sha256
-    )
+def dataset_path(folder: Path, split: Split) -> Path:
+    """Return the manifest of the windows of a split (`data/indexed/dataset_manifest.py`)."""
+    return folder / split / DATASET_NAME
 
 
 def file_sha256(path: Path) -> str:
@@ -213,22 +188,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _from_record(record: dict[str, Any]) -> Manifest:
+def _from_record(record: dict[str, Any]) -> CorpusManifest:
     """Return the manifest that a parsed JSON object describes; strict about names."""
     fields = dict(record)
     fields["splits"] = {
-        split: {name: _domain_files(entry) for name, entry in fields["splits"][split].items()}
+        split: {name: _domain_text(entry) for name, entry in fields["splits"][split].items()}
         for split in SPLITS
     }
     fields["intake"] = {name: DomainIntake(**entry) for name, entry in fields["intake"].items()}
     total = fields["validation_compressed"]
     fields["validation_compressed"] = None if total is None else Compressed(**total)
     fields["absent"] = tuple(cast("list[str]", fields["absent"]))
-    return Manifest(**fields)
+    return CorpusManifest(**fields)
 
 
-def _domain_files(entry: dict[str, Any]) -> DomainFiles:
+def _domain_text(entry: dict[str, Any]) -> DomainText:
     fields = dict(entry)
     sizes = fields["compressed"]
     fields["compressed"] = None if sizes is None else Compressed(**sizes)
-    return DomainFiles(**fields)
+    fields["shards"] = tuple(ShardRecord(**shard) for shard in fields["shards"])
+    return DomainText(**fields)

@@ -1,8 +1,8 @@
 """How do sources become a folder that training can read?
 
-read -> drop copies, cluster, split -> train the tokenizer on the training side -> encode ->
-manifest. The whole corpus passes through memory: this is the preparation of a corpus of up to a few
-gigabytes on one machine. Every document ends with the end-of-document id.
+read -> drop copies, cluster, split -> train the tokenizer on the training side -> encode and pack
+into windows -> manifests. The whole corpus passes through memory: this is the preparation of a
+corpus of up to a few gigabytes on one machine. Every document ends with the end-of-document id.
 
 A second run with the same configuration and sources verifies what stands there (sizes and SHA-256)
 and makes again only what is missing or damaged. What a killed run had finished is used by the next.
@@ -10,121 +10,51 @@ and makes again only what is missing or damaged. What a killed run had finished 
 
 import dataclasses
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.corpus.encode import Progress, compressed_sizes, write_side
 from data.corpus.folder import exclusive, remove_unfinished, remove_unlisted
 from data.corpus.manifest import (
+    LISTING_NAME,
     MANIFEST_NAME,
     PARTIAL_NAME,
     SCHEMA_VERSION,
     SPLITS,
     TOKENIZER_NAME,
     Compressed,
+    CorpusManifest,
     DomainIntake,
-    Manifest,
+    DomainText,
     Split,
+    dataset_path,
     file_sha256,
-    pair_is_whole,
 )
+from data.corpus.prepare_config import PREPARATION_VERSION, PrepareConfig
 from data.corpus.record import Document
-from data.corpus.sources import MANUAL, SourceConfig, list_files, read_source, source_digest
-from data.corpus.split import SplitConfig, SplitDocuments, split_documents
+from data.corpus.sources import MANUAL, list_files, read_source, source_digest
+from data.corpus.split import SplitDocuments, split_documents
 from data.indexed.atomic import write_bytes
+from data.indexed.dataset_manifest import (
+    Bucket,
+    DatasetHeader,
+    ShardEntry,
+    Source,
+    write_manifest,
+)
 from data.indexed.format import DataError
-from data.tokenizer.bpe import END_OF_DOCUMENT, BpeConfig, save_tokenizer, train_bpe
+from data.indexed.packing import PackingPolicy
+from data.indexed.shard_check import read_shard
+from data.tokenizer.bpe import save_tokenizer, train_bpe
 from data.tokenizer.codec import Codec
 
-PREPARATION_VERSION = 1
-"""Part of every configuration's digest; raised when the same configuration gives other files."""
 _LOGGED_SKIPS = 5
 log = logging.getLogger(__name__)
 
 
-def default_sources() -> dict[str, SourceConfig]:
-    """Return the sources that need nothing but this machine."""
-    return {
-        "python": SourceConfig(kind="python_stdlib"),
-        "man": SourceConfig(kind="man_pages", max_bytes=6_000_000),
-    }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PrepareConfig:
-    """What is prepared, and where it goes.
-
-    Attributes:
-        output: folder to fill.
-        sources: name -> source.
-        vocab_size: ids of the tokenizer to train, special tokens included; not used with
-            `tokenizer`.
-        num_reserved: special tokens of it that are kept free; not used with `tokenizer`.
-        validation_fraction: expected share of clusters in validation, 0 < fraction < 0.5.
-        near_duplicate_jaccard: overlap from which two documents are near duplicates, in (0, 1].
-        seed: decides which clusters are for validation.
-        tokenizer: path of an existing tokenizer.json to use; null to train one.
-        end_of_document: special token that closes every document; another name than the default
-            only with an existing tokenizer.
-        tokenizer_sample_bytes: train the tokenizer on at most so many bytes of the training side.
-    """
-
-    output: str = "runs/corpus/demo"
-    sources: dict[str, SourceConfig] = field(default_factory=default_sources)
-    vocab_size: int = 4096
-    num_reserved: int = 14
-    validation_fraction: float = 0.04
-    near_duplicate_jaccard: float = 0.6
-    seed: int = 0
-    tokenizer: str | None = None
-    end_of_document: str = END_OF_DOCUMENT
-    tokenizer_sample_bytes: int = 64_000_000
-
-    def __post_init__(self) -> None:
-        """Refuse a preparation without output, sources or tokenizer text."""
-        if not self.output:
-            raise ValueError("output is empty; allowed: the path of a folder")
-        if not self.sources:
-            raise ValueError("sources is empty; allowed: at least one source")
-        if self.tokenizer_sample_bytes < 1:
-            raise ValueError(f"tokenizer_sample_bytes={self.tokenizer_sample_bytes}; allowed: >= 1")
-        if self.tokenizer is None and self.end_of_document != END_OF_DOCUMENT:
-            raise ValueError(
-                f"end_of_document={self.end_of_document!r}; a tokenizer trained here has "
-                f"{END_OF_DOCUMENT!r}; change it only together with `tokenizer`"
-            )
-
-        _ = (
-            self.vocabulary,
-            self.split,
-        )  # made once here, so that they refuse what they refuse now
-
-    @property
-    def vocabulary(self) -> BpeConfig:
-        """Shape of the tokenizer to train."""
-        return BpeConfig(vocab_size=self.vocab_size, num_reserved=self.num_reserved)
-
-    @property
-    def split(self) -> SplitConfig:
-        """How documents are divided."""
-        return SplitConfig(
-            validation_fraction=self.validation_fraction,
-            near_duplicate_jaccard=self.near_duplicate_jaccard,
-            seed=self.seed,
-        )
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all fields but `output`."""
-        record = {**dataclasses.asdict(self), "output": "", "version": PREPARATION_VERSION}
-        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def prepare(config: PrepareConfig, *, progress: Progress) -> Manifest:
+def prepare(config: PrepareConfig, *, progress: Progress) -> CorpusManifest:
     """Fill the output folder, or find that it is filled, and return its manifest.
 
     Args:
@@ -154,7 +84,7 @@ def prepare(config: PrepareConfig, *, progress: Progress) -> Manifest:
         return found if finished else _build(config, found, progress=progress)
 
 
-def _empty_manifest(config: PrepareConfig) -> Manifest:
+def _empty_manifest(config: PrepareConfig) -> CorpusManifest:
     """Return a manifest that says what is to be made from what, and nothing made."""
     digest = hashlib.sha256()
     absent: list[str] = []
@@ -170,7 +100,7 @@ def _empty_manifest(config: PrepareConfig) -> Manifest:
                 f"tokenizer={config.tokenizer}: no such file; allowed: a tokenizer.json"
             )
         digest.update(file_sha256(path).encode())
-    return Manifest(
+    return CorpusManifest(
         schema_version=SCHEMA_VERSION,
         config_digest=config.digest,
         sources_digest=digest.hexdigest(),
@@ -184,11 +114,11 @@ def _empty_manifest(config: PrepareConfig) -> Manifest:
     )
 
 
-def _whole_part(folder: Path, wanted: Manifest) -> tuple[Manifest, bool]:
+def _whole_part(folder: Path, wanted: CorpusManifest) -> tuple[CorpusManifest, bool]:
     """Return what of the folder is whole and made from the wanted, and whether that is all."""
     for name in (MANIFEST_NAME, PARTIAL_NAME):
         try:
-            manifest = Manifest.load(folder, name=name)
+            manifest = CorpusManifest.load(folder, name=name)
         except DataError as error:
             if (folder / name).exists():
                 log.warning("%s; it is made anew", error)
@@ -206,15 +136,25 @@ def _whole_part(folder: Path, wanted: Manifest) -> tuple[Manifest, bool]:
             )
             continue
         splits = {
-            split: {key: one for key, one in pairs.items() if pair_is_whole(one, folder=folder)}
-            for split, pairs in manifest.splits.items()
+            split: {key: one for key, one in texts.items() if _is_whole(one, folder=folder / split)}
+            for split, texts in manifest.splits.items()
         }
-        finished = name == MANIFEST_NAME and splits == manifest.splits
+        datasets = all(dataset_path(folder, split).is_file() for split in SPLITS)
+        finished = name == MANIFEST_NAME and splits == manifest.splits and datasets
         return dataclasses.replace(manifest, splits=splits, absent=wanted.absent), finished
     return wanted, False
 
 
-def _build(config: PrepareConfig, found: Manifest, *, progress: Progress) -> Manifest:
+def _is_whole(text: DomainText, *, folder: Path) -> bool:
+    """Return whether every shard of a domain is there, byte for byte."""
+    try:
+        found = [read_shard(folder / shard.name).header_sha256.hex() for shard in text.shards]
+    except DataError:
+        return False
+    return found == [shard.sha256 for shard in text.shards]
+
+
+def _build(config: PrepareConfig, found: CorpusManifest, *, progress: Progress) -> CorpusManifest:
     """Make what `found` lacks, and the manifest."""
     folder = Path(config.output)
     found.save(folder, name=PARTIAL_NAME)
@@ -238,7 +178,16 @@ def _build(config: PrepareConfig, found: Manifest, *, progress: Progress) -> Man
         "validation": split.validation,
     }
     for side in SPLITS:
-        manifest = write_side(manifest, side, sides[side], codec, folder, progress=progress)
+        manifest = write_side(
+            manifest,
+            side,
+            sides[side],
+            codec,
+            folder,
+            config=config.pack_config(side),
+            progress=progress,
+        )
+        _write_dataset(manifest, side, sides[side], folder=folder, packing=config.packing)
     manifest = dataclasses.replace(
         manifest, validation_compressed=_compressed_total(split.validation, progress=progress)
     )
@@ -246,6 +195,62 @@ def _build(config: PrepareConfig, found: Manifest, *, progress: Progress) -> Man
     (folder / PARTIAL_NAME).unlink(missing_ok=True)
     remove_unlisted(folder, manifest)
     return manifest
+
+
+def _write_dataset(
+    manifest: CorpusManifest,
+    side: Split,
+    documents: Mapping[str, Sequence[Document]],
+    *,
+    folder: Path,
+    packing: PackingPolicy,
+) -> None:
+    """Write the manifest of a split's windows, and where each document came from."""
+    texts = manifest.splits[side]
+    shards = [(name, shard) for name, text in sorted(texts.items()) for shard in text.shards]
+    buckets = sorted(
+        {
+            Bucket(
+                domain=name,
+                language="",
+                quality_tier=0,
+                difficulty_tier=0,
+                window_tokens=shard.window_tokens,
+            )
+            for name, shard in shards
+        }
+    )
+    places = {(bucket.domain, bucket.window_tokens): idx for idx, bucket in enumerate(buckets)}
+    paths = [document.path for name in sorted(documents) for document in documents[name]]
+    listing = "".join(path.replace("\n", " ") + "\n" for path in paths)
+    write_bytes(folder / side / LISTING_NAME, listing.encode())
+    write_manifest(
+        dataset_path(folder, side),
+        header=DatasetHeader(
+            tokenizer_sha256=manifest.tokenizer_digest,
+            vocab_size=manifest.vocab_size,
+            padding_id=manifest.eod_id,
+            pipeline_version=f"launch/prepare.py {PREPARATION_VERSION}",
+            packing_policy=packing,
+            buckets=tuple(buckets),
+            sources=tuple(
+                Source(
+                    name=name,
+                    first_document_id=text.first_document_id,
+                    num_documents=text.documents,
+                )
+                for name, text in sorted(texts.items())
+            ),
+        ),
+        shards=[
+            ShardEntry(
+                path=shard.name,
+                bucket=places[name, shard.window_tokens],
+                written=read_shard(folder / side / shard.name),
+            )
+            for name, shard in shards
+        ],
+    )
 
 
 def _read_all(
@@ -289,7 +294,7 @@ def _with_split(
 
 def _tokenizer(
     config: PrepareConfig,
-    found: Manifest,
+    found: CorpusManifest,
     train: Mapping[str, Sequence[Document]],
     *,
     progress: Progress,

@@ -6,7 +6,7 @@ Functions here return text; whoever calls them writes it.
 import time
 from collections.abc import Callable, Sequence
 
-from data.corpus.manifest import SPLITS, Compressed, DomainFiles, Manifest
+from data.corpus.manifest import SPLITS, Compressed, CorpusManifest, DomainText
 from data.corpus.split import LEAST_CLUSTERS
 
 _HEADER = ("split", "domain", "documents", "tokens", "bytes", "tokens/byte", "gzip b/B", "xz b/B")
@@ -59,7 +59,7 @@ class ProgressText:
         return f"{line}\n"
 
 
-def summary(manifest: Manifest) -> str:
+def summary(manifest: CorpusManifest) -> str:
     """Return a table of a prepared corpus by split and domain, and what deserves a remark.
 
     The columns `gzip b/B` and `xz b/B` are bits per byte of text of `gzip -9` and `xz -9e` on the
@@ -77,13 +77,13 @@ def _order(row: Sequence[str]) -> tuple[int, bool, str]:
     return [*SPLITS].index(row[0]), row[1] == "(all)", row[1]  # type: ignore[arg-type]
 
 
-def _row(split: str, name: str, manifest: Manifest) -> tuple[str, ...]:
+def _row(split: str, name: str, manifest: CorpusManifest) -> tuple[str, ...]:
     files = manifest.splits[split][name]
     return _cells(split, name, [files], files.compressed)
 
 
 def _cells(
-    split: str, name: str, pairs: Sequence[DomainFiles], compressed: Compressed | None
+    split: str, name: str, pairs: Sequence[DomainText], compressed: Compressed | None
 ) -> tuple[str, ...]:
     """Return the cells of one row: the sums over some pairs."""
     documents = sum(files.documents for files in pairs)
@@ -109,7 +109,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _remarks(manifest: Manifest) -> list[str]:
+def _remarks(manifest: CorpusManifest) -> list[str]:
     """Return one line for each thing that the table does not show."""
     remarks: list[str] = []
     for name, intake in sorted(manifest.intake.items()):

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,7 +30,6 @@ from data.indexed.format import (
     token_dtype,
 )
 from data.indexed.packing import Packing
-from data.indexed.reader import IndexedReader
 from data.indexed.window_format import (
     COUNT_DTYPE,
     PIECE_DTYPE,
@@ -258,41 +258,49 @@ class WindowWriter(Closing):
         )
 
 
+class Documents(Protocol):
+    """Token ids of documents by number: a list of arrays, or an `IndexedReader`'s."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        ...
+
+    def __getitem__(self, number: int, /) -> NDArray[np.integer]:
+        """Return the ids of one."""
+        ...
+
+
 def write_packed(
-    writer: WindowWriter,
-    reader: IndexedReader,
-    *,
-    packing: Packing,
-    document_ids: ArrayLike,
+    writer: WindowWriter, documents: Documents, *, packing: Packing, document_ids: ArrayLike
 ) -> None:
-    """Append every window of a packing of the documents of a plain pair.
+    """Append every window of a packing of documents.
 
     Args:
         writer: its windows hold `packing.capacity` ids.
-        reader: the documents that were packed.
-        packing: from the lengths of the reader's documents.
-        document_ids: `[N]` integers, 0 .. 2**64 - 1, one for each document of the pair.
+        documents: those that were packed.
+        packing: from their lengths.
+        document_ids: `[N]` integers, 0 .. 2**64 - 1, one for each document.
 
     Raises:
         ValueError: if there is not one id for each document, or the packing does not fit.
-        DataError: if the pair is damaged or an id lies outside the vocabulary.
+        DataError: if an id lies outside the vocabulary.
     """
-    documents = np.asarray(document_ids, dtype=COUNT_DTYPE)
-    if documents.shape != (reader.num_documents,):
+    names = np.asarray(document_ids, dtype=COUNT_DTYPE)
+    if names.shape != (len(documents),):
         raise ValueError(
-            f"{reader.prefix}: document ids of shape {documents.shape} given for "
-            f"{reader.num_documents} documents"
+            f"document ids of shape {names.shape} given for {len(documents)} documents"
         )
-    starts = reader.document_starts[packing.document_idx] + packing.piece_offsets
-    first = packing.first_piece.tolist()
-    for start, end in pairwise(first):
+    for start, end in pairwise(packing.first_piece.tolist()):
         rows = slice(start, end)
-        spans = zip(starts[rows].tolist(), packing.piece_lengths[rows].tolist(), strict=True)
+        chosen, offsets = packing.document_idx[rows], packing.piece_offsets[rows]
+        lengths = packing.piece_lengths[rows]
+        spans = zip(chosen.tolist(), offsets.tolist(), lengths.tolist(), strict=True)
+        pieces = [documents[number][begin : begin + length] for number, begin, length in spans]
         writer.add(
-            np.concatenate([reader.tokens(begin, length) for begin, length in spans]),
-            piece_lengths=packing.piece_lengths[rows],
-            document_ids=documents[packing.document_idx[rows]],
-            piece_offsets=packing.piece_offsets[rows],
+            np.concatenate(pieces),
+            piece_lengths=lengths,
+            document_ids=names[chosen],
+            piece_offsets=offsets,
         )
 
 

@@ -1,7 +1,9 @@
-"""What was changed about the order of a run after it began?
+"""What decides the order of a run, from its beginning to its last change?
 
-An append-only list: batches that were skipped after a loss spike, and plans that replace what comes
-from some batch on (another mixture, new data). Every entry carries the digest of the one before, so
+An append-only list. The first entry is the plan a run began with; later ones are plans that replace
+what comes from some batch on (another mixture, new data), batches that are skipped after a loss
+spike, and windows that were found damaged and are replaced. With the seed and one integer it is all
+the state that the data has. Every entry carries the digest of the one before, so
 that a list that was edited, cut or reordered is noticed, and two ranks that hold other lists differ
 in one string. Batches are numbered absolutely, by the plan; a skipped batch keeps its number, and
 so later entries mean what they say.
@@ -12,11 +14,15 @@ A step trains on the batch that is left after the skipped ones: `batch_of`.
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from data.indexed.atomic import write_bytes
+from data.indexed.dataset_manifest import Bucket
 from data.indexed.format import DataError
 from data.stream.order import Order, Segment
+from data.stream.timetable import Timetable
 
 _START = "0" * 64
 
@@ -29,9 +35,10 @@ class Entry:
         ValueError: if a number is out of range or the reason is empty.
     """
 
-    kind: Literal["skip", "plan"]
+    kind: Literal["skip", "plan", "replace"]
     first_batch: int
-    """Skip: the first batch left out. Plan: the first batch of the new segments."""
+    """Skip: the first batch left out. Plan: the first batch of the new segments. Replace: the batch
+    in which the damage was found."""
     reason: str
     """One sentence, for whoever reads it in a year."""
     num_batches: int = 0
@@ -40,14 +47,31 @@ class Entry:
     """Plan: windows of each bucket; those of before are unchanged, new ones stand behind them."""
     segments: tuple[Segment, ...] = ()
     """Plan: what comes from `first_batch` on, to the end of the run."""
+    buckets: tuple[Bucket, ...] = ()
+    """Plan: what the windows are of."""
+    dataset: str = ""
+    """Plan: digest of the dataset's manifest, hexadecimal."""
+    curriculum: str = ""
+    """Plan: digest of the curriculum, hexadecimal."""
+    bucket: int = -1
+    """Replace: of the damaged window."""
+    window: int = -1
+    """Replace: the damaged window."""
 
     def __post_init__(self) -> None:
-        fits = self.num_batches > 0 if self.kind == "skip" else bool(self.segments and self.windows)
+        fits = {
+            "skip": self.num_batches > 0,
+            "plan": bool(self.segments and self.windows)
+            and len(self.buckets) in (0, len(self.windows)),
+            "replace": min(self.bucket, self.window) >= 0,
+        }[self.kind]
         if self.first_batch < 0 or not self.reason.strip() or not fits:
             raise ValueError(
                 f"ledger: kind={self.kind}, first_batch={self.first_batch}, num_batches="
-                f"{self.num_batches}, {len(self.segments)} segments, reason={self.reason!r} given;"
-                " a skip needs batches, a plan segments and windows, both a reason"
+                f"{self.num_batches}, {len(self.segments)} segments, {len(self.windows)} windows,"
+                f" {len(self.buckets)} buckets, bucket={self.bucket}, window={self.window}, reason="
+                f"{self.reason!r} given; a skip needs batches, a plan segments and windows, a"
+                " replacement bucket and window, each of them a reason"
             )
 
 
@@ -95,7 +119,8 @@ class Ledger:
                 said = values.pop("digest")
                 segments = tuple(_segment(**segment) for segment in values.pop("segments"))
                 windows = tuple(values.pop("windows"))
-                entry = Entry(**values, windows=windows, segments=segments)
+                buckets = tuple(Bucket(**bucket) for bucket in values.pop("buckets"))
+                entry = Entry(**values, windows=windows, segments=segments, buckets=buckets)
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{source}: entry {number} is no ledger entry: {error}") from error
             digest = _chained(digest, entry)
@@ -132,13 +157,30 @@ class Ledger:
             batch += len(skipped)
         return batch
 
-    def order(self, windows: Sequence[int], segments: Sequence[Segment], *, seed: int) -> Order:
-        """Return the order of a run that began with these segments.
+    @property
+    def last_plan(self) -> Entry:
+        """The plan in force at the end of the run.
+
+        Raises:
+            ValueError: if no entry is a plan.
+        """
+        plans = [entry for entry in self.entries if entry.kind == "plan"]
+        if not plans:
+            raise ValueError("ledger: no plan; its first entry is the one a run began with")
+        return plans[-1]
+
+    def replaced(self) -> set[tuple[int, int]]:
+        """Return (bucket, window) of every window that is replaced."""
+        return {(e.bucket, e.window) for e in self.entries if e.kind == "replace"}
+
+    def segments(
+        self, windows: Sequence[int] = (), segments: Sequence[Segment] = ()
+    ) -> tuple[tuple[int, ...], tuple[Segment, ...]]:
+        """Return the windows of each bucket and the segments of the whole run.
 
         Args:
-            windows: of each bucket, as the run began.
-            segments: of the run, as it began.
-            seed: of the run.
+            windows: of each bucket, before the first entry.
+            segments: of the run, before the first entry.
 
         Raises:
             ValueError: if a plan begins beyond the end, or takes windows from a bucket.
@@ -154,7 +196,91 @@ class Ledger:
                     )
                 held = entry.windows
                 now = (*_before(now, entry.first_batch, num_buckets=len(held)), *entry.segments)
+        return held, now
+
+    def order(
+        self, windows: Sequence[int] = (), segments: Sequence[Segment] = (), *, seed: int
+    ) -> Order:
+        """Return the order of the run; arguments and errors as those of `segments`.
+
+        Args:
+            windows: of each bucket, before the first entry.
+            segments: of the run, before the first entry.
+            seed: of the run.
+        """
+        held, now = self.segments(windows, segments)
         return Order(held, now, seed=seed)
+
+    def timetable(self) -> Timetable:
+        """Return how large every batch of the run is; errors as those of `segments`."""
+        return Timetable(self.segments()[1])
+
+    @property
+    def num_steps(self) -> int:
+        """Steps from the first to the last batch, skipped ones left out."""
+        num_batches = self.timetable().num_batches
+        return num_batches - sum(
+            max(0, min(skipped.stop, num_batches) - skipped.start) for skipped in self.skipped()
+        )
+
+    def extends(self, earlier: "Ledger") -> bool:
+        """Return whether it begins with all entries of another."""
+        return self.entries[: len(earlier.entries)] == earlier.entries
+
+
+def begin_ledger(
+    windows: dict[Bucket, int], segments: Sequence[Segment], *, dataset: str, curriculum: str
+) -> Ledger:
+    """Return the ledger of a run that begins with these segments.
+
+    Args:
+        windows: of each bucket, in the order of all weights.
+        segments: of the whole run.
+        dataset: digest of the dataset's manifest, hexadecimal.
+        curriculum: digest of the curriculum, hexadecimal.
+    """
+    return Ledger(
+        (
+            Entry(
+                kind="plan",
+                first_batch=0,
+                reason="the run begins",
+                windows=tuple(windows.values()),
+                segments=tuple(segments),
+                buckets=tuple(windows),
+                dataset=dataset,
+                curriculum=curriculum,
+            ),
+        )
+    )
+
+
+def read_ledger(path: Path) -> Ledger:
+    """Return the ledger of a file, one entry a line.
+
+    Raises:
+        DataError: if the file is missing, truncated or was changed; names the entry.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a ledger: {error}") from error
+    lines: list[dict[str, Any]] = []
+    for number, line in enumerate(text.splitlines()):
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}: entry {number} is no JSON: {error}") from error
+    return Ledger.from_json(lines, source=str(path))
+
+
+def write_ledger(path: Path, ledger: Ledger) -> None:
+    """Write a ledger, one entry a line, all at once.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+    """
+    write_bytes(path, "".join(json.dumps(line) + "\n" for line in ledger.as_json()).encode())
 
 
 def _segment(*, weights: Sequence[int], **sizes: int) -> Segment:
@@ -169,9 +295,9 @@ def _before(segments: Sequence[Segment], batch: int, *, num_buckets: int) -> lis
             break
         more = (0,) * (num_buckets - len(segment.weights))
         kept.append(
-            Segment(
+            replace(
+                segment,
                 num_batches=min(left, segment.num_batches),
-                global_sequences=segment.global_sequences,
                 weights=segment.weights + more,
             )
         )

@@ -1,327 +1,257 @@
-"""Which tokens are sample number t?
+"""What does this replica read in step number n?
 
-A pure function: nothing is remembered between calls, so resuming is knowing one integer, and any
-number of ranks can cut the samples among themselves without talking.
+A pure function of the step, the ledger and the seed: `batch_of` names the batch, the order its
+windows, the replica its slots. Nothing is remembered between steps, so resuming is knowing one
+integer, and any number of replicas cut the batches among themselves without talking.
 
-The ids of a domain are one flat stream. Window i of a domain begins at token i * S and holds S + 1
-ids: S inputs and, one place on, S targets; what is left at the end is dropped. All windows of all
-domains form one list of N. Epoch e = t // N goes through it in the order of a keyed permutation
-that is never stored (`data/stream/shuffle.py`), so every window occurs exactly once an epoch.
+One thread reads ahead, at most `depth` batches, into memory that is used again; it is a daemon, and
+whoever waits for it waits for `timeout_s` at most: a read from a file system that has gone cannot
+be interrupted.
 
-`open_corpus` makes such a stream from a prepared folder after checking its files, their sizes and
-the
-tokenizer: a model trained with one tokenizer on ids of another learns noise without any error.
+Every window that was read goes into a digest; added up over replicas and steps it says which
+windows a run has consumed, whatever its layout was (`consumed.py`).
 
-Letters: C windows asked for, S window length in tokens.
+C slots of this replica, S inputs of a window.
 """
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import logging
+import queue
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.corpus.manifest import TOKENIZER_NAME, DomainFiles, Manifest, Split, file_sha256
 from data.indexed.closing import Closing
+from data.indexed.dataset import Dataset
 from data.indexed.format import DataError
-from data.indexed.reader import IndexedReader
-from data.stream.shuffle import permutation_key, permute
+from data.stream.consumed import windows_digest
+from data.stream.ledger import Ledger
+from data.stream.order import Addresses
+from data.stream.slots import local_slots, micro_sequences
+from data.stream.windows import Windows, read_windows
 
-MAX_DOMAINS = 2**15 - 1
+log = logging.getLogger(__name__)
+
+Allocate = Callable[[tuple[int, int]], NDArray[np.int32]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """Which slots of a batch a replica reads."""
+
+    replicas: int
+    """Data-parallel size."""
+    replica: int
+    """Which of them, from 0."""
+    micro_batch_tokens: int
+    """Tokens of one forward pass, see `micro_sequences` in slots.py."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """How a run reads.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    depth: int = 2
+    """Batches read ahead."""
+    timeout_s: float = 600.0
+    """How long a step waits for its windows before the run stops."""
+
+    def __post_init__(self) -> None:
+        if self.depth < 0 or not self.timeout_s > 0:
+            raise ValueError(
+                f"data.reading: depth={self.depth}, timeout_s={self.timeout_s} given; 0 or more,"
+                " and above 0, are allowed"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Windows:
-    """Consecutive samples.
+class ReplicaBatch:
+    """This replica's part of a batch, micro-batch by micro-batch.
 
     Attributes:
-        tokens: `[C, S+1]` int32; inputs are `tokens[:, :-1]`, targets `tokens[:, 1:]`.
-        domain_idx: `[C]` int16, index into the stream's `domains`.
+        batch: its number.
+        addresses: `[C]`, where its windows are.
+        windows: the same windows.
+        digest: of the windows read, below 2**64.
     """
 
-    tokens: NDArray[np.int32]
-    domain_idx: NDArray[np.int16]
+    batch: int
+    addresses: Addresses
+    windows: Windows
+    digest: int
 
 
-class WindowStream(Closing):
-    """Random access to the windows of several domains, shuffled for training or in fixed order.
-
-    Attributes:
-        domains: names of the domains, sorted; `domain_idx` points into it.
-        window_tokens: S.
-        vocab_size: every id read is checked to lie below it.
-        num_windows: N, windows of one epoch.
-        num_windows_by_domain: windows of each domain in one epoch.
-    """
+class BatchReader(Closing):
+    """Reads a replica's part of one step after the other, ahead of whoever asks."""
 
     def __init__(
         self,
-        readers: Mapping[str, IndexedReader],
+        dataset: Dataset,
+        ledger: Ledger,
         *,
-        window_tokens: int,
         seed: int,
-        vocab_size: int,
+        share: Share,
+        reading: Reading,
+        allocate: Allocate | None = None,
     ) -> None:
-        """Lay the windows over the readers; the stream closes them with itself.
+        """Start the thread that reads.
 
         Args:
-            readers: domain name -> its tokens. The order of the mapping is of no consequence.
-            window_tokens: S, >= 1.
-            seed: with the epoch, decides the order; any integer.
-            vocab_size: number of ids, >= 1.
+            dataset: its buckets are those of the ledger; closed by the caller, after this.
+            ledger: of the run.
+            seed: of the run.
+            share: which slots are read.
+            reading: how far ahead, and for how long.
+            allocate: makes an int32 array of a shape, for instance of pinned memory; None: numpy.
 
         Raises:
-            ValueError: if there are no domains, too many, or a number is out of range.
-            DataError: if no domain is long enough for one window.
+            DataError: if the dataset is not the ledger's.
         """
-        if not 1 <= len(readers) <= MAX_DOMAINS:
-            raise ValueError(f"{len(readers)} domains; allowed: 1 .. {MAX_DOMAINS}")
-        if window_tokens < 1:
-            raise ValueError(f"window_tokens={window_tokens}; allowed: >= 1")
-        if vocab_size < 1:
-            raise ValueError(f"vocab_size={vocab_size}; allowed: >= 1")
-        self.domains = tuple(sorted(readers))
-        self.window_tokens = window_tokens
-        self.vocab_size = vocab_size
-        self._seed = seed
-        self._readers = tuple(readers[name] for name in self.domains)
-        counts = [max(0, (reader.num_tokens - 1) // window_tokens) for reader in self._readers]
-        self.num_windows = sum(counts)
-        self.num_windows_by_domain = dict(zip(self.domains, counts, strict=True))
-        self._ends = np.cumsum(counts, dtype=np.int64)
-        if self.num_windows == 0:
-            sizes = {name: readers[name].num_tokens for name in self.domains}
-            raise DataError(
-                f"no domain holds one window of {window_tokens} + 1 tokens: {sizes}; "
-                f"use a smaller window_tokens or prepare more text"
-            )
+        require_dataset(dataset, ledger)
+        self._dataset = dataset
+        self._ledger = ledger
+        self._order = ledger.order(seed=seed)
+        self._timetable = ledger.timetable()
+        self._num_steps = ledger.num_steps
+        # the dataset's numbers of the ledger's buckets: the ledger appends, the manifest sorts
+        numbers = {bucket: idx for idx, bucket in enumerate(dataset.header.buckets)}
+        buckets = ledger.last_plan.buckets
+        self._numbers = np.array([numbers[bucket] for bucket in buckets], dtype=np.int64)
+        self._share = share
+        self._reading = reading
+        self._allocate = allocate or _new_memory
+        self._free: dict[tuple[int, int], list[NDArray[np.int32]]] = {}
+        self._lent: NDArray[np.int32] | None = None
+        self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._found: queue.SimpleQueue[tuple[int, ReplicaBatch | Exception]] = queue.SimpleQueue()
+        self._next = 0  # the next step that was not yet asked of the thread
+        self._asked: list[int] = []
+        threading.Thread(target=self._read_ahead, daemon=True, name="read-ahead").start()
 
     def close(self) -> None:
-        """Close the readers; closing twice is allowed, reading afterwards is not."""
-        for reader in self._readers:
-            reader.close()
+        """Let the thread end; closing twice is allowed."""
+        self._wanted.put(None)
 
-    def windows(self, first: int, count: int) -> Windows:
-        """Return samples `first .. first + count` of the endless shuffled sequence.
-
-        Args:
-            first: number of the first sample since the start of training, >= 0.
-            count: samples wanted, >= 0.
-
-        Returns:
-            C = count windows. Sample t depends on t, the seed and the data, and on nothing else.
-
-        Raises:
-            ValueError: if `first` or `count` is negative.
-            DataError: if an id is outside the vocabulary, or a file changed under us.
-        """
-        _check_range(first, count)
-        samples = np.arange(first, first + count, dtype=np.int64)
-        epochs, places = np.divmod(samples, self.num_windows)
-        items = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            key = permutation_key("windows", self._seed, int(epoch))
-            items[chosen] = permute(places[chosen], num_items=self.num_windows, key=key)
-        return self._read(items)
-
-    def num_sequential(self, per_domain: int) -> int:
-        """Return how many windows `sequential` goes through: at most `per_domain` of each domain.
-
-        Raises:
-            ValueError: if `per_domain` < 1.
-        """
-        return len(self._sequential_items(per_domain))
-
-    def sequential(self, first: int, count: int, *, per_domain: int) -> Windows:
-        """Return windows `first .. first + count` of a fixed order, the same for every seed.
-
-        The order goes domain by domain, and takes `per_domain` windows of each, evenly spaced from
-        the first to the end (all of them where there are fewer). For validation.
+    def read(self, step: int) -> ReplicaBatch:
+        """Return what this replica reads in a step; its memory is used again by the next call.
 
         Args:
-            first: >= 0.
-            count: >= 0, with first + count <= num_sequential(per_domain).
-            per_domain: windows of each domain, >= 1.
+            step: optimizer steps before it, 0 <= step < the ledger's num_steps.
 
         Raises:
-            ValueError: if a number is out of range.
-            DataError: as `windows`.
+            ValueError: if there is no such step, or the replicas do not divide its batch.
+            DataError: if a window is damaged, or could not be read in time.
         """
-        _check_range(first, count)
-        items = self._sequential_items(per_domain)
-        if first + count > len(items):
-            raise ValueError(
-                f"windows {first} .. {first + count} of {len(items)} (per_domain={per_domain})"
-            )
-        return self._read(items[first : first + count])
+        if not 0 <= step < self._num_steps:
+            raise ValueError(f"step {step}; allowed: 0 .. {self._num_steps - 1}")
+        self._take_back()
+        if step not in self._asked:
+            self._drop()
+            self._next = step
+        while self._next < min(step + 1 + self._reading.depth, self._num_steps):
+            self._asked.append(self._next)
+            self._wanted.put(self._next)
+            self._next += 1
+        while True:
+            found, batch = self._wait(step)
+            self._asked.remove(found)
+            if isinstance(batch, Exception):
+                if found == step:
+                    raise batch
+                continue
+            if found == step:
+                self._lent = batch.windows.tokens
+                return batch
+            self._give_back(batch.windows.tokens)
 
-    def check_ids(self, *, chunk_tokens: int = 1 << 22) -> None:
-        """Read every id once and refuse the first that is outside the vocabulary.
+    def _wait(self, step: int) -> tuple[int, ReplicaBatch | Exception]:
+        try:
+            return self._found.get(timeout=self._reading.timeout_s)
+        except queue.Empty:
+            raise DataError(
+                f"{self._dataset.manifest.path}: the windows of step {step} were not there after"
+                f" {self._reading.timeout_s:g} s (data.reading.timeout_s); the file system of the"
+                " dataset is slow or gone"
+            ) from None
 
-        Reading 10 million ids takes a fraction of a second; a corpus of trillions is checked by its
-        digests instead.
+    def _drop(self) -> None:
+        """Take what was asked for and is no longer wanted."""
+        while self._asked:
+            found, batch = self._wait(self._asked[0])
+            self._asked.remove(found)
+            if not isinstance(batch, Exception):
+                self._give_back(batch.windows.tokens)
 
-        Args:
-            chunk_tokens: ids read at a time, >= 1.
+    def _read_ahead(self) -> None:
+        while (step := self._wanted.get()) is not None:
+            try:
+                self._found.put((step, self._read(step)))
+            except Exception as error:  # raised again by whoever waits for the step
+                self._found.put((step, error))
 
-        Raises:
-            DataError: names domain, document and position.
-        """
-        for domain, reader in enumerate(self._readers):
-            for start in range(0, reader.num_tokens, chunk_tokens):
-                count = min(chunk_tokens, reader.num_tokens - start)
-                ids = reader.tokens(start, count)
-                if ids.min() < 0 or ids.max() >= self.vocab_size:
-                    self._refuse(ids, start=start, domain=domain)
-
-    def _sequential_items(self, per_domain: int) -> NDArray[np.int64]:
-        """Return the items of the fixed order, `[sum of min(per_domain, windows)]`."""
-        if per_domain < 1:
-            raise ValueError(f"per_domain={per_domain}; allowed: >= 1")
-        parts: list[NDArray[np.int64]] = []
-        for end, total in zip(self._ends, self.num_windows_by_domain.values(), strict=True):
-            chosen = min(per_domain, total)
-            places = np.arange(chosen, dtype=np.int64) * total // max(chosen, 1)
-            parts.append(end - total + places)
-        return np.concatenate(parts)
-
-    def _read(self, items: NDArray[np.int64]) -> Windows:
-        """Return the windows with these numbers in the list of all domains."""
-        domain_idx = np.searchsorted(self._ends, items, side="right")
-        tokens = np.empty((len(items), self.window_tokens + 1), dtype=np.int32)
-        for row in range(len(items)):
-            domain = int(domain_idx[row])
-            start = self._start(int(items[row]), domain)
-            ids = self._readers[domain].tokens(start, self.window_tokens + 1)
-            if ids.min() < 0 or ids.max() >= self.vocab_size:
-                self._refuse(ids, start=start, domain=domain)
-            tokens[row] = ids
-        return Windows(tokens=tokens, domain_idx=domain_idx.astype(np.int16))
-
-    def _start(self, item: int, domain: int) -> int:
-        """Return the position in its domain's stream at which a window begins."""
-        before = int(self._ends[domain - 1]) if domain else 0
-        return (item - before) * self.window_tokens
-
-    def _refuse(self, ids: NDArray[np.integer], *, start: int, domain: int) -> None:
-        """Raise the error for the first id of `ids` that is outside the vocabulary."""
-        offset = int(((ids < 0) | (ids >= self.vocab_size)).argmax())
-        document, position = self._readers[domain].locate(start + offset)
-        raise DataError(
-            f"domain {self.domains[domain]!r}, document {document}, position {position}: "
-            f"id {ids[offset]}, vocab_size={self.vocab_size} allows 0 .. {self.vocab_size - 1}; "
-            f"the data was made with another tokenizer, or the file is damaged"
+    def _read(self, step: int) -> ReplicaBatch:
+        batch = self._ledger.batch_of(step)
+        segment = self._timetable.segment_at(batch)
+        ranges = local_slots(
+            segment.global_sequences,
+            micro_sequences=micro_sequences(
+                self._share.micro_batch_tokens, window_tokens=segment.window_tokens
+            ),
+            dp=self._share.replicas,
+            data_rank=self._share.replica,
+        )
+        slots = np.concatenate([np.arange(part.start, part.stop) for part in ranges])
+        addresses = self._order.addresses(batch, slots)
+        buckets = self._numbers[addresses.bucket]
+        windows = read_windows(
+            self._dataset,
+            buckets,
+            addresses.window,
+            tokens=self._memory((len(slots), segment.window_tokens + 1)),
+        )
+        return ReplicaBatch(
+            batch=batch,
+            addresses=addresses,
+            windows=windows,
+            digest=windows_digest(batch, slots, addresses),
         )
 
+    def _memory(self, shape: tuple[int, int]) -> NDArray[np.int32]:
+        free = self._free.get(shape)
+        return free.pop() if free else self._allocate(shape)
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class PreparedSplit(Closing):
-    """One split of a prepared corpus, open for reading. Close it, or use it as a context manager.
+    def _give_back(self, memory: NDArray[np.int32]) -> None:
+        shape = (memory.shape[0], memory.shape[1])
+        if shape not in self._free:
+            self._free.clear()  # another stage: what is of another shape is not wanted again
+        self._free.setdefault(shape, []).append(memory)
 
-    Attributes:
-        manifest: what the folder holds.
-        stream: the split's windows.
-        bytes_by_domain: UTF-8 bytes of text in each domain.
-        tokens_by_domain: ids in each domain.
-    """
-
-    manifest: Manifest
-    stream: WindowStream
-    bytes_by_domain: Mapping[str, int]
-    tokens_by_domain: Mapping[str, int]
-
-    def close(self) -> None:
-        """Close the files."""
-        self.stream.close()
+    def _take_back(self) -> None:
+        if self._lent is not None:
+            self._give_back(self._lent)
+            self._lent = None
 
 
-def open_corpus(
-    folder: Path | str,
-    *,
-    split: Split,
-    window_tokens: int,
-    seed: int,
-    vocab_size: int,
-    tokenizer_digest: str,
-) -> PreparedSplit:
-    """Return one split of a prepared folder as a stream of windows.
-
-    Args:
-        folder: output of `launch/prepare.py`.
-        split: `train` or `validation`.
-        window_tokens: S of the stream.
-        seed: seed of the stream's order.
-        vocab_size: ids that the model knows; at least those of the tokenizer. Ids read are checked
-            against the tokenizer's vocabulary, which is the narrower of the two.
-        tokenizer_digest: SHA-256 of the tokenizer.json in use (`Codec.digest`).
+def require_dataset(dataset: Dataset, ledger: Ledger) -> None:
+    """Refuse a dataset that is not the one of a ledger's last plan.
 
     Raises:
-        ValueError: if the model's vocabulary is too small, or a number is out of range.
-        DataError: if there is no manifest, a file is missing or has another size, or the tokenizer
-            is not the one the data was made with.
+        DataError: names both digests.
     """
-    folder = Path(folder)
-    manifest = Manifest.load(folder)
-    if split not in manifest.splits:
-        raise ValueError(f"split={split!r}; allowed: {sorted(manifest.splits)}")
-    _check_tokenizer(manifest, folder=folder, tokenizer_digest=tokenizer_digest)
-    if vocab_size < manifest.vocab_size:
-        raise ValueError(
-            f"vocab_size={vocab_size} of the model; the tokenizer of {folder} has "
-            f"{manifest.vocab_size} ids; give the model at least that many"
+    expected = ledger.last_plan.dataset
+    if dataset.digest.hex() != expected:
+        raise DataError(
+            f"{dataset.manifest.path}: the dataset has the digest {dataset.digest.hex()[:16]}, the"
+            f" run reads {expected[:16]}: point data.corpus at the corpus the run began with, or"
+            " change over to new data with launch/change_data.py"
         )
-    manifest.check_sizes(folder, splits=(split,))
-    files: Mapping[str, DomainFiles] = manifest.splits[split]
-    if not files:
-        raise DataError(f"{folder}: split {split!r} is empty; prepare it from more text")
-    stream = _open_stream(
-        {name: folder / entry.prefix for name, entry in files.items()},
-        window_tokens=window_tokens,
-        seed=seed,
-        vocab_size=manifest.vocab_size,
-    )
-    return PreparedSplit(
-        manifest=manifest,
-        stream=stream,
-        bytes_by_domain={name: entry.bytes for name, entry in files.items()},
-        tokens_by_domain={name: entry.tokens for name, entry in files.items()},
-    )
 
 
-def _open_stream(
-    prefixes: Mapping[str, Path], *, window_tokens: int, seed: int, vocab_size: int
-) -> WindowStream:
-    """Return a stream that owns its readers; none stays open if one cannot be opened."""
-    with ExitStack() as opened:
-        readers = {
-            name: opened.enter_context(IndexedReader(prefix)) for name, prefix in prefixes.items()
-        }
-        stream = WindowStream(
-            readers, window_tokens=window_tokens, seed=seed, vocab_size=vocab_size
-        )
-        opened.pop_all()  # from here on the stream owns them
-    return stream
-
-
-def _check_tokenizer(manifest: Manifest, *, folder: Path, tokenizer_digest: str) -> None:
-    """Refuse a tokenizer other than the manifest's, in the caller's hand or in the folder."""
-    path = folder / TOKENIZER_NAME
-    if not path.is_file():
-        raise DataError(f"{path}: missing; prepare the folder again")
-    for name, digest in (
-        (str(path), file_sha256(path)),
-        ("the tokenizer in use", tokenizer_digest),
-    ):
-        if digest != manifest.tokenizer_digest:
-            raise DataError(
-                f"{name} is not the tokenizer that {folder} was made with: SHA-256 {digest}, "
-                f"the data was made with {manifest.tokenizer_digest}"
-            )
-
-
-def _check_range(first: int, count: int) -> None:
-    if first < 0 or count < 0:
-        raise ValueError(f"first={first}, count={count}; both must be >= 0")
+def _new_memory(shape: tuple[int, int]) -> NDArray[np.int32]:
+    return np.empty(shape, dtype=np.int32)

@@ -38,20 +38,30 @@ class Segment:
     """Global batches, at least 1."""
     global_sequences: int
     """Sequences of a batch, at least 1."""
-    weights: tuple[int, ...]
+    weights: tuple[int, ...] = ()
     """Of each bucket, in windows; those of another window length have 0."""
+    window_tokens: int = 1
+    """S of its windows."""
+    stage: str = ""
+    """Of the curriculum, for people."""
 
     def __post_init__(self) -> None:
-        if self.num_batches < 1 or self.global_sequences < 1:
+        if min(self.num_batches, self.global_sequences, self.window_tokens) < 1:
             raise ValueError(
                 f"a segment of num_batches={self.num_batches}, global_sequences="
-                f"{self.global_sequences} given; at least 1 is allowed"
+                f"{self.global_sequences}, window_tokens={self.window_tokens} given; at least 1 is"
+                " allowed"
             )
         if self.num_batches * self.global_sequences > MAX_ITEMS:
             raise ValueError(
                 f"a segment of {self.num_batches} * {self.global_sequences} sequences given; at"
                 f" most {MAX_ITEMS} are allowed: divide it"
             )
+
+    @property
+    def batch_tokens(self) -> int:
+        """Input tokens of a batch, padding included."""
+        return self.global_sequences * self.window_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

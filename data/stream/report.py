@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.stream.curriculum import Plan
+from data.stream.plan import Plan
 
 ID_BYTES = 4
 """Of an id in a file; a vocabulary of 163,840 does not fit two."""
@@ -28,9 +28,9 @@ def plan_report(plan: Plan, *, replicas: Sequence[int], micro_batch: int) -> dic
     first_batch = 0
     for name in dict.fromkeys(segment.stage for segment in plan.segments):
         parts = [s for s in plan.segments if s.stage == name]
-        batches = sum(s.segment.num_batches for s in parts)
-        sequences = sum(s.segment.num_batches * s.segment.global_sequences for s in parts)
-        sizes = sorted({s.segment.global_sequences for s in parts})
+        batches = sum(s.num_batches for s in parts)
+        sequences = sum(s.num_batches * s.global_sequences for s in parts)
+        sizes = sorted({s.global_sequences for s in parts})
         given = plan.order.given(first_batch + batches) - plan.order.given(first_batch)
         tokens = sequences * parts[0].window_tokens
         stages.append(

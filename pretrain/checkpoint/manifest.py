@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,9 @@ class Manifest:
     files: Mapping[str, FileRecord]
     """Every file of the folder but the manifest, by relative path."""
     schema_version: int = SCHEMA_VERSION
+    ledger: Sequence[Mapping[str, Any]] = ()
+    """What decides the order of the data (data/stream/ledger.py); empty where weights came from
+    elsewhere."""
 
 
 def step_folder(root: Path, step: int) -> Path:

@@ -25,11 +25,10 @@ _IDENTITY = (
     "seed",
     "precision",
     "load_balance.kind",
-    "data.sequence_tokens",
     "data.document_attention",
-    *(f"batch.{key}" for key in ("global_sequences", "ramp_from_sequences", "ramp_tokens")),
 )
-"""Keys whose values a run must share with the checkpoint it goes on from. The layout may differ."""
+"""Keys whose values a run must share with the checkpoint it goes on from. The layout may differ;
+what is read in which order stands in the checkpoint's ledger."""
 
 _BEFORE = {"data.document_attention": False}
 """What a configuration means that does not name the key: it is older than the key."""

@@ -65,7 +65,7 @@ def _check_sequences(spec: ModelSpec, layout: Layout, sequence_tokens: int) -> N
     if sequence_tokens % (2 * layout.cp * layout.tp) and layout.cp * layout.tp > 1:
         raise LayoutError(
             f"layout.cp={layout.cp} and layout.tp={layout.tp} given; 2 * cp * tp ="
-            f" {2 * layout.cp * layout.tp} must divide data.sequence_tokens={sequence_tokens}:"
+            f" {2 * layout.cp * layout.tp} must divide a window of {sequence_tokens} tokens (window_tokens):"
             " change one of the three"
         )
     rope = spec.rope

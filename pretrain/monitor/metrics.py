@@ -102,6 +102,37 @@ METRICS: tuple[Metric, ...] = (
         reduction="same",
         description="training tokens read so far by the whole job, skipped updates included",
     ),
+    Metric(
+        name="stage",
+        unit="name",
+        reduction="same",
+        description="stage of the curriculum that the step's batch is from",
+    ),
+    Metric(
+        name="window_tokens",
+        unit="tokens",
+        reduction="same",
+        description="length of the step's sequences",
+    ),
+    Metric(
+        name="global_sequences",
+        unit="sequences",
+        reduction="same",
+        description="sequences of the step's global batch",
+    ),
+    Metric(
+        name="consumed",
+        unit="hash",
+        reduction="same",
+        description="digest of the windows that all replicas read in steps consumed_from_step to"
+        " this one; launch/inspect_data.py action=audit compares it with the plan",
+    ),
+    Metric(
+        name="consumed_from_step",
+        unit="steps",
+        reduction="same",
+        description="steps done before the first that `consumed` covers",
+    ),
     # Losses.
     Metric(
         name="loss",

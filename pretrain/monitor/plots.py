@@ -313,9 +313,21 @@ def _finish_panel(axes: Axes, records: Sequence[Record], *, resume_label: str | 
             step = float(after["step"])
             axes.axvline(step, color=colour, linestyle=":", linewidth=1.2, label=label)
             label = None
+    for step, stage in _stage_changes(records):
+        axes.axvline(step, color=colour, linestyle="-.", linewidth=1.0)
+        if resume_label:  # once, on the first panel
+            place = axes.get_xaxis_transform()
+            name = _escape(f" {stage}")
+            axes.text(step, 0.02, name, color=_GREY, fontsize=9, transform=place, rotation=90)
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         axes.legend(handles, labels, loc="upper right", fontsize=9, framealpha=0.85, ncols=2)
+
+
+def _stage_changes(records: Sequence[Record]) -> list[tuple[float, str]]:
+    """Return step and name of each stage of the curriculum but the first."""
+    stages = [(float(r["step"]), str(r["stage"])) for r in records if "stage" in r]
+    return [after for before, after in pairwise(stages) if before[1] != after[1]]
 
 
 def _find_parts(records: Sequence[Record], start: str, end: str) -> list[str]:

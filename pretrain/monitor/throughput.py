@@ -3,8 +3,8 @@
 A `Throughput` is told when a step ends and when something else (a validation, a checkpoint) holds
 the run up. It keeps the last step times and answers with medians: one step slowed by a neighbour
 on the machine moves a mean, not a median. The first steps (allocation, compilation, cold caches)
-are measured but not counted. Time left is median step time times steps left, stretched by the
-share of time that pauses have taken so far.
+are measured but not counted. Time left is tokens left over the median rate, stretched by the share
+of time that pauses have taken so far: steps of a growing batch are no measure of it.
 
 A step ends where the host knows that it ended. On an accelerator that is after the step's one
 host synchronisation (the finite check); called before it, the first number is too small.
@@ -46,14 +46,12 @@ class ThroughputConfig:
     """What turns step times into FLOP/s and MFU.
 
     Attributes:
-        flop_per_token: training FLOP of the model per token, forward and backward; > 0.
         peak_flop_per_s: dense peak of one device, FLOP/s; None if not known, then no MFU.
         num_devices: devices of the whole job (ranks on CPU); >= 1.
         excluded_steps: first steps of this attempt that are not counted; >= 0.
         window_steps: steps that the medians look back on; >= 1.
     """
 
-    flop_per_token: float
     peak_flop_per_s: float | None
     num_devices: int = 1
     excluded_steps: int = 2
@@ -65,8 +63,6 @@ class ThroughputConfig:
         Raises:
             ValueError: if a field is outside the range in its description.
         """
-        if not self.flop_per_token > 0:
-            raise ValueError(f"flop_per_token={self.flop_per_token}: must be > 0")
         if self.peak_flop_per_s is not None and not self.peak_flop_per_s > 0:
             raise ValueError(f"peak_flop_per_s={self.peak_flop_per_s}: must be > 0 or None")
         if self.num_devices < 1:
@@ -90,17 +86,18 @@ class Throughput:
         """Begin with no step counted.
 
         Args:
-            config: the model's FLOP and the device's peak.
+            config: the device's peak, and what is counted.
             clock: monotonic seconds; passed in so that tests own the time.
         """
         self._config = config
         self._clock = clock
-        self._recent: deque[tuple[float, int]] = deque(maxlen=config.window_steps)
+        self._recent: deque[tuple[float, int, float]] = deque(maxlen=config.window_steps)
         self._mark: float | None = None
         self._paused_since_mark_s = 0.0
         self._num_finished = 0
         self._counted_s = 0.0
         self._counted_tokens = 0
+        self._counted_flop = 0.0
         self._steps_s = 0.0
         self._pauses_s = 0.0
 
@@ -110,18 +107,22 @@ class Throughput:
         self._paused_since_mark_s = 0.0
         self._pauses_s = 0.0
 
-    def finish_step(self, num_tokens: int) -> float:
+    def finish_step(self, num_tokens: int, *, flop_per_token: float) -> float:
         """Count one step, from the last mark to now, and return its duration in seconds.
 
         Args:
             num_tokens: training tokens of the step over the whole job; > 0.
+            flop_per_token: training FLOP of the model per token, forward and backward; > 0. It
+                depends on the length of the sequences.
 
         Raises:
-            ValueError: if `num_tokens` is not positive.
+            ValueError: if `num_tokens` or `flop_per_token` is not positive.
             RuntimeError: if `start` was not called.
         """
         if num_tokens <= 0:
             raise ValueError(f"num_tokens={num_tokens}: a step has at least one token")
+        if not flop_per_token > 0:
+            raise ValueError(f"flop_per_token={flop_per_token}: must be > 0")
         if self._mark is None:
             raise RuntimeError("Throughput.start() must be called before the first step")
         now = self._clock()
@@ -131,7 +132,8 @@ class Throughput:
         self._num_finished += 1
         self._steps_s += duration_s
         if self._num_finished > self._config.excluded_steps:
-            self._recent.append((duration_s, num_tokens))
+            self._recent.append((duration_s, num_tokens, flop_per_token))
+            self._counted_flop += num_tokens * flop_per_token
             self._counted_s += duration_s
             self._counted_tokens += num_tokens
         return duration_s
@@ -157,12 +159,12 @@ class Throughput:
         """Median seconds per step over the window; None before a step counts."""
         if not self._recent:
             return None
-        return statistics.median(duration_s for duration_s, _ in self._recent)
+        return statistics.median(duration_s for duration_s, _, _ in self._recent)
 
     @property
     def tokens_per_s(self) -> float | None:
         """Median tokens/s over the window, whole job; None before a step counts."""
-        rates = [tokens / duration_s for duration_s, tokens in self._recent if duration_s > 0]
+        rates = [tokens / duration_s for duration_s, tokens, _ in self._recent if duration_s > 0]
         return statistics.median(rates) if rates else None
 
     @property
@@ -173,62 +175,70 @@ class Throughput:
         """
         return self._counted_tokens / self._counted_s if self._counted_s > 0 else None
 
-    def achieved_flop_per_s(self, tokens_per_s: float) -> float:
-        """Return model FLOP/s of one device at a rate of the whole job.
+    @property
+    def flop_per_s(self) -> float | None:
+        """Median model FLOP/s of one device over the window; None before a step counts."""
+        rates = [
+            tokens * flop_per_token / duration_s
+            for duration_s, tokens, flop_per_token in self._recent
+            if duration_s > 0
+        ]
+        return statistics.median(rates) / self._config.num_devices if rates else None
 
-        Args:
-            tokens_per_s: tokens/s of the whole job.
-        """
-        return tokens_per_s * self._config.flop_per_token / self._config.num_devices
+    @property
+    def average_flop_per_s(self) -> float | None:
+        """Model FLOP/s of one device over all counted steps; None before a step counts."""
+        if not self._counted_s > 0:
+            return None
+        return self._counted_flop / self._counted_s / self._config.num_devices
 
-    def mfu(self, tokens_per_s: float) -> float | None:
-        """Return model FLOP utilisation at a rate of the whole job; None without a known peak.
+    def mfu(self, flop_per_s: float) -> float | None:
+        """Return model FLOP utilisation of one device; None without a known peak.
 
         Worked number: 215.9e9 FLOP/token, 1,000 devices at 2.0e6 tokens/s are 431.8e12 FLOP/s per
         device, over 989.5e12 an MFU of 0.436.
 
         Args:
-            tokens_per_s: tokens/s of the whole job.
+            flop_per_s: model FLOP/s of one device.
         """
         if self._config.peak_flop_per_s is None:
             return None
-        return self.achieved_flop_per_s(tokens_per_s) / self._config.peak_flop_per_s
+        return flop_per_s / self._config.peak_flop_per_s
 
-    def time_left_s(self, steps_left: int) -> float | None:
-        """Return the estimated seconds for the remaining steps; None before a step counts.
+    def time_left_s(self, tokens_left: int) -> float | None:
+        """Return the estimated seconds for the remaining tokens; None before a step counts.
 
         Args:
-            steps_left: steps still to take; >= 0.
+            tokens_left: tokens still to train on, over the whole job; >= 0.
 
         Raises:
-            ValueError: if `steps_left` is negative.
+            ValueError: if `tokens_left` is negative.
         """
-        if steps_left < 0:
-            raise ValueError(f"steps_left={steps_left}: must be >= 0")
-        step_time_s = self.step_time_s
-        if step_time_s is None:
+        if tokens_left < 0:
+            raise ValueError(f"tokens_left={tokens_left}: must be >= 0")
+        tokens_per_s = self.tokens_per_s
+        if tokens_per_s is None:
             return None
         stretch = 1.0 + self._pauses_s / self._steps_s if self._steps_s > 0 else 1.0
-        return steps_left * step_time_s * stretch
+        return tokens_left / tokens_per_s * stretch
 
-    def metrics(self, *, steps_left: int) -> dict[str, float]:
+    def metrics(self, *, tokens_left: int) -> dict[str, float]:
         """Return what is known now, under the names of the registry.
 
         Holds tokens_per_s, step_time_s, achieved_flop_per_s, time_left_s and, where a peak is
         known, mfu; empty before a step counts.
 
         Args:
-            steps_left: steps still to take; >= 0.
+            tokens_left: tokens still to train on; >= 0.
         """
-        tokens_per_s, step_time_s = self.tokens_per_s, self.step_time_s
-        time_left_s = self.time_left_s(steps_left)
-        if tokens_per_s is None or step_time_s is None or time_left_s is None:
-            return {}
-        known = {
-            "tokens_per_s": tokens_per_s,
-            "step_time_s": step_time_s,
-            "achieved_flop_per_s": self.achieved_flop_per_s(tokens_per_s),
-            "time_left_s": time_left_s,
+        found = {
+            "tokens_per_s": self.tokens_per_s,
+            "step_time_s": self.step_time_s,
+            "achieved_flop_per_s": self.flop_per_s,
+            "time_left_s": self.time_left_s(tokens_left),
         }
-        mfu = self.mfu(tokens_per_s)
+        known = {name: value for name, value in found.items() if value is not None}
+        if len(known) < len(found):
+            return {}
+        mfu = self.mfu(known["achieved_flop_per_s"])
         return known if mfu is None else {**known, "mfu": mfu}

@@ -41,6 +41,9 @@ def configuration_of(manifest: Manifest) -> dict[str, Any]:
         CheckpointError: if a key is missing.
     """
     config = {**manifest.config, **manifest.config.get("data", {})}
+    stages: dict[str, Any] = config.get("curriculum", {}).get("stages", {})
+    if stages:
+        config["sequence_tokens"] = max(stage["window_tokens"] for stage in stages.values())
     missing = [f.name for f in fields(TrainedModel) if f.name != "corpus" and f.name not in config]
     if missing:
         raise CheckpointError(f"the manifest's configuration has no {', '.join(missing)}")

@@ -37,7 +37,7 @@ def summarise(
         elapsed_s: wall clock of this attempt, in seconds.
     """
     run, losses = trainer.run, observer.losses
-    tokens_per_s = throughput.average_tokens_per_s
+    tokens_per_s, flop_per_s = throughput.average_tokens_per_s, throughput.average_flop_per_s
     last = losses[-_LAST_STEPS:]
     return RunSummary(
         name=run.name,
@@ -52,10 +52,8 @@ def summarise(
         ),
         vocabulary_size=run.model.vocab_size,
         tokens_per_s=tokens_per_s,
-        achieved_flop_per_s=None
-        if tokens_per_s is None
-        else throughput.achieved_flop_per_s(tokens_per_s),
-        mfu=None if tokens_per_s is None else throughput.mfu(tokens_per_s),
+        achieved_flop_per_s=flop_per_s,
+        mfu=None if flop_per_s is None else throughput.mfu(flop_per_s),
         elapsed_s=elapsed_s,
         memory_peak_bytes=observer.memory_peak_bytes,
         places=_places(run),
@@ -77,7 +75,7 @@ def write_summary(summary: RunSummary, folder: Path) -> None:
 def draw_curves(run: Run, corpus: Corpus) -> None:
     """Draw the run's metrics into `curves.png`, with gzip and xz as baselines."""
     totals = corpus.manifest.validation_compressed
-    num_bytes = sum(corpus.validation.bytes_by_domain.values())
+    num_bytes = sum(text.bytes for text in corpus.manifest.splits["validation"].values())
     baselines = (
         {}
         if totals is None
@@ -93,13 +91,13 @@ def draw_curves(run: Run, corpus: Corpus) -> None:
 
 
 def _text_score(name: str, scores: Mapping[str, Score], corpus: Corpus) -> TextScore:
-    text = corpus.validation
+    texts = corpus.manifest.splits["validation"]
     if name == "all":
-        compressed = text.manifest.validation_compressed
-        num_bytes = sum(text.bytes_by_domain.values())
+        compressed = corpus.manifest.validation_compressed
+        num_bytes = sum(text.bytes for text in texts.values())
     else:
-        compressed = text.manifest.splits["validation"][name].compressed
-        num_bytes = text.bytes_by_domain[name]
+        compressed = texts[name].compressed
+        num_bytes = texts[name].bytes
     return TextScore(
         name=name,
         loss=scores[name].loss,

@@ -1,25 +1,39 @@
-"""Which text does a run read? No torch."""
+"""Which text does a run read, and in which order? No torch."""
 
 from dataclasses import dataclass
 
-from data.corpus.manifest import Manifest
-from data.stream.loader import PreparedSplit, open_corpus
+from data.corpus.manifest import SPLITS, TOKENIZER_NAME, CorpusManifest, dataset_path
+from data.indexed.closing import Closing
+from data.indexed.dataset import Dataset, open_dataset
+from data.indexed.format import DataError
+from data.stream.ledger import Entry, Ledger, begin_ledger, read_ledger
+from data.stream.plan import check_epochs, plan, plan_from
 from data.tokenizer.codec import Codec
-from pretrain.training.run import Run
+from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.training.run import Run, skip_range
+
+LEDGER_NAME = "ledger.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Corpus:
+class Corpus(Closing):
     """The text of a run, open for reading."""
 
-    manifest: Manifest
-    train: PreparedSplit
-    validation: PreparedSplit
+    manifest: CorpusManifest
+    train: Dataset
+    validation: Dataset
+    ledger: Ledger
+    """What decides the order of the training windows; of a run that begins, unless replaced."""
 
     def close(self) -> None:
         """Close the files."""
         self.train.close()
         self.validation.close()
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of all domains of both splits, sorted; `domain_idx` points into it."""
+        return self.manifest.domains
 
 
 def open_run_corpus(run: Run) -> Corpus:
@@ -27,33 +41,176 @@ def open_run_corpus(run: Run) -> Corpus:
 
     Raises:
         DataError: if a file is missing, damaged or not of the tokenizer.
-        ValueError: if the model's vocabulary is too small for the tokenizer.
+        ValueError: if there is no corpus, the model's vocabulary is too small for the tokenizer, or
+            the corpus cannot meet the curriculum.
     """
     folder = run.data.corpus
     if not (folder / "manifest.json").is_file():
         raise ValueError(
             f"data.corpus={folder} given, but no prepared corpus is there: run `python"
-            f" launch/prepare.py"
-            f" output={folder}` first, or set data.corpus to a folder that it wrote"
+            f" launch/prepare.py output={folder}` first, or set data.corpus to a folder that it"
+            " wrote"
         )
-    digest = Codec(folder / "tokenizer.json").digest
-    train, validation = (
-        open_corpus(
-            folder,
-            split=split,
-            window_tokens=run.data.sequence_tokens,
-            seed=run.seed,
-            vocab_size=run.model.vocab_size,
-            tokenizer_digest=digest,
+    manifest = CorpusManifest.load(folder)
+    if run.model.vocab_size < manifest.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={run.model.vocab_size} given; the tokenizer of {folder} has"
+            f" {manifest.vocab_size} ids: give the model at least that many"
         )
-        for split in ("train", "validation")
+    path = folder / TOKENIZER_NAME
+    if not path.is_file():
+        raise DataError(f"{path}: missing; prepare the folder again")
+    digest = Codec(path).digest
+    if digest != manifest.tokenizer_digest:
+        raise DataError(
+            f"{path} is not the tokenizer that {folder} was made with: SHA-256 {digest}, the data"
+            f" was made with {manifest.tokenizer_digest}"
+        )
+    train, validation = (open_dataset(dataset_path(folder, split)) for split in SPLITS)
+    for dataset in (train, validation):
+        dataset.require_tokenizer(digest)
+    if not validation.num_windows.sum():
+        raise DataError(f"{folder}: split 'validation' is empty; prepare it from more text")
+    return Corpus(
+        manifest=manifest, train=train, validation=validation, ledger=_new_ledger(run, train)
     )
-    return Corpus(manifest=train.manifest, train=train, validation=validation)
 
 
-def document_end(run: Run, corpus: Corpus) -> int | None:
-    """Return the id at which attention ends; None: windows are read as one document each.
+def validation_window_tokens(corpus: Corpus) -> int:
+    """Return the length of the validation windows.
 
-    Every corpus has one: launch/prepare.py closes each document with it, and no text contains it.
+    Raises:
+        DataError: if they are of several lengths.
     """
-    return corpus.manifest.eod_id if run.data.document_attention else None
+    lengths = {bucket.window_tokens for bucket in corpus.validation.header.buckets}
+    if len(lengths) != 1:
+        raise DataError(
+            f"{corpus.validation.manifest.path}: validation windows of {sorted(lengths)} tokens;"
+            " one length is expected, so that losses compare"
+        )
+    return lengths.pop()
+
+
+def stored_ledger(run: Run, newest: Manifest) -> Ledger:
+    """Return the ledger of a run that has a checkpoint: its file's, which goes on from that one's.
+
+    Args:
+        run: its configuration.
+        newest: of the checkpoint that it goes on from.
+
+    Raises:
+        DataError: if the file was changed.
+        CheckpointError: if the file does not go on from the checkpoint's ledger.
+    """
+    path = run.folder / LEDGER_NAME
+    if not newest.ledger:
+        raise CheckpointError(
+            f"the checkpoint of step {newest.step} of {run.name} has no ledger of its data: it was"
+            " imported, or written by an older version; take its weights with initial_weights"
+        )
+    saved = Ledger.from_json(newest.ledger, source=f"ledger of a checkpoint of {run.name}")
+    found = read_ledger(path) if path.is_file() else saved
+    if not found.extends(saved):
+        raise CheckpointError(
+            f"{path} does not begin with the {len(saved.entries)} entries of the checkpoint of step"
+            f" {newest.step}: it is of another run, or was cut; remove it to go on with the"
+            " checkpoint's"
+        )
+    return found
+
+
+def changed_ledger(ledger: Ledger, run: Run, corpus: Corpus, *, step: int) -> Ledger:
+    """Return a ledger with the changes that a configuration asks for, from the next batch on.
+
+    What it holds already is not added again, so a requeued job changes nothing.
+
+    Args:
+        ledger: of the run.
+        run: its configuration.
+        corpus: its text.
+        step: optimizer steps done.
+
+    Raises:
+        CheckpointError: if curriculum or text are others and no reason is given, or a batch that
+            was trained on is to be skipped.
+        ValueError: as `plan_from` and `check_epochs`.
+    """
+    said, batch = ledger.last_plan, ledger.batch_of(step)
+    now = {"curriculum": run.curriculum.digest, "dataset": corpus.train.digest.hex()}
+    for name, digest in now.items():
+        if getattr(said, name) != digest and not run.change.reason:
+            raise CheckpointError(
+                f"run {run.name} follows a {name} with the digest {getattr(said, name)[:12]} since"
+                f" batch {said.first_batch}, the given one has {digest[:12]}: give the same, choose"
+                f" another name, or change over from batch {batch} on with change.reason='why'"
+            )
+    if (said.curriculum, said.dataset) != (now["curriculum"], now["dataset"]):
+        ledger = ledger.with_entry(_new_plan(ledger, run, corpus.train, batch=batch))
+    for text in run.change.skip:
+        wanted = skip_range(text)
+        entry = Entry(
+            kind="skip",
+            first_batch=wanted.start,
+            num_batches=len(wanted),
+            reason=run.change.reason,
+        )
+        if entry in ledger.entries:
+            continue
+        if wanted.start < batch:
+            raise CheckpointError(
+                f"change.skip={text} given, but the run has read the batches before {batch}: go"
+                f" back to a checkpoint before batch {wanted.start} first"
+            )
+        ledger = ledger.with_entry(entry)
+    return ledger
+
+
+def ledger_to_follow(run: Run, corpus: Corpus, *, newest: Manifest | None) -> Ledger:
+    """Return the ledger that a run follows from here on, changes of the configuration included.
+
+    Args:
+        run: its configuration.
+        corpus: its text, with the ledger of a run that begins.
+        newest: of the checkpoint that it goes on from; None: it begins.
+
+    Raises:
+        DataError, CheckpointError, ValueError: as `stored_ledger` and `changed_ledger`.
+    """
+    if newest is None:
+        return changed_ledger(corpus.ledger, run, corpus, step=0)
+    return changed_ledger(stored_ledger(run, newest), run, corpus, step=newest.step)
+
+
+def _new_plan(ledger: Ledger, run: Run, train: Dataset, *, batch: int) -> Entry:
+    held = dict(zip(train.header.buckets, train.num_windows.tolist(), strict=True))
+    old = ledger.last_plan.buckets
+    missing = [bucket.name for bucket in old if bucket not in held]
+    if missing:
+        raise CheckpointError(
+            f"{train.manifest.path} lacks buckets that the run reads: {', '.join(missing[:5])}; new"
+            " text is added to a dataset, and nothing is taken away"
+        )
+    windows = {bucket: held[bucket] for bucket in (*old, *sorted(set(held) - set(old)))}
+    entry = Entry(
+        kind="plan",
+        first_batch=batch,
+        reason=run.change.reason,
+        windows=tuple(windows.values()),
+        segments=plan_from(run.curriculum, windows, tokens=ledger.timetable().tokens_before(batch)),
+        buckets=tuple(windows),
+        dataset=train.digest.hex(),
+        curriculum=run.curriculum.digest,
+    )
+    check_epochs(run.curriculum, windows, ledger.with_entry(entry).order(seed=run.seed))
+    return entry
+
+
+def _new_ledger(run: Run, train: Dataset) -> Ledger:
+    windows = dict(zip(train.header.buckets, train.num_windows.tolist(), strict=True))
+    planned = plan(run.curriculum, windows, seed=run.seed)
+    return begin_ledger(
+        {bucket: windows[bucket] for bucket in planned.buckets},
+        planned.segments,
+        dataset=train.digest.hex(),
+        curriculum=run.curriculum.digest,
+    )

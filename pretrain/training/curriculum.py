@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pretrain.training.batch import Batch
-from pretrain.training.run import Data, Run
+from data.stream.curriculum import Curriculum
+from data.stream.curriculum import Stage as CurriculumStage
+from pretrain.training.run import Run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,8 +78,8 @@ class Verdict:
 def judge(run: Run, *, curriculum: Sequence[Stage]) -> list[Verdict]:
     """Return a verdict for each stage, size of the context axis, and number of ranks.
 
-    The numbers of ranks are the run's own and, on a cluster, those it has at other times. A batch
-    of the run's own size keeps its ramp.
+    The numbers of ranks are the run's own and, on a cluster, those it has at other times. A stage
+    of the run's own sizes keeps its ramp.
     """
     return [
         _judge(run, stage=stage, num_nodes=num_nodes, cp=cp)
@@ -109,11 +110,6 @@ def _sizes(run: Run) -> list[int | None]:
 
 
 def _judge(run: Run, *, stage: Stage, num_nodes: int | None, cp: int) -> Verdict:
-    batch = Batch(
-        global_sequences=stage.global_sequences, micro_sequences=run.batch.micro_sequences
-    )
-    if stage.global_sequences == run.batch.global_sequences:
-        batch = run.batch
     cluster, num_ranks = run.cluster, run.layout.num_ranks
     if cluster is not None and num_nodes is not None:
         cluster = replace(cluster, num_nodes=num_nodes)
@@ -123,13 +119,14 @@ def _judge(run: Run, *, stage: Stage, num_nodes: int | None, cp: int) -> Verdict
             run,
             cluster=cluster,
             layout=replace(run.layout, num_ranks=num_ranks, cp=cp),
-            batch=batch,
-            data=Data(corpus=run.data.corpus, sequence_tokens=stage.sequence_tokens),
+            curriculum=_alone(run, stage),
+            lr_schedule=replace(run.lr_schedule, warmup_tokens=0, decay_tokens=0),
         )
     except ValueError as error:
         return Verdict(num_ranks=num_ranks, stage=stage, cp=cp, refusal=str(error))
     layout = trial.layout
-    micro_batches = stage.global_sequences // (layout.dp * batch.micro_sequences)
+    micro_sequences = run.micro_sequences(stage.sequence_tokens)
+    micro_batches = stage.global_sequences // (layout.dp * micro_sequences)
     return Verdict(
         num_ranks=num_ranks,
         stage=stage,
@@ -139,3 +136,17 @@ def _judge(run: Run, *, stage: Stage, num_nodes: int | None, cp: int) -> Verdict
         micro_batches=micro_batches,
         bubble=(layout.pp - 1) / (layout.vp * micro_batches + layout.pp - 1),
     )
+
+
+def _alone(run: Run, stage: Stage) -> Curriculum:
+    """Return a curriculum of this stage alone; one of the run's own sizes keeps its ramp."""
+    sizes = (stage.sequence_tokens, stage.global_sequences)
+    for name, own in run.curriculum.stages.items():
+        if (own.window_tokens, own.global_sequences) == sizes:
+            return Curriculum(stages={name: own})
+    alone = CurriculumStage(
+        tokens=stage.sequence_tokens * stage.global_sequences,
+        window_tokens=stage.sequence_tokens,
+        global_sequences=stage.global_sequences,
+    )
+    return Curriculum(stages={"alone": alone})

@@ -12,17 +12,20 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from types import FrameType
 
 import torch
 
+from data.stream.ledger import write_ledger
 from parallel import groups
 from parallel.device import Device
+from parallel.reduce import require_same_on_all
 from pretrain.checkpoint.resume import find_newest, open_checkpoint
 from pretrain.monitor.summary import summary_table
 from pretrain.monitor.telemetry import Telemetry, open_telemetry
 from pretrain.training.closing import draw_curves, summarise, write_summary
-from pretrain.training.corpus import open_run_corpus
+from pretrain.training.corpus import LEDGER_NAME, ledger_to_follow, open_run_corpus
 from pretrain.training.exit_file import FAILED, FINISHED, INTERRUPTED, WRONG_INPUT, write_exit
 from pretrain.training.observe import Observer, Score, make_throughput
 from pretrain.training.run import Run, as_json
@@ -93,16 +96,16 @@ def train(run: Run, config_yaml: str) -> int:
 
 def _train(run: Run, config_yaml: str, device: Device, stop: StopRequest) -> tuple[int, str, int]:
     found = find_newest(run.folder / "checkpoints")
-    if found is not None and found[1].step >= run.num_steps:
-        assert starts_again(run, step=found[1].step), (
-            "start.py ends a finished run before it gets here"
-        )
+    if found is not None and starts_again(run, newest=found[1]):
         found = None
         torch.distributed.barrier()  # nobody reads the folder any more
         if _is_first():
             _say(f"the finished run {run.name} is kept in {move_aside(run.folder)}; training anew")
     torch.distributed.barrier()
     corpus = open_run_corpus(run)
+    ledger = ledger_to_follow(run, corpus, newest=None if found is None else found[1])
+    require_same_on_all("ledger", ledger.digest)
+    corpus = replace(corpus, ledger=ledger)
     trainer = Trainer(run, device=device, corpus=corpus)
     if found is not None:
         trainer.load(*found)
@@ -117,12 +120,14 @@ def _train(run: Run, config_yaml: str, device: Device, stop: StopRequest) -> tup
     finally:
         if telemetry is not None:
             telemetry.close()
+        trainer.close()
         corpus.close()
 
 
 def _open_telemetry(run: Run, trainer: Trainer, config_yaml: str) -> Telemetry:
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
+    write_ledger(run.folder / LEDGER_NAME, trainer.ledger)
     return open_telemetry(
         run.folder,
         run.telemetry,

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from data.stream.loader import PreparedSplit
+from data.corpus.manifest import CorpusManifest
+from data.stream.consumed import MASK
 from parallel.device import Device
-from parallel.reduce import max_over_all, sum_over_all
+from parallel.groups import context_rank
+from parallel.reduce import max_over_all, sum_over_all, sum_over_data
 from pretrain.model.count import flop_per_token
 from pretrain.model.expert_load import ExpertLoad
 from pretrain.model.extra_losses import take_aux_loss, take_mtp_loss
@@ -42,7 +44,6 @@ def make_throughput(run: Run, device: Device) -> Throughput:
     peak = find_peak_flop_per_s(device.name, number_format=number_format)
     return Throughput(
         ThroughputConfig(
-            flop_per_token=flop_per_token(run.model, sequence_tokens=run.data.sequence_tokens),
             peak_flop_per_s=peak,
             num_devices=run.layout.num_ranks,
         )
@@ -91,8 +92,12 @@ class Observer:
             num_sequences: sequences of its global batch.
         """
         trainer, run = self._trainer, self._trainer.run
-        self._throughput.finish_step(num_sequences * run.data.sequence_tokens)
-        self._microbatches_unread += num_sequences // (run.batch.micro_sequences * run.layout.dp)
+        segment = trainer.timetable.segment_at(trainer.ledger.batch_of(trainer.position.step - 1))
+        flop = flop_per_token(run.model, sequence_tokens=segment.window_tokens)
+        self._throughput.finish_step(segment.batch_tokens, flop_per_token=flop)
+        self._microbatches_unread += num_sequences // (
+            run.micro_sequences(segment.window_tokens) * run.layout.dp
+        )
         self.losses.append(result.loss)
         step = trainer.position.step
         record: dict[str, float | int | str] = {
@@ -100,12 +105,15 @@ class Observer:
             "tokens": trainer.tokens,
             "loss": result.loss,
             "gradient_norm": result.gradient_norm,
-            "lr": trainer.lr_after(trainer.position.sequences),
+            "lr": trainer.lr_after(trainer.tokens),
+            "stage": segment.stage,
+            "window_tokens": segment.window_tokens,
+            "global_sequences": segment.global_sequences,
             "data_wait_s": trainer.data_wait_s,
-            **self._throughput.metrics(steps_left=trainer.total_steps - step),
+            **self._throughput.metrics(tokens_left=trainer.timetable.num_tokens - trainer.tokens),
         }
         if step % run.telemetry.console_interval_steps == 0 or trainer.is_finished:
-            record |= self._costly_metrics()
+            record |= self._costly_metrics() | self._consumed()
         self._write(record)
 
     def _costly_metrics(self) -> dict[str, float | int]:
@@ -128,9 +136,20 @@ class Observer:
             "memory_peak_bytes": self.memory_peak_bytes,
         }
 
+    def _consumed(self) -> dict[str, int | str]:
+        """Return which windows all replicas have read since the last time; see consumed.py."""
+        trainer = self._trainer
+        # 64-bit sums wrap around in int64 as they do modulo 2**64
+        own = trainer.consumed - 2**64 if trainer.consumed >= 2**63 else trainer.consumed
+        own *= context_rank() == 0  # context ranks read the same windows
+        total = sum_over_data(torch.tensor([own], dtype=torch.int64, device=trainer.device))
+        first, trainer.consumed_from_step = trainer.consumed_from_step, trainer.position.step
+        trainer.consumed = 0
+        return {"consumed_from_step": first, "consumed": f"{int(total[0]) & MASK:016x}"}
+
     def validated(self, result: ValidationLoss, *, duration_s: float) -> Mapping[str, Score]:
         """Record a validation and return its scores by domain, the whole as `all`."""
-        scores = score_validation(result, self._trainer.corpus.validation)
+        scores = score_validation(result, self._trainer.corpus.manifest)
         record: dict[str, float | int | str] = {
             "step": self._trainer.position.step,
             "validation_s": duration_s,
@@ -151,19 +170,20 @@ class Observer:
             self._telemetry.log(record)
 
 
-def score_validation(result: ValidationLoss, text: PreparedSplit) -> dict[str, Score]:
+def score_validation(result: ValidationLoss, corpus: CorpusManifest) -> dict[str, Score]:
     """Return loss and bits per byte of each domain and of `all`.
 
     bits per byte = nats per token / ln 2 * tokens of the domain / bytes of the domain.
     """
     domains = list(result.loss_by_domain)
+    text = corpus.splits["validation"]
     scores: dict[str, Score] = {}
     for name, names in [("all", domains), *((domain, [domain]) for domain in domains)]:
         loss = result.loss if name == "all" else result.loss_by_domain[name]
         bits = bits_per_byte(
             loss,
-            num_tokens=sum(text.tokens_by_domain[domain] for domain in names),
-            num_bytes=sum(text.bytes_by_domain[domain] for domain in names),
+            num_tokens=sum(text[domain].tokens for domain in names),
+            num_bytes=sum(text[domain].bytes for domain in names),
         )
         scores[name] = Score(loss=loss, bits_per_byte=bits)
     return scores

@@ -9,6 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from data.stream.curriculum import Curriculum
+from data.stream.loader import Reading
+from data.stream.slots import micro_sequences
+from data.stream.timetable import Timetable
 from parallel.cluster import Cluster
 from parallel.layout import Layout
 from pretrain.model.cuts import check_cuts
@@ -18,7 +22,7 @@ from pretrain.model.precision import Precision
 from pretrain.model.recompute import Recompute, check_recompute
 from pretrain.model.spec import ModelSpec
 from pretrain.monitor.telemetry import TelemetryConfig
-from pretrain.training.batch import Batch
+from pretrain.training.batch import check_divisible, check_interleaved
 from pretrain.training.lr_schedule import LrSchedule
 
 
@@ -69,21 +73,15 @@ class AdamW:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
-    """Which prepared corpus is read, in windows of which length."""
+    """Which prepared corpus is read, and how."""
 
     corpus: Path
     """Folder that launch/prepare.py wrote."""
-    sequence_tokens: int
-    """Tokens in a training sequence."""
     document_attention: bool = False
     """Whether tokens attend inside their own document only, where a window holds several; the first
     token of a document is then predicted from nothing, and its prediction does not count."""
-
-    def __post_init__(self) -> None:
-        if self.sequence_tokens < 2:
-            raise ValueError(
-                f"data.sequence_tokens={self.sequence_tokens} given, at least 2 is allowed"
-            )
+    reading: Reading = field(default_factory=Reading)
+    """How far ahead windows are read, and how long a step waits for them."""
 
 
 def check_data_available(data: Data, *, uses_transformer_engine: bool) -> None:
@@ -147,6 +145,39 @@ class CheckpointPolicy:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """What a run that goes on reads differently, from its next batch on; kept in its ledger.
+
+    Raises:
+        ValueError: if a range is none, or a change has no reason.
+    """
+
+    reason: str = ""
+    """One sentence, for whoever reads the ledger in a year. With it another curriculum, or a corpus
+    with more text, is followed from the next batch on; without it both are refused."""
+    skip: tuple[str, ...] = ()
+    """Batches to leave out, as `first:last`, the last not included; numbered by the plan."""
+
+    def __post_init__(self) -> None:
+        for text in self.skip:
+            skip_range(text)
+        if self.skip and not self.reason.strip():
+            raise ValueError(f"change.skip={list(self.skip)} given without change.reason: say why")
+
+
+def skip_range(text: str) -> range:
+    """Return the batches that `first:last` means.
+
+    Raises:
+        ValueError: if it is no such range.
+    """
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise ValueError(f"change.skip: {text!r} given; first:last with first < last is allowed")
+    return range(int(first), int(last))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """Everything that defines a run.
 
@@ -161,8 +192,6 @@ class Run:
     """Where run folders live."""
     seed: int
     """Weights and data order."""
-    total_tokens: int
-    """Length of the run, over all ranks."""
     mtp_loss_weight: float
     """Factor on the MTP loss. Silent in the report; DeepSeek-V3: 0.3, later 0.1."""
     model: ModelSpec
@@ -171,7 +200,11 @@ class Run:
     load_balance: LoadBalance
     optimizer: AdamW
     lr_schedule: LrSchedule
-    batch: Batch
+    curriculum: Curriculum
+    """Stages: tokens, window lengths, batches, mixtures. Its end is the end of the run."""
+    micro_batch_tokens: int
+    """Tokens of one forward pass on one replica: sequences are as many as fit, at least one, so
+    that longer windows need no other setting."""
     data: Data
     evaluation: Evaluation
     checkpoints: CheckpointPolicy
@@ -187,27 +220,28 @@ class Run:
     when_finished: Literal["stop", "start_again"] = "stop"
     """What a run does whose last token is trained on: stop does nothing, so that a requeued job
     ends; start_again moves the folder aside (name.1, name.2, ...) and trains anew."""
+    change: Change = field(default_factory=Change)
+    """What is read differently from here on."""
     cluster: Cluster | None = None
     """The machines it is meant for; null: whatever it is started on."""
 
     def __post_init__(self) -> None:
-        if self.total_tokens < 1 or self.seed < 0 or self.mtp_loss_weight < 0:
+        if self.micro_batch_tokens < 1 or self.seed < 0 or self.mtp_loss_weight < 0:
             raise ValueError(
-                f"total_tokens={self.total_tokens}, seed={self.seed},"
+                f"micro_batch_tokens={self.micro_batch_tokens}, seed={self.seed},"
                 f" mtp_loss_weight={self.mtp_loss_weight} given;"
                 " at least 1, 0 and 0 are allowed"
             )
         if self.lr_schedule.warmup_tokens + self.lr_schedule.decay_tokens > self.total_tokens:
             raise ValueError(
                 f"lr_schedule.warmup_tokens={self.lr_schedule.warmup_tokens} + decay_tokens="
-                f"{self.lr_schedule.decay_tokens} given, at most total_tokens={self.total_tokens}"
-                f" is allowed"
+                f"{self.lr_schedule.decay_tokens} given, at most the tokens of the curriculum,"
+                f" {self.total_tokens}, are allowed"
             )
-        if self.data.sequence_tokens > self.model.max_context_tokens:
+        if self.longest_window_tokens > self.model.max_context_tokens:
             raise ValueError(
-                f"data.sequence_tokens={self.data.sequence_tokens} given, at most"
-                f" model.max_context_tokens="
-                f"{self.model.max_context_tokens} is allowed"
+                f"a stage of the curriculum with window_tokens={self.longest_window_tokens} given,"
+                f" at most model.max_context_tokens={self.model.max_context_tokens} is allowed"
             )
         self._check_layout()
         if self.cluster is not None and self.cluster.num_ranks != self.layout.num_ranks:
@@ -220,10 +254,13 @@ class Run:
 
     def _check_layout(self) -> None:
         layout = self.layout
-        check_cuts(self.model, layout=layout, sequence_tokens=self.data.sequence_tokens)
-        self.batch.check_divisible(layout.dp)
+        segments = self.timetable.segments
+        for window_tokens in sorted({segment.window_tokens for segment in segments}):
+            check_cuts(self.model, layout=layout, sequence_tokens=window_tokens)
+        tokens = self.micro_batch_tokens
+        check_divisible(segments, micro_batch_tokens=tokens, dp=layout.dp)
         if layout.vp > 1:
-            self.batch.check_interleaved(dp=layout.dp, pp=layout.pp)
+            check_interleaved(segments, micro_batch_tokens=tokens, dp=layout.dp, pp=layout.pp)
         parts = {"spec": self.model, "layout": layout, "precision": self.precision}
         check_recompute(self.recompute, **parts)
         check_exchange(self.exchange, recompute=self.recompute, **parts)
@@ -233,12 +270,24 @@ class Run:
         """Where everything of this run is written."""
         return self.output_root / self.name
 
+    def micro_sequences(self, window_tokens: int) -> int:
+        """Return the sequences of one forward pass on windows of a length."""
+        return micro_sequences(self.micro_batch_tokens, window_tokens=window_tokens)
+
     @property
-    def num_steps(self) -> int:
-        """Steps from the first to the last token."""
-        return self.batch.num_steps(
-            total_tokens=self.total_tokens, sequence_tokens=self.data.sequence_tokens
-        )
+    def timetable(self) -> Timetable:
+        """How large every batch is, as the run begins; a ledger may change it later."""
+        return self.curriculum.timetable()
+
+    @property
+    def total_tokens(self) -> int:
+        """Length of the run, over all ranks: the curriculum's, rounded up to whole batches."""
+        return self.timetable.num_tokens
+
+    @property
+    def longest_window_tokens(self) -> int:
+        """S of the longest windows."""
+        return max(stage.window_tokens for stage in self.curriculum.stages.values())
 
 
 def as_json(run: Run) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """How does a configuration become a running job?
 
 Everything a user can get wrong is checked here, in one process without torch, before any rank
-    starts: the machine, the corpus down to every token id, the checkpoint the run would go on from.
-    Then the local ranks are started, or, under torchrun, this process becomes one.
+starts: the machine, the files of the corpus, the checkpoint and the ledger the run would go on
+from. Then the local ranks are started, or, under torchrun, this process becomes one.
 """
 
 import logging
@@ -11,26 +11,37 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data.indexed.format import DataError
+from data.indexed.shard_check import check_files
 from kernels.backend import has_transformer_engine
 from parallel.cluster import Cluster
 from parallel.spawn import find_function, run_ranks, usable_cores
-from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
+from pretrain.checkpoint.manifest import CheckpointError, Manifest, list_checkpoints
 from pretrain.checkpoint.resume import (
     check_same_model,
     check_same_run,
     find_newest,
     open_checkpoint,
 )
+from pretrain.model.cuts import check_cuts
 from pretrain.model.exchange import check_exchange_available
 from pretrain.model.precision import check_available
 from pretrain.model.recompute import check_recompute_available
-from pretrain.training.corpus import Corpus, open_run_corpus
+from pretrain.training.corpus import (
+    Corpus,
+    ledger_to_follow,
+    open_run_corpus,
+    stored_ledger,
+    validation_window_tokens,
+)
 from pretrain.training.exit_file import FINISHED, WRONG_INPUT, clear_exit, write_exit
 from pretrain.training.run import Run, as_json, check_data_available
 
 log = logging.getLogger(__name__)
 
-_NEXT = "choose another name, raise total_tokens, or set when_finished=start_again"
+_NEXT = (
+    "choose another name, raise the tokens of its last stage and give change.reason, or set"
+    " when_finished=start_again"
+)
 _LOCAL_RANKS_PER_CORE = 16
 """Our choice: 32 local ranks on two cores still train; thousands fill the memory before any of them
 says a word."""
@@ -64,13 +75,13 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
             claim_cluster(run.cluster, environment=environment)
         if not under_torchrun:
             _check_local_ranks(run.layout.num_ranks)
-        done = check(run, every_id=is_first)
+        done = check(run, every_file=is_first)
     except USER_ERRORS as error:
         write_refusal(run.folder, error, environment=environment)
         raise
-    if done:
+    if done is not None:
         if is_first:
-            write_exit(run.folder, code=FINISHED, reason="was finished already", step=run.num_steps)
+            write_exit(run.folder, code=FINISHED, reason="was finished already", step=done)
             log.warning("run %s is finished: nothing to do. Next: %s", run.name, _NEXT)
         return FINISHED
     if under_torchrun:
@@ -132,12 +143,12 @@ def _check_local_ranks(num_ranks: int) -> None:
         )
 
 
-def check(run: Run, *, every_id: bool) -> bool:
-    """Refuse a run that could not train; return whether it is finished already.
+def check(run: Run, *, every_file: bool) -> int | None:
+    """Refuse a run that could not train; return its steps if it is finished already.
 
     Args:
         run: the configuration, on its ranks.
-        every_id: read every token id of the corpus, too (one process of a run is enough).
+        every_file: look at every file of the corpus, too (one process of a run is enough).
 
     Raises:
         ValueError, DataError, CheckpointError: see `start`.
@@ -146,39 +157,49 @@ def check(run: Run, *, every_id: bool) -> bool:
     check_exchange_available(run.exchange)
     check_recompute_available(run.recompute, uses_transformer_engine=has_transformer_engine())
     check_data_available(run.data, uses_transformer_engine=has_transformer_engine())
-    corpus = open_run_corpus(run)
-    try:
-        if every_id:
-            corpus.train.stream.check_ids()
-            corpus.validation.stream.check_ids()
+    with open_run_corpus(run) as corpus:
+        _check_validation(run, corpus)
+        if every_file:
+            check_files(corpus.train)
+            check_files(corpus.validation)
         return _check_checkpoint(run, corpus)
-    finally:
-        corpus.close()
 
 
-def _check_checkpoint(run: Run, corpus: Corpus) -> bool:
+def _check_validation(run: Run, corpus: Corpus) -> None:
+    length = validation_window_tokens(corpus)
+    if length > run.model.max_context_tokens:
+        raise ValueError(
+            f"{corpus.validation.manifest.path}: validation windows of {length} tokens, at most"
+            f" model.max_context_tokens={run.model.max_context_tokens} are allowed"
+        )
+    check_cuts(run.model, layout=run.layout, sequence_tokens=length)
+
+
+def _check_checkpoint(run: Run, corpus: Corpus) -> int | None:
     root = run.folder / "checkpoints"
     if run.resume == "never" and list_checkpoints(root):
         raise CheckpointError(
             f"resume=never given, but {root} has checkpoints: set resume=auto to go on from"
             " them, choose another name, or move the folder away"
         )
+    digest = corpus.manifest.tokenizer_digest
     found = find_newest(root)
-    if found is None or starts_again(run, step=found[1].step):
+    if found is None or starts_again(run, newest=found[1]):
         if run.initial_weights is not None:
             folder, manifest = open_checkpoint(run.initial_weights)
-            digest = corpus.manifest.tokenizer_digest
             check_same_model(manifest, folder=folder, config=as_json(run), tokenizer_digest=digest)
-        return False
+        return None
     folder, manifest = found
-    digest = corpus.manifest.tokenizer_digest
     check_same_run(manifest, folder=folder, config=as_json(run), tokenizer_digest=digest)
-    return manifest.step >= run.num_steps
+    ledger = ledger_to_follow(run, corpus, newest=manifest)
+    return manifest.step if manifest.step >= ledger.num_steps else None
 
 
-def starts_again(run: Run, *, step: int) -> bool:
-    """Return whether a run whose newest checkpoint is of `step` is to be trained anew."""
-    return step >= run.num_steps and run.when_finished == "start_again"
+def starts_again(run: Run, *, newest: Manifest) -> bool:
+    """Return whether a run that is finished with its newest checkpoint is to be trained anew."""
+    if run.when_finished != "start_again":
+        return False
+    return newest.step >= stored_ledger(run, newest).num_steps
 
 
 def move_aside(folder: Path) -> Path:

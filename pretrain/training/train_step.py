@@ -120,8 +120,8 @@ def micro_batches(
     domain_idx: Tensor,
     *,
     micro_sequences: int,
-    num_counted: int | None = None,
-    document_end: int | None = None,
+    loss_mask: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> Iterator[MicroBatch]:
     """Yield windows as micro-batches of inputs and labels.
 
@@ -129,40 +129,23 @@ def micro_batches(
         tokens: `[C, S+1]` int64.
         domain_idx: `[C]` int64.
         micro_sequences: B; C is a multiple of it.
-        num_counted: only the first so many windows count towards the loss; None: all.
-        document_end: the id that closes every document: tokens attend inside their own, and the
-            label after it, the first token of another document, does not count. None: each window
-            is one document, whatever it holds.
+        loss_mask: `[C, S]` bool, which labels count; None: all.
+        documents: `[C, S+1]` int32, see MicroBatch: tokens attend inside their own, and a label
+            that is of another document than its token does not count. None: each window is one
+            document, whatever it holds.
 
     Source: documents: docs/decisions/0018.
     """
-    counted = torch.arange(len(tokens), device=tokens.device) < (
-        len(tokens) if num_counted is None else num_counted
-    )
+    if loss_mask is None:
+        loss_mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+    if documents is not None:
+        loss_mask = loss_mask & (documents[:, 1:] == documents[:, :-1])
     for start in range(0, len(tokens), micro_sequences):
         window = slice(start, start + micro_sequences)
-        inputs = tokens[window, :-1].contiguous()
-        loss_mask = counted[window, None].expand_as(inputs).float()
-        documents = None
-        if document_end is not None:
-            # Padding of id 0 would else be a document for each token, and slow.
-            is_end = (inputs == document_end) & counted[window, None]
-            loss_mask = loss_mask.masked_fill(is_end, 0.0)
-            documents = number_documents(is_end)
         yield MicroBatch(
-            tokens=inputs,
+            tokens=tokens[window, :-1].contiguous(),
             labels=tokens[window, 1:].contiguous(),
-            loss_mask=loss_mask,
+            loss_mask=loss_mask[window].float(),
             domain_idx=domain_idx[window],
-            documents=documents,
+            documents=None if documents is None else documents[window, :-1].contiguous(),
         )
-
-
-def number_documents(is_end_BS: Tensor) -> Tensor:
-    """Return the document of each token, `[B, S]` int32, rising from 0 in each window.
-
-    Args:
-        is_end_BS: `[B, S]` bool, where a document has its last token.
-    """
-    ends_before_BS = is_end_BS.cumsum(dim=1) - is_end_BS.long()  # the last token is still its own
-    return ends_before_BS.int()

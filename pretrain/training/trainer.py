@@ -1,8 +1,8 @@
 """How does a run go from its first token to its last?
 
 `fit` is the loop: next batch, train step, monitor, checkpoint. Everything else here brings the
-parts of a rank together before it and takes leave after it. The state of a run is two integers,
-steps done and sequences consumed; which tokens come next follows from them.
+parts of a rank together before it and takes leave after it. The state of a run in its data
+is one integer, the steps done; with the ledger and the seed it decides which windows come next.
 """
 
 import logging
@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+from data.stream.consumed import MASK
+from data.stream.loader import BatchReader, Share
+from data.stream.order import Segment
 from parallel import groups
 from parallel.device import Device
 from parallel.reduce import max_over_all
@@ -29,8 +32,7 @@ from pretrain.checkpoint.sharded import (
 from pretrain.model.assemble import build_chunks
 from pretrain.model.initialise import initialise_weights
 from pretrain.model.transformer_config import transformer_config
-from pretrain.training.batch import local_slots
-from pretrain.training.corpus import Corpus, document_end
+from pretrain.training.corpus import Corpus, validation_window_tokens
 from pretrain.training.evaluate import ValidationLoss, validation_loss
 from pretrain.training.lr_schedule import step_lr
 from pretrain.training.optimizer import make_optimizer, set_coefficients, wrap_chunks
@@ -59,7 +61,7 @@ class Trainer:
         Args:
             run: the whole configuration.
             device: what this rank computes on.
-            corpus: training and validation windows.
+            corpus: training and validation windows, and the ledger of the run.
 
         Collective: every rank calls it; starts the layout's groups.
         """
@@ -68,18 +70,47 @@ class Trainer:
         self.run = run
         self.corpus = corpus
         self.device = device.current()
-        self.position = Position()
         self.data_wait_s = 0.0
-        self.total_steps = run.num_steps
+        self.ledger = corpus.ledger
+        self.timetable = corpus.ledger.timetable()
+        self.total_steps = corpus.ledger.num_steps
+        self.position = Position()
+        self._move_to(0)
+        self.consumed = 0  # digest of the windows read since `consumed_from_step`
+        self.consumed_from_step = 0
+        self.reader = BatchReader(
+            corpus.train,
+            corpus.ledger,
+            seed=run.seed,
+            share=Share(
+                replicas=run.layout.dp,
+                replica=groups.data_rank(),
+                micro_batch_tokens=run.micro_batch_tokens,
+            ),
+            reading=run.data.reading,
+        )
+        self._domain_idx = torch.tensor(
+            [corpus.domains.index(bucket.domain) for bucket in corpus.ledger.last_plan.buckets]
+        )
         self.modules = build_modules(run, device)
         initialise_weights(self.modules, std=run.model.init_std, seed=run.seed)
         self.chunks = wrap_chunks(self.modules, config=self.modules[0].config, adamw=run.optimizer)
         self.optimizer = make_optimizer(self.chunks, adamw=run.optimizer, precision=run.precision)
 
     @property
+    def batch(self) -> int:
+        """Number of the batch to come; at the end of the run, of all batches."""
+        return min(self.ledger.batch_of(self.position.step), self.timetable.num_batches)
+
+    @property
+    def segment(self) -> Segment:
+        """Stage, window length and size of the batch to come, at the end of the run of the last."""
+        return self.timetable.segment_at(min(self.batch, self.timetable.num_batches - 1))
+
+    @property
     def tokens(self) -> int:
-        """Tokens consumed so far, over all replicas."""
-        return self.position.sequences * self.run.data.sequence_tokens
+        """Tokens consumed so far, over all replicas; skipped batches count as consumed."""
+        return self.timetable.tokens_before(self.batch)
 
     @property
     def is_finished(self) -> bool:
@@ -87,31 +118,29 @@ class Trainer:
         return self.position.step >= self.total_steps
 
     def next_batch(self) -> list[MicroBatch]:
-        """Return this replica's micro-batches of the step to come."""
+        """Return this replica's micro-batches of the step to come.
+
+        Raises:
+            DataError: if a window is damaged or cannot be read.
+        """
         started = time.monotonic()
-        run = self.run
-        size = run.batch.size_at(self.position.sequences, sequence_tokens=run.data.sequence_tokens)
-        slots = local_slots(
-            size,
-            micro_sequences=run.batch.micro_sequences,
-            dp=run.layout.dp,
-            data_rank=groups.data_rank(),
+        found = self.reader.read(self.position.step)
+        self.consumed = (self.consumed + found.digest) & MASK
+        documents = found.windows.documents if self.run.data.document_attention else None
+        batches = list(
+            micro_batches(
+                self._to_device(found.windows.tokens).long(),
+                self._domain_idx[torch.from_numpy(found.addresses.bucket)].to(self.device),
+                micro_sequences=self.run.micro_sequences(self.segment.window_tokens),
+                loss_mask=self._to_device(found.windows.loss_mask),
+                documents=None if documents is None else self._to_device(documents),
+            )
         )
-        batches: list[MicroBatch] = []
-        for micro in slots:
-            windows = self.corpus.train.stream.windows(
-                self.position.sequences + micro.start, len(micro)
-            )
-            tokens = torch.from_numpy(windows.tokens).to(self.device, torch.int64)
-            domain_idx = torch.from_numpy(windows.domain_idx).to(self.device, torch.int64)
-            batches += micro_batches(
-                tokens,
-                domain_idx,
-                micro_sequences=len(micro),
-                document_end=document_end(run, self.corpus),
-            )
         self.data_wait_s = time.monotonic() - started
         return batches
+
+    def _to_device(self, values: Any) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device)
 
     def step(self, batches: Sequence[MicroBatch]) -> StepResult:
         """Train on one global batch and move on; collective.
@@ -119,39 +148,39 @@ class Trainer:
         Raises:
             NonFiniteGradientError: see train_step.
         """
-        run = self.run
-        sequences = (
-            self.position.sequences + len(batches) * run.batch.micro_sequences * run.layout.dp
-        )
         result = train_step(
             self.chunks,
             self.optimizer,
             batches,
-            lr=self.lr_after(sequences),
-            clip_norm=run.optimizer.clip_norm,
+            lr=self.lr_after(self.timetable.tokens_before(self.batch + 1)),
+            clip_norm=self.run.optimizer.clip_norm,
         )
-        self.position = Position(step=self.position.step + 1, sequences=sequences)
+        self._move_to(self.position.step + 1)
         return result
 
-    def lr_after(self, sequences: int) -> float:
-        """Return the learning rate of the step that ends after `sequences` sequences."""
+    def _move_to(self, step: int) -> None:
+        batch = min(self.ledger.batch_of(step), self.timetable.num_batches)
+        self.position = Position(step=step, sequences=self.timetable.sequences_before(batch))
+
+    def lr_after(self, tokens: int) -> float:
+        """Return the learning rate of the step that ends after `tokens` tokens."""
         return step_lr(
-            sequences * self.run.data.sequence_tokens,
+            tokens,
             schedule=self.run.lr_schedule,
             peak_lr=self.run.optimizer.lr,
-            total_tokens=self.run.total_tokens,
+            total_tokens=self.timetable.num_tokens,
         )
 
     def validate(self, *, windows_per_domain: int) -> ValidationLoss:
         """Return the validation loss; collective."""
         return validation_loss(
             self.chunks,
-            self.corpus.validation.stream,
+            self.corpus,
             windows_per_domain=windows_per_domain,
-            micro_sequences=self.run.batch.micro_sequences,
+            micro_sequences=self.run.micro_sequences(validation_window_tokens(self.corpus)),
             layout=self.run.layout,
             device=self.device,
-            document_end=document_end(self.run, self.corpus),
+            document_attention=self.run.data.document_attention,
         )
 
     def save(self) -> None:
@@ -169,6 +198,7 @@ class Trainer:
             config=as_json(self.run),
             versions={},
             files={},
+            ledger=self.ledger.as_json(),
         )
         save_checkpoint(root, chunks=self.chunks, optimizer=self.optimizer, manifest=manifest)
         if torch.distributed.get_rank() == 0:
@@ -192,7 +222,12 @@ class Trainer:
         same_ranks = manifest.config["layout"] == as_json(self.run)["layout"]
         load_checkpoint(folder, chunks=self.chunks, optimizer=self.optimizer, same_ranks=same_ranks)
         set_coefficients(self.optimizer, self.run.optimizer)
-        self.position = Position(step=manifest.step, sequences=manifest.sequences)
+        self._move_to(manifest.step)
+        self.consumed_from_step = manifest.step
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self.reader.close()
 
 
 def build_modules(run: Run, device: Device) -> Sequence[Any]:
@@ -212,7 +247,7 @@ def build_modules(run: Run, device: Device) -> Sequence[Any]:
         config=config,
         device=device,
         layout=run.layout,
-        max_tokens=run.data.sequence_tokens,
+        max_tokens=run.longest_window_tokens,
     )
 
 
@@ -237,10 +272,10 @@ def fit(
     Collective: every rank calls it.
     """
     while not trainer.is_finished:
-        before = trainer.position.sequences
+        num_sequences = trainer.segment.global_sequences
         batch = trainer.next_batch()
         result = trainer.step(batch)
-        monitor(result, trainer.position.sequences - before)
+        monitor(result, num_sequences)
         checkpoint()
         if bool(max_over_all(torch.tensor(float(should_stop()), device=trainer.device))):
             return False

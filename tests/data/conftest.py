@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.corpus.prepare import PrepareConfig
+from data.corpus.prepare_config import PrepareConfig
 from data.corpus.sources import SourceConfig
 
 KOREAN = "\uac00\ub098\ub2e4\ub77c\ub9c8\ubc14\uc0ac\uc544\uc790\ucc28\uce74\ud0c0\ud30c\ud558"

@@ -19,22 +19,25 @@ SMALL = (
     "model.q_lora_rank=16",
     "model.kv_lora_rank=16",
     "model.vocab_size=512",
-    "data.sequence_tokens=32",
-    "batch.global_sequences=4",
-    "batch.micro_sequences=1",
+    "curriculum=plain",
+    "curriculum.max_epochs=1000",
+    "curriculum.stages.all.window_tokens=64",
+    "curriculum.stages.all.global_sequences=4",
+    "micro_batch_tokens=64",
     "lr_schedule.warmup_tokens=0",
     "lr_schedule.decay_tokens=0",
     "evaluation.final_windows_per_domain=4",
     "telemetry=offline",
 )
-STEP_TOKENS = 4 * 32
+STEP_TOKENS = 4 * 64
+TOKENS = "curriculum.stages.all.tokens"
 
 
 @pytest.fixture
 def words(tiny_corpus: Path, tmp_path: Path) -> list[str]:
     """Return the command line of a run of four steps on the tiny corpus."""
     places = [f"data.corpus={tiny_corpus}", f"output_root={tmp_path / 'runs'}", "name=t"]
-    return [*SMALL, *places, f"total_tokens={4 * STEP_TOKENS}"]
+    return [*SMALL, *places, f"{TOKENS}={4 * STEP_TOKENS}"]
 
 
 @pytest.fixture

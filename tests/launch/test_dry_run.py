@@ -79,7 +79,10 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         (["layout.pp=7"], ["layout.pp=7", "2 ranks"]),
         (["+cluster=h200_1536", "layout.ep=7"], ["layout.ep=7", "1536 ranks"]),
         (["+cluster=h200_1536", "layout.num_ranks=768"], ["layout.num_ranks=768", "num_nodes=192"]),
-        (["+cluster=h200_1536", "batch.global_sequences=16384"], ["batch.ramp_from_sequences"]),
+        (
+            ["+cluster=h200_1536", "curriculum.stages.general.global_sequences=16384"],
+            ["ramp_from_sequences"],
+        ),
         (["+cluster=h200_1536", "cluster.num_nodes=0"], ["cluster.num_nodes=0", "at least 1"]),
         (["+cluster=h100"], ["cluster=h100", "h200_1024, h200_1536"]),
         (["sample_ranks=0"], ["sample_ranks=0", "at least 1"]),

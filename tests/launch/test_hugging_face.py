@@ -166,7 +166,7 @@ def train(places: dict[str, Any]) -> None:
 
     words = [*SMALL, *(f"{key}={value}" for key, value in places.items())]
     done = subprocess.run(
-        [sys.executable, "launch/pretrain.py", *words, f"total_tokens={2 * STEP_TOKENS}"],
+        [sys.executable, "launch/pretrain.py", *words, f"{TOKENS}={2 * STEP_TOKENS}"],
         cwd=ROOT,
         capture_output=True,
         text=True,

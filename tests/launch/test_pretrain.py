@@ -30,10 +30,16 @@ STEP_TOKENS = 4 * 32
         ("model.num_routed_experts=7", ["model.num_expert_groups", "num_routed_experts=7"]),
         ("model.num_experts_per_token=2", ["model.num_experts_per_token=2", "transformers"]),
         ("model.vocab_size=300", ["vocab_size=300", "512"]),
-        ("batch.global_sequences=3", ["batch.global_sequences", "dp=2"]),
-        ("lr_schedule.warmup_tokens=9999999", ["lr_schedule.warmup_tokens", "total_tokens"]),
+        ("curriculum.stages.all.global_sequences=3", ["global_sequences", "dp=2"]),
+        (
+            "lr_schedule.warmup_tokens=9999999",
+            ["lr_schedule.warmup_tokens", "tokens of the curriculum"],
+        ),
         ("data.corpus=nowhere", ["data.corpus=nowhere", "launch/prepare.py"]),
-        ("data.sequence_tokens=4096", ["data.sequence_tokens", "model.max_context_tokens"]),
+        (
+            "curriculum.stages.all.window_tokens=4096",
+            ["window_tokens=4096", "model.max_context_tokens"],
+        ),
         ("load_balance.bias_update_rate=0.1", ["load_balance", "bias"]),
         ("resume=maybe", ["resume", "'maybe'", "auto"]),
         ("exchange=deepep", ["exchange.dispatcher=deepep", "CUDA device", "What it costs"]),
@@ -53,7 +59,9 @@ def test_a_wrong_configuration_ends_with_2_and_names_the_key(
 
 
 def test_experts_that_ep_does_not_divide_are_refused(refuse: Callable[..., str]) -> None:
-    message = refuse("layout.num_ranks=3", "layout.ep=3", "batch.global_sequences=3")
+    message = refuse(
+        "layout.num_ranks=3", "layout.ep=3", "curriculum.stages.all.global_sequences=3"
+    )
     assert "layout.ep=3" in message
     assert "model.num_routed_experts=8" in message
 
@@ -150,7 +158,7 @@ def test_a_stopped_run_goes_on_finishes_generates_and_then_does_nothing(
     words: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "runs" / "t"
-    long = [*words, f"total_tokens={4000 * STEP_TOKENS}", "telemetry.console_interval_steps=1"]
+    long = [*words, f"{TOKENS}={4000 * STEP_TOKENS}", "telemetry.console_interval_steps=1"]
     process = launch("pretrain.py", *long)
     wait_for_step(process, folder / "metrics.jsonl")
     process.send_signal(signal.SIGTERM)
@@ -160,7 +168,7 @@ def test_a_stopped_run_goes_on_finishes_generates_and_then_does_nothing(
     assert stopped["code"] == 75
     assert stopped["step"] > 0
 
-    more = [*words, f"total_tokens={(stopped['step'] + 3) * STEP_TOKENS}"]
+    more = [*words, f"{TOKENS}={(stopped['step'] + 3) * STEP_TOKENS}"]
     code, output = finish(launch("pretrain.py", *more))
     assert code == 0, output
     assert f"going on from {folder / 'checkpoints'}" in output
@@ -195,7 +203,7 @@ def test_a_run_that_comes_near_its_time_limit_saves_ends_with_75_and_goes_on(
     limited = [
         *(f"+cluster.{key}={value}" for key, value in (cluster | links | times).items()),
         "layout=single",
-        f"total_tokens={40_000 * STEP_TOKENS}",
+        f"{TOKENS}={40_000 * STEP_TOKENS}",
     ]
     code, output = finish(launch("pretrain.py", *words, *limited))
     assert code == 75, output

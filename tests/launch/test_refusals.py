@@ -52,7 +52,11 @@ ILLEGAL: list[tuple[str, str, list[str]]] = [
         "layout.pp=2",
         ["2 ranks given", "layout.ep=2 * layout.etp=1 * layout.pp=2 = 4"],
     ),
-    ("more local ranks than cores", "layout.num_ranks=100_000 batch.global_sequences=100_000", []),
+    (
+        "more local ranks than cores",
+        "layout.num_ranks=100_000 curriculum.stages.all.global_sequences=100_000",
+        [],
+    ),
     # the pipeline
     ("chunks without a pipeline", "layout.vp=2", ["layout.vp=2 needs layout.pp of at least 2"]),
     (
@@ -72,14 +76,14 @@ ILLEGAL: list[tuple[str, str, list[str]]] = [
     ),
     (
         "micro-batches of an interleaved pipeline",
-        "layout.ep=1 layout.pp=2 layout.vp=2 batch.global_sequences=3",
-        ["= 3 micro-batches", "layout.pp=2 must divide", "batch.global_sequences", "layout.vp=1"],
+        "layout.ep=1 layout.pp=2 layout.vp=2 curriculum.stages.all.global_sequences=3",
+        ["= 3 micro-batches", "layout.pp=2 must divide", "global_sequences", "layout.vp=1"],
     ),
     (
         "micro-batches of an interleaved ramp",
-        "layout.ep=1 layout.pp=2 layout.vp=2 batch.global_sequences=6"
-        " batch.ramp_from_sequences=3 batch.ramp_tokens=64",
-        ["a batch of 3 sequences", "layout.pp=2 must divide", "batch.ramp_from_sequences"],
+        "layout.ep=1 layout.pp=2 layout.vp=2 curriculum.stages.all.global_sequences=6"
+        " curriculum.stages.all.ramp_from_sequences=3 curriculum.stages.all.ramp_tokens=64",
+        ["a batch of 3 sequences", "layout.pp=2 must divide", "ramp_from_sequences"],
     ),
     # what the axes cut
     (
@@ -114,23 +118,23 @@ ILLEGAL: list[tuple[str, str, list[str]]] = [
     ),
     (
         "experts",
-        "layout.num_ranks=3 layout.ep=3 batch.global_sequences=3",
+        "layout.num_ranks=3 layout.ep=3 curriculum.stages.all.global_sequences=3",
         ["layout.ep=3 given; it must divide model.num_routed_experts=8:"],
     ),
     (
         "sequences by context",
-        "layout.cp=2 data.sequence_tokens=30",
-        ["layout.cp=2", "2 * cp * tp = 4 must divide data.sequence_tokens=30"],
+        "layout.cp=2 curriculum.stages.all.window_tokens=30",
+        ["layout.cp=2", "2 * cp * tp = 4 must divide a window of 30 tokens"],
     ),
     (
         "sequences by tensor",
-        "layout.tp=2 data.sequence_tokens=30",
-        ["layout.tp=2", "2 * cp * tp = 4 must divide data.sequence_tokens=30"],
+        "layout.tp=2 curriculum.stages.all.window_tokens=30",
+        ["layout.tp=2", "2 * cp * tp = 4 must divide a window of 30 tokens"],
     ),
     (
         "sequences by both",
-        "layout.num_ranks=4 layout.tp=2 layout.cp=2 data.sequence_tokens=36",
-        ["layout.cp=2 and layout.tp=2", "2 * cp * tp = 8 must divide data.sequence_tokens=36"],
+        "layout.num_ranks=4 layout.tp=2 layout.cp=2 curriculum.stages.all.window_tokens=36",
+        ["layout.cp=2 and layout.tp=2", "2 * cp * tp = 8 must divide a window of 36 tokens"],
     ),
     (
         "YaRN by context",
@@ -138,16 +142,20 @@ ILLEGAL: list[tuple[str, str, list[str]]] = [
         ["layout.cp=2 given", "model.rope.original_context_tokens=30"],
     ),
     # the batch
-    ("batch", "batch.global_sequences=3", ["a batch of 3", "dp=2", "batch.global_sequences"]),
+    (
+        "batch",
+        "curriculum.stages.all.global_sequences=3",
+        ["a batch of 3", "dp=2", "global_sequences"],
+    ),
     (
         "micro-batch",
-        "batch.micro_sequences=4",
-        ["a batch of 4", "dp=2 replicas * batch.micro_sequences=4 = 8", "batch.micro_sequences"],
+        "micro_batch_tokens=256",
+        ["a batch of 4", "dp=2 replicas * 4 sequences", "micro_batch_tokens=256"],
     ),
     (
         "ramp",
-        "batch.global_sequences=6 batch.ramp_from_sequences=3 batch.ramp_tokens=64",
-        ["a batch of 3", "dp=2", "batch.ramp_from_sequences"],
+        "curriculum.stages.all.global_sequences=6 curriculum.stages.all.ramp_from_sequences=3 curriculum.stages.all.ramp_tokens=64",
+        ["a batch of 3", "dp=2", "ramp_from_sequences"],
     ),
 ]
 
@@ -190,7 +198,7 @@ def test_an_illegal_layout_of_a_cluster_ends_with_2_and_names_the_key(
     ("world_size", "said"),
     [
         ("3", ["3 ranks given (layout.num_ranks, or WORLD_SIZE under torchrun)", "layout.ep=2"]),
-        ("6", ["a batch of 4 sequences", "dp=6", "batch.global_sequences"]),
+        ("6", ["a batch of 4 sequences", "dp=6", "global_sequences"]),
         ("2 layout.tp=true", ["layout.tp: got True (bool); allowed: int"]),
     ],
 )

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from data.corpus.prepare import PrepareConfig, prepare
+from data.corpus.prepare import prepare
+from data.corpus.prepare_config import PrepareConfig
 from data.corpus.sources import SourceConfig
 from parallel.layout import Layout
 from parallel.spawn import RankPool

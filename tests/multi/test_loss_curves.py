@@ -11,9 +11,9 @@ import pytest
 
 from parallel.layout import Layout
 from parallel.spawn import RankPool
-from pretrain.training.batch import Batch
 from pretrain.training.run import Run
 from pretrain.training.verify import Curve, loss_curve
+from tests.conftest import tiny_curriculum
 
 # Measured: at most 3e-7 and 3e-6. A gradient that one rank forgets shows as 1e-4 or more.
 LOSS_TOLERANCE = 2e-6
@@ -104,8 +104,7 @@ def test_overlapped_reduction_in_many_buckets_draws_the_same_curve(
 def test_two_replicas_in_bf16_stay_near_one(
     tiny_run: MakeRun, two_ranks: RankPool, one_rank: object
 ) -> None:
-    small = Batch(global_sequences=4, micro_sequences=1)
-    run = tiny_run(bf16=True, batch=small)
+    run = tiny_run(bf16=True, curriculum=tiny_curriculum(sequences=4))
     expected = loss_curve(run, num_steps=4)
     curve, _ = two_ranks.run(loss_curve, replace(run, layout=Layout(num_ranks=2)), num_steps=4)
     # The forward pass is the same, the gradients are summed in fp32 in another order: a weight

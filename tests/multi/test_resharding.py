@@ -17,9 +17,9 @@ from parallel.layout import Layout
 from parallel.spawn import RankPool
 from pretrain.checkpoint.manifest import list_checkpoints
 from pretrain.checkpoint.stored import StoredTensors
-from pretrain.training.batch import Batch
 from pretrain.training.run import Run
 from pretrain.training.verify import Curve, loss_curve
+from tests.conftest import tiny_curriculum
 from tests.multi.curves import assert_same_curve
 
 MakeRun = Callable[..., Run]
@@ -91,9 +91,9 @@ def test_the_loss_is_that_of_a_run_never_touched(
 
 @pytest.mark.slow
 def test_two_replicas_become_three(tiny_run: MakeRun, run_on: RunOn) -> None:
-    batch = Batch(global_sequences=6, micro_sequences=1)
-    whole = run_on(tiny_run(batch=batch), num_steps=4)
-    run = tiny_run(Layout(num_ranks=2), batch=batch, overlap=True)
+    six = tiny_curriculum(sequences=6)
+    whole = run_on(tiny_run(curriculum=six), num_steps=4)
+    run = tiny_run(Layout(num_ranks=2), curriculum=six, overlap=True)
     run_on(run, num_steps=2, save_after=2)
     grown = replace(run, layout=Layout(num_ranks=3))
     curve = run_on(grown, num_steps=2, resume=True)

@@ -11,12 +11,12 @@ import pytest
 
 from parallel.layout import Layout
 from parallel.spawn import RankPool
-from pretrain.training.batch import Batch
 from pretrain.training.run import Run
 from pretrain.training.verify import Curve, loss_curve
+from tests.conftest import tiny_curriculum
 
 SAVED, LAST = 10, 14
-BATCH = Batch(global_sequences=2, micro_sequences=1)
+TWO = tiny_curriculum(sequences=2)
 
 MakeRun = Callable[..., Run]
 
@@ -46,7 +46,7 @@ def assert_goes_on(resumed: Curve, whole: Curve, *, saved: int = SAVED) -> None:
 def test_two_ranks_go_on_to_the_bit(
     layout: Layout, overlap: bool, variant: dict[str, bool], tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:
-    run = tiny_run(layout, overlap=overlap, batch=BATCH, **variant)
+    run = tiny_run(layout, overlap=overlap, curriculum=TWO, **variant)
     whole, _ = two_ranks.run(loss_curve, run, num_steps=LAST, save_after=SAVED)
     resumed, _ = two_ranks.run(loss_curve, run, num_steps=LAST - SAVED, resume=True)
     assert not overlap or whole.num_buckets >= 3
@@ -59,7 +59,7 @@ def test_two_ranks_go_on_to_the_bit(
 def test_experts_spread_unlike_dense_layers_go_on_to_the_bit(
     layout: Layout, tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:
-    run = tiny_run(layout, batch=BATCH, bias=True)
+    run = tiny_run(layout, curriculum=TWO, bias=True)
     whole, _ = two_ranks.run(loss_curve, run, num_steps=4, save_after=2)
     resumed, _ = two_ranks.run(loss_curve, run, num_steps=2, resume=True)
     assert_goes_on(resumed, whole, saved=2)
@@ -73,14 +73,14 @@ def test_experts_spread_unlike_dense_layers_go_on_to_the_bit(
 def test_one_rank_goes_on_to_the_bit(
     variant: dict[str, bool], tiny_run: MakeRun, one_rank: object
 ) -> None:
-    run = tiny_run(batch=BATCH, **variant)
+    run = tiny_run(curriculum=TWO, **variant)
     whole = loss_curve(run, num_steps=LAST, save_after=SAVED)
     resumed = loss_curve(run, num_steps=LAST - SAVED, resume=True)
     assert_goes_on(resumed, whole)
 
 
 def test_saving_does_not_disturb_the_run(tiny_run: MakeRun, one_rank: object) -> None:
-    run = tiny_run(batch=BATCH, bias=True)
+    run = tiny_run(curriculum=TWO, bias=True)
     saving = loss_curve(run, num_steps=4, save_after=2)
     assert saving == loss_curve(run, num_steps=4)
 
@@ -95,7 +95,7 @@ def doomed_ranks() -> Iterator[RankPool]:
 def test_ranks_killed_after_the_save_are_replaced_without_a_trace(
     tiny_run: MakeRun, doomed_ranks: RankPool, two_ranks: RankPool
 ) -> None:
-    run = tiny_run(Layout(num_ranks=2, ep=2), batch=BATCH, bias=True)
+    run = tiny_run(Layout(num_ranks=2, ep=2), curriculum=TWO, bias=True)
     whole, _ = two_ranks.run(loss_curve, run, num_steps=6)
     doomed_ranks.run(loss_curve, run, num_steps=3, save_after=3)
     doomed_ranks.close()  # SIGKILL

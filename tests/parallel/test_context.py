@@ -48,7 +48,7 @@ def test_every_rank_has_the_same_work() -> None:
 
 
 def test_a_sequence_that_cannot_be_cut_is_refused_by_key() -> None:
-    with pytest.raises(ValueError, match=r"10 tokens.*layout\.cp = 4.*data\.sequence_tokens"):
+    with pytest.raises(ValueError, match=r"10 tokens.*layout\.cp = 4.*window_tokens"):
         cut(torch.zeros(1, 10), rank=0, num_ranks=2)
 
 

@@ -19,7 +19,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer
 
 from data.corpus.manifest import Manifest, file_sha256
-from data.corpus.prepare import PrepareConfig, prepare
+from data.corpus.prepare import prepare
+from data.corpus.prepare_config import PrepareConfig
 from data.indexed.format import DataError
 from data.indexed.reader import IndexedReader
 
@@ -223,7 +224,8 @@ def test_a_run_stopped_anywhere_is_finished_by_the_next(
 COMMAND = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from data.corpus.prepare import PrepareConfig, prepare
+from data.corpus.prepare import prepare
+from data.corpus.prepare_config import PrepareConfig
 from data.corpus.sources import SourceConfig
 def progress(stage, done, total):
     if stage == {kill!r}:

@@ -24,7 +24,7 @@ def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_the_configuration_file_says_what_the_dataclass_says() -> None:
     from hydra import compose, initialize_config_dir
 
-    from data.corpus.prepare import PrepareConfig
+    from data.corpus.prepare_config import PrepareConfig
     from launch.compose import build
 
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):

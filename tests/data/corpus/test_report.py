@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from data.corpus.prepare import PrepareConfig, prepare
+from data.corpus.prepare import prepare
+from data.corpus.prepare_config import PrepareConfig
 from data.corpus.report import ProgressText, summary
 
 

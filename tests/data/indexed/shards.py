@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from data.indexed.packing import PackingPolicy, pack
-from data.indexed.reader import IndexedReader
 from data.indexed.window_writer import WindowWriter, WrittenShard, write_packed
 from data.indexed.writer import IndexedWriter
 
@@ -33,13 +32,10 @@ def write_shard(
         writer.finish()
     lengths = [len(tokens) for tokens in documents]
     packing = pack(lengths, capacity=SEQUENCE + 1, policy=policy, seed=seed)
-    with (
-        IndexedReader(folder / "plain") as reader,
-        WindowWriter(
-            folder / "a.b", window_tokens=SEQUENCE, vocab_size=vocab_size, padding_id=3
-        ) as windows,
-    ):
-        write_packed(windows, reader, packing=packing, document_ids=ids)
+    with WindowWriter(
+        folder / "a.b", window_tokens=SEQUENCE, vocab_size=vocab_size, padding_id=3
+    ) as windows:
+        write_packed(windows, documents, packing=packing, document_ids=ids)
         written = windows.finish()
     return Packed(
         prefix=folder / "a.b",

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data.indexed.dataset_manifest import Bucket
-from data.stream.curriculum import Curriculum, Mixture, Plan, Stage, plan, tokens_by_label
+from data.stream.curriculum import Curriculum, Mixture, Stage
+from data.stream.plan import Plan, plan, tokens_by_label
 from data.stream.report import address_table, plan_report, plan_text
 
 WEB = Mixture(domains={"web": 3.0, "code": 1.0})
@@ -32,11 +33,16 @@ WINDOWS = {
 
 def stage(**changes: Any) -> Stage:
     sizes = {"tokens": 64 * 1_000, "window_tokens": 64, "global_sequences": 10}
-    return Stage(**{"name": "first", "begin": WEB, **sizes, **changes})
+    return Stage(**{"begin": WEB, **sizes, **changes})
+
+
+def curriculum(*stages: Stage, **changes: Any) -> Curriculum:
+    names = ("first", "second", "third")
+    return Curriculum(stages=dict(zip(names, stages, strict=False)), **changes)
 
 
 def planned(*stages: Stage, **changes: Any) -> Plan:
-    return plan(Curriculum(stages=stages, **changes), WINDOWS, seed=0)
+    return plan(curriculum(*stages, **changes), WINDOWS, seed=0)
 
 
 def shares(given: Plan, label: str) -> dict[str, float]:
@@ -61,7 +67,7 @@ def test_tiers_tilt_a_domain_and_leave_its_share() -> None:
 def test_a_stage_moves_from_its_beginning_to_its_end() -> None:
     end = Mixture(domains={"web": 1.0, "code": 3.0})
     found = planned(stage(end=end, pieces=3))
-    segments = [part.segment for part in found.segments]
+    segments = found.segments
     assert [segment.num_batches for segment in segments] == [34, 33, 33]
     code = [idx for idx, b in enumerate(found.buckets) if b.domain == "code"]
     part = [sum(s.weights[idx] for idx in code) / sum(s.weights) for s in segments]
@@ -71,7 +77,7 @@ def test_a_stage_moves_from_its_beginning_to_its_end() -> None:
 def test_the_batch_grows_in_equal_steps_over_its_tokens() -> None:
     ramp = {"ramp_from_sequences": 2, "ramp_tokens": 64 * 500}
     found = planned(stage(**ramp))
-    sizes = [(part.segment.global_sequences, part.segment.num_batches) for part in found.segments]
+    sizes = [(part.global_sequences, part.num_batches) for part in found.segments]
     assert [size for size, _ in sizes] == [2, 4, 6, 8, 10]
     tokens = [size * batches for size, batches in sizes]
     assert tokens[:4] == pytest.approx([100] * 4, abs=8)
@@ -79,18 +85,18 @@ def test_the_batch_grows_in_equal_steps_over_its_tokens() -> None:
 
 
 def test_stages_follow_each_other_and_take_their_own_windows() -> None:
-    long = stage(name="long", window_tokens=256, begin=Mixture(domains={"web": 1.0}), tokens=25_600)
+    long = stage(window_tokens=256, begin=Mixture(domains={"web": 1.0}), tokens=25_600)
     found = planned(stage(), long)
     last = found.order.addresses(found.order.num_batches - 1, np.arange(10))
     assert {found.buckets[b].window_tokens for b in last.bucket.tolist()} == {256}
-    assert [part.stage for part in found.segments] == ["first", "long"]
+    assert [part.stage for part in found.segments] == ["first", "second"]
 
 
 def test_the_order_of_the_buckets_is_of_no_consequence() -> None:
-    one = plan(Curriculum(stages=(stage(),)), WINDOWS, seed=0)
-    other = plan(Curriculum(stages=(stage(),)), dict(reversed(WINDOWS.items())), seed=0)
+    one = plan(curriculum(stage()), WINDOWS, seed=0)
+    other = plan(curriculum(stage()), dict(reversed(WINDOWS.items())), seed=0)
     assert one.digest == other.digest
-    assert one.digest != plan(Curriculum(stages=(stage(),)), WINDOWS, seed=1).digest
+    assert one.digest != plan(curriculum(stage()), WINDOWS, seed=1).digest
     assert one.digest != planned(stage(tokens=64 * 2_000)).digest
 
 
@@ -119,7 +125,7 @@ def test_what_cannot_be_met_is_refused(changes: dict[str, Any], said: str) -> No
 @pytest.mark.parametrize(
     "values",
     [
-        {"domains": {}},
+        {"domains": {"web": 0.0}},
         {"domains": {"web": -1.0, "code": 2.0}},
         {"domains": {"web": 1.0}, "quality": ()},
     ],
@@ -137,7 +143,7 @@ def test_a_domain_may_have_a_cap_of_its_own() -> None:
 
 
 def test_the_report_adds_up() -> None:
-    report = plan_report(planned(stage(), stage(name="second")), replicas=[5, 4], micro_batch=1)
+    report = plan_report(planned(stage(), stage()), replicas=[5, 4], micro_batch=1)
     assert report["tokens"] == 2 * 64 * 1_000
     assert [s["first_batch"] for s in report["stages"]] == [0, 100]
     assert report["stages"][1]["divides"] == {"5": True, "4": False}

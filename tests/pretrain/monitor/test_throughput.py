@@ -17,11 +17,15 @@ class Clock:
 
 
 def run_steps(
-    throughput: Throughput, clock: Clock, durations_s: list[float], num_tokens: int = 1000
+    throughput: Throughput,
+    clock: Clock,
+    durations_s: list[float],
+    num_tokens: int = 1000,
+    flop_per_token: float = 6e6,
 ) -> None:
     for duration_s in durations_s:
         clock.now_s += duration_s
-        throughput.finish_step(num_tokens)
+        throughput.finish_step(num_tokens, flop_per_token=flop_per_token)
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def clock() -> Clock:
 
 
 def make(clock: Clock, **changes: object) -> Throughput:
-    fields: dict[str, object] = {"flop_per_token": 6e6, "peak_flop_per_s": None, **changes}
+    fields: dict[str, object] = {"peak_flop_per_s": None, **changes}
     throughput = Throughput(ThroughputConfig(**fields), clock=clock)  # type: ignore[arg-type]
     throughput.start()
     return throughput
@@ -52,7 +56,7 @@ def test_the_average_keeps_the_slow_step_in(clock: Clock):
 def test_first_steps_are_measured_but_not_counted(clock: Clock):
     throughput = make(clock, excluded_steps=2)
     run_steps(throughput, clock, [60.0, 9.0])
-    assert throughput.metrics(steps_left=5) == {}
+    assert throughput.metrics(tokens_left=5) == {}
     run_steps(throughput, clock, [0.5])
     assert throughput.average_tokens_per_s == pytest.approx(2000.0)
 
@@ -65,7 +69,7 @@ def test_pauses_are_taken_out_of_the_step_and_into_the_time_left(clock: Clock):
     run_steps(throughput, clock, [1.0] * 10)
     assert throughput.step_time_s == pytest.approx(1.0)
     assert throughput.pauses_s == pytest.approx(5.0)
-    assert throughput.time_left_s(100) == pytest.approx(100 * (1 + 5 / 20))
+    assert throughput.time_left_s(100_000) == pytest.approx(100 * (1 + 5 / 20))
 
 
 def test_a_pause_ends_even_when_its_body_raises(clock: Clock):
@@ -83,7 +87,7 @@ def test_a_pause_before_the_start_does_not_stretch_the_time_left(clock: Clock):
         clock.now_s += 50.0
     throughput.start()
     run_steps(throughput, clock, [1.0])
-    assert throughput.time_left_s(10) == pytest.approx(10.0)
+    assert throughput.time_left_s(10_000) == pytest.approx(10.0)
 
 
 def test_a_changed_batch_size_shows_in_tokens_per_s(clock: Clock):
@@ -94,11 +98,9 @@ def test_a_changed_batch_size_shows_in_tokens_per_s(clock: Clock):
 
 
 def test_flop_and_mfu_match_the_worked_number(clock: Clock):
-    throughput = make(
-        clock, flop_per_token=215.9e9, peak_flop_per_s=989.5e12, num_devices=1000, excluded_steps=0
-    )
-    run_steps(throughput, clock, [8.0], num_tokens=16_000_000)
-    metrics = throughput.metrics(steps_left=3)
+    throughput = make(clock, peak_flop_per_s=989.5e12, num_devices=1000, excluded_steps=0)
+    run_steps(throughput, clock, [8.0], num_tokens=16_000_000, flop_per_token=215.9e9)
+    metrics = throughput.metrics(tokens_left=48_000_000)
     check_names(metrics)
     assert metrics["achieved_flop_per_s"] == pytest.approx(431.8e12)
     assert metrics["mfu"] == pytest.approx(0.4364, abs=5e-5)
@@ -108,7 +110,7 @@ def test_flop_and_mfu_match_the_worked_number(clock: Clock):
 def test_without_a_known_peak_there_is_no_mfu(clock: Clock):
     throughput = make(clock, excluded_steps=0)
     run_steps(throughput, clock, [1.0])
-    assert set(throughput.metrics(steps_left=0)) == {
+    assert set(throughput.metrics(tokens_left=0)) == {
         "tokens_per_s",
         "step_time_s",
         "achieved_flop_per_s",
@@ -117,20 +119,19 @@ def test_without_a_known_peak_there_is_no_mfu(clock: Clock):
 
 
 def test_a_step_before_the_start_is_refused():
-    config = ThroughputConfig(flop_per_token=1.0, peak_flop_per_s=None)
+    config = ThroughputConfig(peak_flop_per_s=None)
     with pytest.raises(RuntimeError, match="start"):
-        Throughput(config).finish_step(1)
+        Throughput(config).finish_step(1, flop_per_token=1.0)
 
 
 def test_a_step_without_tokens_is_refused(clock: Clock):
     with pytest.raises(ValueError, match="num_tokens=0"):
-        make(clock).finish_step(0)
+        make(clock).finish_step(0, flop_per_token=1.0)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("flop_per_token", 0.0),
         ("peak_flop_per_s", -1.0),
         ("num_devices", 0),
         ("excluded_steps", -1),

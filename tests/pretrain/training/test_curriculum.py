@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from data.stream.curriculum import Curriculum
+from data.stream.curriculum import Stage as CurriculumStage
 from parallel.cluster import Cluster
 from parallel.layout import Layout
-from pretrain.training.batch import Batch
 from pretrain.training.curriculum import DryRun, Stage, find_stage_faults, judge
 from pretrain.training.run import Run
 
@@ -29,14 +30,20 @@ def axk1(tiny_run: MakeRun) -> Run:
         network_bytes_per_s=1,
         other_num_nodes=(128,),
     )
-    batch = Batch(
-        global_sequences=15_360,
-        micro_sequences=1,
-        ramp_from_sequences=3_072,
-        ramp_tokens=1_000_000,
-    )
     layout = Layout(num_ranks=1536, pp=16, ep=8)
-    return replace(tiny_run(spec=SPEC), layout=layout, cluster=cluster, batch=batch)
+    run = tiny_run(spec=SPEC)
+    return replace(run, layout=layout, cluster=cluster, curriculum=at_4k(ramp_from_sequences=3_072))
+
+
+def at_4k(*, ramp_from_sequences: int) -> Curriculum:
+    stage = CurriculumStage(
+        tokens=10 * TOKENS,
+        window_tokens=4_096,
+        global_sequences=15_360,
+        ramp_from_sequences=ramp_from_sequences,
+        ramp_tokens=1_000_000 if ramp_from_sequences else 0,
+    )
+    return Curriculum(stages={"general": stage})
 
 
 @pytest.mark.parametrize(
@@ -76,7 +83,7 @@ def test_a_batch_that_one_cluster_cannot_share_is_named(axk1: Run) -> None:
     assert not smaller.refusal
     (fault,) = find_stage_faults([larger, smaller])
     assert "no legal layout on 1536 ranks" in fault
-    assert "batch.global_sequences" in fault
+    assert "global_sequences" in fault
 
 
 def test_the_ramp_must_suit_the_other_cluster_too(axk1: Run) -> None:
@@ -135,6 +142,6 @@ def test_a_stage_whose_micro_batches_do_not_fit_an_interleaved_pipeline_is_refus
         assert f"= {micro_batches} micro-batches" in verdict.refusal
         assert "layout.pp=16 must divide them" in verdict.refusal
     legal = Stage(sequence_tokens=4_096, global_sequences=15_360, cp=(1,))
-    no_ramp = Batch(global_sequences=15_360, micro_sequences=1)
-    verdicts = judge(replace(interleaved, batch=no_ramp), curriculum=[legal])
+    no_ramp = at_4k(ramp_from_sequences=0)
+    verdicts = judge(replace(interleaved, curriculum=no_ramp), curriculum=[legal])
     assert [verdict.refusal for verdict in verdicts] == ["", ""]

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from data.stream.curriculum import Curriculum, Stage
+from data.stream.loader import Reading
 from parallel.layout import Layout
 from pretrain.model.spec import Rope
-from pretrain.training.batch import Batch
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.run import (
     AdamW,
+    Change,
     CheckpointPolicy,
     Data,
     Evaluation,
@@ -20,26 +22,32 @@ from pretrain.training.run import (
     as_json,
     check_data_available,
 )
+from tests.conftest import tiny_curriculum
 
 MakeRun = Callable[..., Run]
+
+
+def in_windows_of(window_tokens: int) -> Curriculum:
+    stage = Stage(tokens=10**6, window_tokens=window_tokens, global_sequences=8)
+    return Curriculum(stages={"only": stage})
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"total_tokens": 0}, ["total_tokens=0"]),
+        ({"micro_batch_tokens": 0}, ["micro_batch_tokens=0"]),
         ({"seed": -1}, ["seed=-1"]),
         ({"mtp_loss_weight": -0.1}, ["mtp_loss_weight=-0.1"]),
         (
             {
-                "lr_schedule": LrSchedule(warmup_tokens=6, decay_tokens=5, final_ratio=0),
-                "total_tokens": 10,
+                "lr_schedule": LrSchedule(warmup_tokens=400, decay_tokens=200, final_ratio=0),
+                "curriculum": tiny_curriculum(10),
             },
-            ["lr_schedule.warmup_tokens=6", "decay_tokens=5", "total_tokens=10"],
+            ["lr_schedule.warmup_tokens=400", "decay_tokens=200", "curriculum, 512, are allowed"],
         ),
         (
-            {"data": Data(corpus=Path("none"), sequence_tokens=512)},
-            ["data.sequence_tokens=512", "model.max_context_tokens=256"],
+            {"curriculum": in_windows_of(512)},
+            ["window_tokens=512", "model.max_context_tokens=256"],
         ),
         (
             {"layout": Layout(num_ranks=3, ep=3)},
@@ -52,21 +60,21 @@ MakeRun = Callable[..., Run]
         (
             {
                 "layout": Layout(num_ranks=4, tp=4, ep=4),
-                "data": Data(corpus=Path("none"), sequence_tokens=36),
+                "curriculum": in_windows_of(36),
             },
-            ["layout.tp=4", "2 * cp * tp = 8 must divide data.sequence_tokens=36"],
+            ["layout.tp=4", "2 * cp * tp = 8 must divide a window of 36 tokens"],
         ),
         (
             {
                 "layout": Layout(num_ranks=2, cp=2),
-                "data": Data(corpus=Path("none"), sequence_tokens=62),
+                "curriculum": in_windows_of(62),
             },
-            ["layout.cp=2", "2 * cp * tp = 4 must divide data.sequence_tokens=62"],
+            ["layout.cp=2", "2 * cp * tp = 4 must divide a window of 62 tokens"],
         ),
         ({"layout": Layout(num_ranks=8, pp=8)}, ["layout.pp * layout.vp = 8", "4 layers"]),
         (
-            {"layout": Layout(num_ranks=3), "batch": Batch(global_sequences=8, micro_sequences=1)},
-            ["dp=3", "batch.global_sequences"],
+            {"layout": Layout(num_ranks=3)},
+            ["a batch of 8", "dp=3", "global_sequences"],
         ),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -97,7 +105,10 @@ def test_a_yarn_context_that_context_ranks_cannot_cut_is_refused_by_key(tiny_run
         (AdamW, {"lr": 1e-3, "beta1": 1.0}, "optimizer.beta1=1.0"),
         (AdamW, {"lr": 1e-3, "beta2": -0.1}, "optimizer.beta2=-0.1"),
         (AdamW, {"lr": 1e-3, "weight_decay": -0.1}, "optimizer.weight_decay=-0.1"),
-        (Data, {"corpus": Path("none"), "sequence_tokens": 1}, "data.sequence_tokens=1"),
+        (Reading, {"depth": -1}, "depth=-1"),
+        (Reading, {"timeout_s": 0.0}, "timeout_s=0.0"),
+        (Change, {"skip": ("5:5",), "reason": "x"}, "change.skip: '5:5'"),
+        (Change, {"skip": ("5:6",)}, "without change.reason"),
         (
             Evaluation,
             {"interval_steps": 0, "windows_per_domain": 0, "final_windows_per_domain": 1},
@@ -116,7 +127,7 @@ def test_a_value_out_of_range_is_refused_by_key(
 
 
 def test_attention_inside_documents_is_refused_where_it_would_be_ignored() -> None:
-    data = Data(corpus=Path("none"), sequence_tokens=64, document_attention=True)
+    data = Data(corpus=Path("none"), document_attention=True)
     check_data_available(data, uses_transformer_engine=False)
     check_data_available(replace(data, document_attention=False), uses_transformer_engine=True)
     with pytest.raises(ValueError, match=r"data\.document_attention=true given.*only false"):
@@ -124,8 +135,10 @@ def test_attention_inside_documents_is_refused_where_it_would_be_ignored() -> No
 
 
 def test_steps_and_folder_follow(tiny_run: MakeRun, tmp_path: Path) -> None:
-    run = replace(tiny_run(), total_tokens=8 * 64 * 10 + 1, output_root=tmp_path, name="first")
-    assert run.num_steps == 11
+    curriculum = tiny_curriculum(8 * 64 * 10 + 1)
+    run = replace(tiny_run(), curriculum=curriculum, output_root=tmp_path, name="first")
+    assert run.timetable.num_batches == 11
+    assert run.total_tokens == 8 * 64 * 11
     assert run.folder == tmp_path / "first"
 
 
