@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data.stream.apportion import MAX_ITEMS, MAX_TOTAL_WEIGHT, Apportionment
 
@@ -51,6 +53,27 @@ def test_every_count_stays_within_four_of_its_share(weights: list[int]) -> None:
     far = np.random.default_rng(3).integers(0, MAX_ITEMS, 500)
     for num_items in (*range(1_000), *far.tolist()):
         assert np.abs(mixture.counts(num_items) - num_items * shares).max() < 4
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.integers(0, 2**24) | st.integers(0, 24).map(lambda power: 2**power),
+        min_size=1,
+        max_size=64,
+    ).filter(any),
+    st.integers(0, MAX_ITEMS - 1_000),
+)
+def test_any_mixture_stays_within_four_of_its_shares_at_every_item(
+    weights: list[int], far: int
+) -> None:
+    mixture, shares = Apportionment(weights), np.array(weights) / sum(weights)
+    for first in (0, far):
+        items = np.arange(first, first + 1_000)
+        bucket, _ = mixture.locate(items)
+        given_ = np.cumsum(bucket[:, None] == np.arange(len(weights)), axis=0)
+        given_ += mixture.counts(first)
+        assert np.abs(given_ - (items[:, None] + 1) * shares).max() < 4
 
 
 @mixtures

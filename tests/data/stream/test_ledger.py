@@ -25,6 +25,20 @@ def skip(first: int, number: int) -> Entry:
     return Entry(kind="skip", first_batch=first, num_batches=number, reason="spike")
 
 
+def changes_of_mixture(batches: list[int], *, num_batches: int) -> tuple[Entry, ...]:
+    """Return entries by which another mixture counts from each of the batches on."""
+    return tuple(
+        Entry(
+            kind="plan",
+            first_batch=batch,
+            windows=WINDOWS,
+            segments=(segment(mixture, num_batches - batch),),
+            reason="another mixture",
+        )
+        for batch, mixture in zip(sorted(batches), MIXTURES[1:], strict=False)
+    )
+
+
 def whole(order: Order, batch: int) -> list[tuple[int, int, int]]:
     found = order.addresses(batch, np.arange(order.global_sequences(batch)))
     return list(
@@ -43,28 +57,30 @@ def test_steps_go_through_what_is_not_skipped(ranges: list[tuple[int, int]]) -> 
     assert [ledger.batch_of(step) for step in range(80)] == expected
 
 
-def test_nothing_else_moves_when_batches_are_skipped() -> None:
-    order = Order(WINDOWS, [segment(MIXTURES[0])], seed=1)
-    skipping = Ledger((skip(4, 3),))
-    again = skipping.order(WINDOWS, [segment(MIXTURES[0])], seed=1)
-    trained = [whole(again, skipping.batch_of(step)) for step in range(17)]
-    assert trained == [whole(order, batch) for batch in range(20) if batch not in (4, 5, 6)]
+@settings(deadline=None, max_examples=20)
+@given(skips, st.integers(0, 80))
+def test_nothing_else_moves_when_batches_are_skipped(
+    ranges: list[tuple[int, int]], change: int
+) -> None:
+    """Also where the mixture changes later, or has changed before."""
+    mixtures = Ledger(changes_of_mixture([change], num_batches=90))
+    skipping = Ledger((*(skip(first, number) for first, number in ranges), *mixtures.entries))
+    begun = [segment(MIXTURES[0], 90)]
+    order = mixtures.order(WINDOWS, begun, seed=1)
+    again = skipping.order(WINDOWS, begun, seed=1)
+    out = {batch for first, number in ranges for batch in range(first, first + number)}
+    left = [batch for batch in range(90) if batch not in out]
+    trained = [whole(again, skipping.batch_of(step)) for step in range(len(left))]
+    assert trained == [whole(order, batch) for batch in left]
+
+
+three_changes = st.lists(st.integers(0, 40), min_size=3, max_size=3)
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(0, 40), min_size=3, max_size=3))
+@given(three_changes)
 def test_three_changes_of_mixture_lose_and_repeat_nothing(changes: list[int]) -> None:
-    ledger = Ledger()
-    for batch, mixture in zip(sorted(changes), MIXTURES[1:], strict=True):
-        ledger = ledger.with_entry(
-            Entry(
-                kind="plan",
-                first_batch=batch,
-                windows=WINDOWS,
-                segments=(segment(mixture, 60 - batch),),
-                reason="another mixture",
-            )
-        )
+    ledger = Ledger(changes_of_mixture(changes, num_batches=60))
     before = Order(WINDOWS, [segment(MIXTURES[0], 60)], seed=1)
     order = ledger.order(WINDOWS, [segment(MIXTURES[0], 60)], seed=1)
     first = min(changes)
@@ -74,6 +90,18 @@ def test_three_changes_of_mixture_lose_and_repeat_nothing(changes: list[int]) ->
     for bucket, windows in enumerate(WINDOWS):
         epochs = Counter(epoch for b, _, epoch in seen if b == bucket)
         assert all(epochs[epoch] == windows for epoch in range(len(epochs) - 1))
+
+
+@settings(deadline=None, max_examples=30)
+@given(three_changes)
+def test_what_was_given_is_counted_across_three_changes_of_mixture(changes: list[int]) -> None:
+    ledger = Ledger(changes_of_mixture(changes, num_batches=60))
+    order = ledger.order(WINDOWS, [segment(MIXTURES[0], 60)], seed=1)
+    total = np.zeros(len(WINDOWS), dtype=np.int64)
+    for batch in range(60):
+        assert order.given(batch).tolist() == total.tolist()
+        total += np.bincount([bucket for bucket, _, _ in whole(order, batch)], minlength=3)
+    assert order.given(60).tolist() == total.tolist()
 
 
 def test_new_text_is_a_new_bucket_and_moves_no_old_one() -> None:

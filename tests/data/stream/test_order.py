@@ -7,7 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.stream.curriculum import Plan
 from data.stream.order import Order, Segment
+from data.stream.report import address_table
+from pretrain.training.batch import local_slots
+
+
+def drawn_segments(num_buckets: int) -> st.SearchStrategy[Segment]:
+    mixture = st.lists(st.integers(0, 1_000), min_size=num_buckets, max_size=num_buckets)
+    return st.builds(
+        Segment,
+        num_batches=st.integers(1, 9),
+        global_sequences=st.integers(1, 48),
+        weights=mixture.filter(any).map(tuple),
+    )
 
 
 @st.composite
@@ -15,19 +28,7 @@ def orders(draw: st.DrawFn) -> Order:
     """Draw an order of a few segments over small buckets, some of them gone through many times."""
     num_buckets = draw(st.integers(1, 8))
     windows = draw(st.lists(st.integers(1, 60), min_size=num_buckets, max_size=num_buckets))
-    mixture = st.lists(st.integers(0, 1_000), min_size=num_buckets, max_size=num_buckets)
-    segments = draw(
-        st.lists(
-            st.builds(
-                Segment,
-                num_batches=st.integers(1, 9),
-                global_sequences=st.integers(1, 48),
-                weights=mixture.filter(any).map(tuple),
-            ),
-            min_size=1,
-            max_size=4,
-        )
-    )
+    segments = draw(st.lists(drawn_segments(num_buckets), min_size=1, max_size=4))
     return Order(windows, segments, seed=draw(st.integers(0, 2**32)))
 
 
@@ -74,6 +75,78 @@ def test_any_ranks_share_the_same_batch(order: Order, data: st.DataObject) -> No
         share = order.addresses(batch, np.arange(rank, size, dp))
         mine = zip(share.bucket.tolist(), share.window.tolist(), share.epoch.tolist(), strict=True)
         assert list(mine) == expected[rank::dp]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 8), st.data())
+def test_every_count_stays_within_four_of_its_share_in_every_segment(
+    num_buckets: int, data: st.DataObject
+) -> None:
+    segments = data.draw(st.lists(drawn_segments(num_buckets), min_size=1, max_size=4))
+    order = Order([1_000] * num_buckets, segments, seed=0)
+    first = 0
+    for segment in segments:
+        shares = np.array(segment.weights) / sum(segment.weights)
+        for batch in range(first, first + segment.num_batches + 1):
+            given_ = order.given(batch) - order.given(first)
+            expected = (batch - first) * segment.global_sequences * shares
+            assert np.abs(given_ - expected).max() < 4
+        first += segment.num_batches
+
+
+def read_by_replicas(order: Order, batch: int, *, dp: int, micro: int) -> list[np.ndarray]:
+    """Return bucket, window and epoch of each micro-batch, those of all replicas in turn."""
+    replicas = [
+        local_slots(order.global_sequences(batch), micro_sequences=micro, dp=dp, data_rank=rank)
+        for rank in range(dp)
+    ]
+    read = [order.addresses(batch, np.concatenate(slots)) for slots in replicas]
+    rows = [np.stack([found.bucket, found.window, found.epoch], axis=1) for found in read]
+    return [
+        rank_rows[start : start + micro]
+        for start in range(0, len(rows[0]), micro)
+        for rank_rows in rows
+    ]
+
+
+def order_for(size: int, *, seed: int) -> Order:
+    """Return an order of batches of one size, two mixtures of six buckets."""
+    mixtures = ((5, 0, 1, 3, 8, 2), (0, 4, 1, 1, 1, 9))
+    return Order(
+        [40, 900, 7, 30_000, 1_000, 350],
+        [Segment(num_batches=4, global_sequences=size, weights=weights) for weights in mixtures],
+        seed=seed,
+    )
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 192), st.integers(1, 8), st.integers(1, 3), st.integers(0, 7))
+def test_any_replicas_and_micro_batches_see_the_same_batch(
+    dp: int, micro: int, micro_batches: int, batch: int
+) -> None:
+    order = order_for(dp * micro * micro_batches, seed=dp)
+    read = np.concatenate(read_by_replicas(order, batch, dp=dp, micro=micro))
+    assert Counter(map(tuple, read.tolist())) == Counter(whole(order, batch))
+
+
+@settings(deadline=None, max_examples=6)
+@given(st.integers(0, 8), st.sampled_from([1, 2]), st.integers(0, 2**32))
+def test_96_replicas_go_on_where_64_stopped(change: int, micro: int, seed: int) -> None:
+    """A run that never stopped, of one replica, is the oracle: every slot, in its order."""
+    order = order_for(384, seed=seed)
+    for batch in range(order.num_batches):
+        dp = 64 if batch < change else 96
+        read = np.concatenate(read_by_replicas(order, batch, dp=dp, micro=micro))
+        assert list(map(tuple, read.tolist())) == whole(order, batch)
+
+
+@pytest.mark.parametrize(("dp", "micro"), [(1, 1), (64, 2), (96, 1), (3, 16)])
+def test_the_table_of_addresses_divides_slots_as_training_does(dp: int, micro: int) -> None:
+    plan = Plan(buckets=(), segments=(), order=order_for(384, seed=1), digest="")
+    table = address_table(plan, steps=range(5, 6), replicas=dp, micro_batch=micro)
+    for rank in range(dp):
+        slots = local_slots(384, micro_sequences=micro, dp=dp, data_rank=rank)
+        assert table["slot"][table["rank"] == rank].tolist() == np.concatenate(slots).tolist()
 
 
 def real_order() -> Order:
@@ -124,6 +197,28 @@ def test_a_rank_sees_every_domain_in_its_share_at_any_stride(stride: int) -> Non
     z = deviation / np.sqrt(size * 0.3 * 0.7 * (1 - size / 2_961))  # without replacement
     assert abs(z.mean()) < 5 / np.sqrt(400)
     assert 0.8 < z.std() < 1.2
+
+
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(st.integers(2, 987), st.integers(0, 986), st.integers(0, 2**32))
+def test_a_share_is_binomial_for_each_domain_at_any_stride(
+    stride: int, offset: int, seed: int
+) -> None:
+    """The same examples in every run; the bounds are five standard deviations."""
+    batches, size, weights = 120, 2_961, np.array([6, 3, 1])
+    segment = Segment(num_batches=batches, global_sequences=size, weights=(6, 3, 1))
+    order = Order([10**6] * 3, [segment], seed=seed)
+    slots = np.arange(offset % stride, size, stride)
+    seen = np.stack(
+        [np.bincount(order.addresses(batch, slots).bucket, minlength=3) for batch in range(batches)]
+    )
+    shares = weights / weights.sum()
+    variance = len(slots) * shares * (1 - shares) * (1 - len(slots) / size)
+    z = (seen - len(slots) * shares) / np.sqrt(variance)
+    assert np.abs(z.mean(axis=0)).max() < 5 / np.sqrt(batches)
+    # a standard deviation of 120 has one of 0.09 where a rank has three slots of a batch
+    assert np.abs(z.std(axis=0) - 1).max() < 5 * 0.09
+    assert seen.sum(axis=0).min() > 0
 
 
 def test_another_seed_is_another_order() -> None:
