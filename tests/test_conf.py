@@ -9,6 +9,7 @@ from launch.compose import build
 from launch.dry_run import OWN
 from launch.inspect_data import Inspection
 from pretrain.model.spec import ModelSpec
+from pretrain.training.batch import check_divisible
 from pretrain.training.run import Run
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -26,6 +27,7 @@ WITH = {
     "layout=pp16_ep8": ["model=axk1_519b", "curriculum=axk1"],
     "lr_schedule=wsd": ["model=axk1_519b", "curriculum=axk1"],
     "curriculum=axk1": ["model=axk1_519b"],
+    "model=verify_tiny": ["curriculum=plain"],
 }
 
 

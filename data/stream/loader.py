@@ -17,6 +17,7 @@ C slots of this replica, S inputs of a window.
 import logging
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -132,7 +133,14 @@ class BatchReader(Closing):
         self._found: queue.SimpleQueue[tuple[int, ReplicaBatch | Exception]] = queue.SimpleQueue()
         self._next = 0  # the next step that was not yet asked of the thread
         self._asked: list[int] = []
-        threading.Thread(target=self._read_ahead, daemon=True, name="read-ahead").start()
+        # the thread does not keep the reader alive: one that nobody closed ends with its owner
+        places = (weakref.ref(self), self._wanted, self._found)
+        threading.Thread(target=_read_ahead, args=places, daemon=True, name="read-ahead").start()
+
+    def __del__(self) -> None:
+        """Let the thread end if nobody did."""
+        if hasattr(self, "_wanted"):
+            self.close()
 
     def close(self) -> None:
         """Let the thread end; closing twice is allowed."""
@@ -188,14 +196,8 @@ class BatchReader(Closing):
             if not isinstance(batch, Exception):
                 self._give_back(batch.windows.tokens)
 
-    def _read_ahead(self) -> None:
-        while (step := self._wanted.get()) is not None:
-            try:
-                self._found.put((step, self._read(step)))
-            except Exception as error:  # raised again by whoever waits for the step
-                self._found.put((step, error))
-
-    def _read(self, step: int) -> ReplicaBatch:
+    def read_now(self, step: int) -> ReplicaBatch:
+        """Return what this replica reads in a step, in the caller's thread; as `read`."""
         batch = self._ledger.batch_of(step)
         segment = self._timetable.segment_at(batch)
         ranges = local_slots(
@@ -236,6 +238,21 @@ class BatchReader(Closing):
         if self._lent is not None:
             self._give_back(self._lent)
             self._lent = None
+
+
+def _read_ahead(
+    owner: weakref.ref[BatchReader],
+    wanted: queue.SimpleQueue[int | None],
+    found: queue.SimpleQueue[tuple[int, ReplicaBatch | Exception]],
+) -> None:
+    while (step := wanted.get()) is not None:
+        if (reader := owner()) is None:
+            return
+        try:
+            found.put((step, reader.read_now(step)))
+        except Exception as error:  # raised again by whoever waits for the step
+            found.put((step, error))
+        del reader
 
 
 def require_dataset(dataset: Dataset, ledger: Ledger) -> None:

@@ -14,6 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from data.indexed.dataset import Dataset
 from data.indexed.window_format import StoredWindow
+from data.stream.documents import window_documents
+
+_DESCRIBED = ("loss_mask", "documents")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -22,28 +25,31 @@ class Windows:
 
     Attributes:
         tokens: `[C, S+1]` int32; inputs are `tokens[:, :-1]`, labels `tokens[:, 1:]`.
-        num_tokens: `[C]` int64, ids of each window without padding, 1 .. S + 1.
         stored: each window as the store gave it: its pieces, and the documents they are of.
     """
 
     tokens: NDArray[np.int32]
-    num_tokens: NDArray[np.int64]
     stored: Sequence[StoredWindow]
 
-    @property
-    def loss_mask(self) -> NDArray[np.bool_]:
-        """`[C, S]`: where the label is no padding."""
-        places = np.arange(1, self.tokens.shape[1])
-        return places < self.num_tokens[:, None]
+    def described(self, *, across_documents: bool) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
+        """Return which labels count, and which document of its window each input is from.
 
-    @property
-    def documents(self) -> NDArray[np.int32]:
-        """`[C, S+1]`: which piece of its window each id is from; padding is one more."""
-        numbers = np.zeros_like(self.tokens)
-        for row, window in zip(numbers, self.stored, strict=True):
-            ends = np.cumsum(window.piece_lengths, dtype=np.int64)
-            row[ends[ends < len(row)]] = 1
-        return np.cumsum(numbers, axis=1, dtype=np.int32)
+        Args:
+            across_documents: whether a label counts that is the first token of another document.
+
+        Returns:
+            `[C, S]` bool and `[C, S]` int32; padding is one document more.
+        """
+        found = [
+            window_documents(
+                window.piece_lengths,
+                window_tokens=self.tokens.shape[1] - 1,
+                across_documents=across_documents,
+            )
+            for window in self.stored
+        ]
+        masks, documents = ([getattr(one, name) for one in found] for name in _DESCRIBED)
+        return np.stack(masks).astype(bool), np.stack(documents)
 
 
 def read_windows(
@@ -69,8 +75,7 @@ def read_windows(
         window_tokens = dataset.header.buckets[int(bucket[0])].window_tokens
         tokens = np.empty((len(bucket), window_tokens + 1), dtype=np.int32)
     stored = dataset.read_into(bucket, windows, tokens)
-    num_tokens = np.array([window.num_tokens for window in stored], dtype=np.int64)
-    return Windows(tokens=tokens, num_tokens=num_tokens, stored=stored)
+    return Windows(tokens=tokens, stored=stored)
 
 
 def spread_windows(dataset: Dataset, *, per_domain: int) -> tuple[NDArray[np.int64], ...]:

@@ -65,8 +65,8 @@ def _check_sequences(spec: ModelSpec, layout: Layout, sequence_tokens: int) -> N
     if sequence_tokens % (2 * layout.cp * layout.tp) and layout.cp * layout.tp > 1:
         raise LayoutError(
             f"layout.cp={layout.cp} and layout.tp={layout.tp} given; 2 * cp * tp ="
-            f" {2 * layout.cp * layout.tp} must divide a window of {sequence_tokens} tokens (window_tokens):"
-            " change one of the three"
+            f" {2 * layout.cp * layout.tp} must divide a window of {sequence_tokens} tokens:"
+            " change window_tokens of the curriculum's stage, or one of the two"
         )
     rope = spec.rope
     if rope.scaling_factor > 1 and rope.original_context_tokens % (2 * layout.cp):

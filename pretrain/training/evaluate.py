@@ -67,7 +67,14 @@ def validation_loss(
     per_rank = num_batches * micro_sequences
     first = min(data_rank() * per_rank, num_windows)
     own = slice(first, min(first + per_rank, num_windows))
-    found = _padded(corpus, buckets[own], windows[own], size=per_rank, device=device)
+    found = _padded(
+        corpus,
+        buckets[own],
+        windows[own],
+        size=per_rank,
+        device=device,
+        across_documents=not document_attention,
+    )
     batches = list(
         micro_batches(
             found["tokens"],
@@ -116,18 +123,20 @@ def _padded(
     *,
     size: int,
     device: torch.device,
+    across_documents: bool,
 ) -> dict[str, Tensor]:
     """Return validation windows as `micro_batches` wants them; those beyond do not count."""
     window_tokens = validation_window_tokens(corpus)
     tokens = torch.zeros(size, window_tokens + 1, dtype=torch.int64)
-    documents = torch.zeros(size, window_tokens + 1, dtype=torch.int32)
+    documents = torch.zeros(size, window_tokens, dtype=torch.int32)
     loss_mask = torch.zeros(size, window_tokens, dtype=torch.bool)
     domain_idx = torch.zeros(size, dtype=torch.int64)
     if count := len(buckets):
         found = read_windows(corpus.validation, buckets, windows)
         tokens[:count] = torch.from_numpy(found.tokens)
-        documents[:count] = torch.from_numpy(found.documents)
-        loss_mask[:count] = torch.from_numpy(found.loss_mask)
+        mask, numbers = found.described(across_documents=across_documents)
+        loss_mask[:count] = torch.from_numpy(mask)
+        documents[:count] = torch.from_numpy(numbers)
         names = [corpus.validation.header.buckets[bucket].domain for bucket in buckets.tolist()]
         domain_idx[:count] = torch.tensor([corpus.domains.index(name) for name in names])
     parts = {

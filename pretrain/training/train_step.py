@@ -130,16 +130,13 @@ def micro_batches(
         domain_idx: `[C]` int64.
         micro_sequences: B; C is a multiple of it.
         loss_mask: `[C, S]` bool, which labels count; None: all.
-        documents: `[C, S+1]` int32, see MicroBatch: tokens attend inside their own, and a label
-            that is of another document than its token does not count. None: each window is one
-            document, whatever it holds.
+        documents: `[C, S]` int32, see MicroBatch; None: each window is one document, whatever it
+            holds.
 
     Source: documents: docs/decisions/0018.
     """
     if loss_mask is None:
         loss_mask = torch.ones_like(tokens[:, 1:], dtype=torch.bool)
-    if documents is not None:
-        loss_mask = loss_mask & (documents[:, 1:] == documents[:, :-1])
     for start in range(0, len(tokens), micro_sequences):
         window = slice(start, start + micro_sequences)
         yield MicroBatch(
@@ -147,5 +144,5 @@ def micro_batches(
             labels=tokens[window, 1:].contiguous(),
             loss_mask=loss_mask[window].float(),
             domain_idx=domain_idx[window],
-            documents=None if documents is None else documents[window, :-1].contiguous(),
+            documents=None if documents is None else documents[window],
         )

@@ -126,14 +126,15 @@ class Trainer:
         started = time.monotonic()
         found = self.reader.read(self.position.step)
         self.consumed = (self.consumed + found.digest) & MASK
-        documents = found.windows.documents if self.run.data.document_attention else None
+        within = self.run.data.document_attention
+        loss_mask, documents = found.windows.described(across_documents=not within)
         batches = list(
             micro_batches(
                 self._to_device(found.windows.tokens).long(),
                 self._domain_idx[torch.from_numpy(found.addresses.bucket)].to(self.device),
                 micro_sequences=self.run.micro_sequences(self.segment.window_tokens),
-                loss_mask=self._to_device(found.windows.loss_mask),
-                documents=None if documents is None else self._to_device(documents),
+                loss_mask=self._to_device(loss_mask),
+                documents=self._to_device(documents) if within else None,
             )
         )
         self.data_wait_s = time.monotonic() - started

@@ -77,6 +77,7 @@ def loss_curve(
         if trainer.position.step == save_after:
             trainer.save()
     losses, norms, mtp_losses, aux_losses = zip(*measured, strict=True) if measured else ((),) * 4
+    trainer.close()
     return Curve(
         first_step=first_step,
         losses=losses,

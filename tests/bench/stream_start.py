@@ -25,7 +25,8 @@ import numpy as np
 
 from data.indexed.dataset import Dataset, open_dataset
 from data.indexed.dataset_manifest import Bucket
-from data.stream.curriculum import Curriculum, Mixture, Plan, Stage, plan
+from data.stream.curriculum import Curriculum, Mixture, Stage
+from data.stream.plan import Plan, plan
 from tests.bench.memory import peak_mib
 
 IMPORTED = time.monotonic()
@@ -52,13 +53,11 @@ def three_stages(buckets: Sequence[Bucket], tokens: int) -> Curriculum:
         "global_sequences": GLOBAL_SEQUENCES,
     }
     return Curriculum(
-        stages=(
-            Stage(name="general", tokens=tokens * 6 // 10, begin=alike, **sizes),
-            Stage(
-                name="middle", tokens=tokens * 3 // 10, begin=alike, end=rising, pieces=16, **sizes
-            ),
-            Stage(name="last", tokens=tokens // 10, begin=rising, end=last, pieces=8, **sizes),
-        )
+        stages={
+            "general": Stage(tokens=tokens * 6 // 10, begin=alike, **sizes),
+            "middle": Stage(tokens=tokens * 3 // 10, begin=alike, end=rising, pieces=16, **sizes),
+            "last": Stage(tokens=tokens // 10, begin=rising, end=last, pieces=8, **sizes),
+        }
     )
 
 
@@ -66,13 +65,12 @@ def one_epoch(buckets: Sequence[Bucket], tokens: int) -> Curriculum:
     """Return a curriculum of one stage that takes nearly all of every bucket once."""
     domains = sorted({bucket.domain for bucket in buckets})
     stage = Stage(
-        name="all",
         tokens=tokens * 99 // 100,
         window_tokens=buckets[0].window_tokens,
         global_sequences=GLOBAL_SEQUENCES,
         begin=Mixture(domains=dict.fromkeys(domains, 1.0)),
     )
-    return Curriculum(stages=(stage,))
+    return Curriculum(stages={"all": stage})
 
 
 def opened_plan(

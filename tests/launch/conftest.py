@@ -30,7 +30,8 @@ SMALL = (
     "telemetry=offline",
 )
 STEP_TOKENS = 4 * 64
-TOKENS = "curriculum.stages.all.tokens"
+STAGE = "curriculum.stages.all"
+TOKENS = f"{STAGE}.tokens"
 
 
 @pytest.fixture

@@ -162,7 +162,7 @@ def test_a_run_is_exported_with_chat_tokens_and_every_stop_id(
 
 def train(places: dict[str, Any]) -> None:
     """Train two steps of a small model with MTP."""
-    from tests.launch.conftest import SMALL, STEP_TOKENS
+    from tests.launch.conftest import SMALL, STEP_TOKENS, TOKENS
 
     words = [*SMALL, *(f"{key}={value}" for key, value in places.items())]
     done = subprocess.run(

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.conftest import STAGE, STEP_TOKENS, TOKENS
+
 ROOT = Path(__file__).resolve().parents[2]
-STEP_TOKENS = 4 * 32
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ STEP_TOKENS = 4 * 32
         ("model.num_routed_experts=7", ["model.num_expert_groups", "num_routed_experts=7"]),
         ("model.num_experts_per_token=2", ["model.num_experts_per_token=2", "transformers"]),
         ("model.vocab_size=300", ["vocab_size=300", "512"]),
-        ("curriculum.stages.all.global_sequences=3", ["global_sequences", "dp=2"]),
+        (f"{STAGE}.global_sequences=3", ["global_sequences", "dp=2"]),
         (
             "lr_schedule.warmup_tokens=9999999",
             ["lr_schedule.warmup_tokens", "tokens of the curriculum"],

@@ -18,6 +18,7 @@ from launch.pretrain import main
 from parallel.layout import Layout
 from parallel.spawn import usable_cores
 from pretrain.training.run import Run
+from tests.launch.conftest import STAGE
 
 Refuse = Callable[..., str]
 
@@ -54,7 +55,7 @@ ILLEGAL: list[tuple[str, str, list[str]]] = [
     ),
     (
         "more local ranks than cores",
-        "layout.num_ranks=100_000 curriculum.stages.all.global_sequences=100_000",
+        "layout.num_ranks=100_000 STAGE.global_sequences=100_000",
         [],
     ),
     # the pipeline
@@ -76,13 +77,13 @@ ILLEGAL: list[tuple[str, str, list[str]]] = [
     ),
     (
         "micro-batches of an interleaved pipeline",
-        "layout.ep=1 layout.pp=2 layout.vp=2 curriculum.stages.all.global_sequences=3",
+        "layout.ep=1 layout.pp=2 layout.vp=2 STAGE.global_sequences=3",
         ["= 3 micro-batches", "layout.pp=2 must divide", "global_sequences", "layout.vp=1"],
     ),
     (
         "micro-batches of an interleaved ramp",
-        "layout.ep=1 layout.pp=2 layout.vp=2 curriculum.stages.all.global_sequences=6"
-        " curriculum.stages.all.ramp_from_sequences=3 curriculum.stages.all.ramp_tokens=64",
+        "layout.ep=1 layout.pp=2 layout.vp=2 STAGE.global_sequences=6"
+        " STAGE.ramp_from_sequences=3 STAGE.ramp_tokens=64",
         ["a batch of 3 sequences", "layout.pp=2 must divide", "ramp_from_sequences"],
     ),
     # what the axes cut
@@ -118,22 +119,22 @@ ILLEGAL: list[tuple[str, str, list[str]]] = [
     ),
     (
         "experts",
-        "layout.num_ranks=3 layout.ep=3 curriculum.stages.all.global_sequences=3",
+        "layout.num_ranks=3 layout.ep=3 STAGE.global_sequences=3",
         ["layout.ep=3 given; it must divide model.num_routed_experts=8:"],
     ),
     (
         "sequences by context",
-        "layout.cp=2 curriculum.stages.all.window_tokens=30",
+        "layout.cp=2 STAGE.window_tokens=30",
         ["layout.cp=2", "2 * cp * tp = 4 must divide a window of 30 tokens"],
     ),
     (
         "sequences by tensor",
-        "layout.tp=2 curriculum.stages.all.window_tokens=30",
+        "layout.tp=2 STAGE.window_tokens=30",
         ["layout.tp=2", "2 * cp * tp = 4 must divide a window of 30 tokens"],
     ),
     (
         "sequences by both",
-        "layout.num_ranks=4 layout.tp=2 layout.cp=2 curriculum.stages.all.window_tokens=36",
+        "layout.num_ranks=4 layout.tp=2 layout.cp=2 STAGE.window_tokens=36",
         ["layout.cp=2 and layout.tp=2", "2 * cp * tp = 8 must divide a window of 36 tokens"],
     ),
     (
@@ -144,7 +145,7 @@ ILLEGAL: list[tuple[str, str, list[str]]] = [
     # the batch
     (
         "batch",
-        "curriculum.stages.all.global_sequences=3",
+        "STAGE.global_sequences=3",
         ["a batch of 3", "dp=2", "global_sequences"],
     ),
     (
@@ -154,7 +155,7 @@ ILLEGAL: list[tuple[str, str, list[str]]] = [
     ),
     (
         "ramp",
-        "curriculum.stages.all.global_sequences=6 curriculum.stages.all.ramp_from_sequences=3 curriculum.stages.all.ramp_tokens=64",
+        "STAGE.global_sequences=6 STAGE.ramp_from_sequences=3 STAGE.ramp_tokens=64",
         ["a batch of 3", "dp=2", "ramp_from_sequences"],
     ),
 ]
@@ -166,7 +167,7 @@ ILLEGAL: list[tuple[str, str, list[str]]] = [
 def test_an_illegal_layout_ends_with_2_and_names_the_key(
     refuse: Refuse, override: str, said: list[str]
 ) -> None:
-    message = refuse(*override.split())
+    message = refuse(*override.replace("STAGE", STAGE).split())
     said = said or [
         "layout.num_ranks=100000 given",
         f"at most {16 * usable_cores()} ",

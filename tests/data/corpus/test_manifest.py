@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data.corpus.manifest import Manifest
+from data.corpus.manifest import CorpusManifest
 from data.indexed.format import DataError
 
 
@@ -14,8 +14,8 @@ from data.indexed.format import DataError
         (None, "holds no finished corpus; make one with"),
         ("", "cannot be read as a manifest"),
         ("[]", "no JSON object"),
-        ('{"schema_version": 99}', "schema_version 99, this program reads 1"),
-        ('{"schema_version": 1}', "not a manifest of version 1"),
+        ('{"schema_version": 99}', "schema_version 99, this program reads 2"),
+        ('{"schema_version": 2}', "not a manifest of version 2"),
     ],
 )
 def test_what_is_no_manifest_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
@@ -23,4 +23,4 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, content: str | None, mes
         (tmp_path / "manifest.json").write_text(content)
 
     with pytest.raises(DataError, match=message):
-        Manifest.load(tmp_path)
+        CorpusManifest.load(tmp_path)

@@ -18,11 +18,12 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer
 
-from data.corpus.manifest import Manifest, file_sha256
+from data.corpus.manifest import CorpusManifest, dataset_path, file_sha256
 from data.corpus.prepare import prepare
 from data.corpus.prepare_config import PrepareConfig
+from data.indexed.dataset import open_dataset, verify
 from data.indexed.format import DataError
-from data.indexed.reader import IndexedReader
+from data.indexed.window_reader import WindowReader
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -39,11 +40,28 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def texts_of(manifest: Manifest, folder: Path, split: str, domain: str) -> list[str]:
-    """Read a pair with megatron-core and decode it with the library, without our code."""
+def texts_of(manifest: CorpusManifest, folder: Path, split: str, domain: str) -> list[str]:
+    """Read the pieces of all shards with megatron-core, join them, and decode with the library."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    dataset = IndexedDataset(str(folder / manifest.splits[split][domain].prefix))
-    documents = [np.asarray(dataset[number]) for number in range(len(dataset))]
+    text = manifest.splits[split][domain]
+    pieces: dict[int, dict[int, np.ndarray]] = {}
+    for shard in text.shards:
+        prefix = folder / split / shard.name
+        indexed = IndexedDataset(str(prefix))
+        # copies: its arrays look into a map that goes with it
+        sequences = iter([np.array(indexed[number]) for number in range(len(indexed))])
+        with WindowReader(prefix) as reader:
+            for window in map(reader.read, range(reader.header.num_windows)):
+                for number, offset in zip(window.document_ids, window.piece_offsets, strict=True):
+                    pieces.setdefault(int(number), {})[int(offset)] = next(sequences)
+        assert next(sequences, None) is None
+    assert sorted(pieces) == list(
+        range(text.first_document_id, text.first_document_id + text.documents)
+    )
+    documents = [
+        np.concatenate([pieces[number][at] for at in sorted(pieces[number])])
+        for number in sorted(pieces)
+    ]
     assert all(ids[-1] == manifest.eod_id for ids in documents)
     assert all((ids[:-1] != manifest.eod_id).all() for ids in documents)
     return [tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) for ids in documents]
@@ -72,7 +90,7 @@ def test_the_manifest_says_what_stands_there(config: PrepareConfig) -> None:
     manifest = prepare(config, progress=silent)
 
     folder = Path(config.output)
-    assert manifest == Manifest.load(folder)
+    assert manifest == CorpusManifest.load(folder)
     assert manifest.domains == ("english", "ko.chat")
     assert manifest.tokenizer_digest == file_sha256(folder / "tokenizer.json")
     assert manifest.vocab_size == 400
@@ -81,11 +99,40 @@ def test_the_manifest_says_what_stands_there(config: PrepareConfig) -> None:
     for split, pairs in manifest.splits.items():
         for domain, files in pairs.items():
             texts = texts_of(manifest, folder, split, domain)
-            with IndexedReader(folder / files.prefix) as reader:
-                assert (reader.num_documents, reader.num_tokens) == (files.documents, files.tokens)
+            assert files.documents == len(texts)
             assert files.bytes == sum(len(text.encode()) for text in texts)
-            assert files.bin_sha256 == file_sha256(folder / f"{files.prefix}.bin")
-            assert files.idx_sha256 == file_sha256(folder / f"{files.prefix}.idx")
+        with open_dataset(dataset_path(folder, split)) as dataset:
+            assert verify(dataset) == ()
+            dataset.require_tokenizer(manifest.tokenizer_digest)
+            assert [(one.name, one.num_documents) for one in dataset.header.sources] == [
+                (domain, text.documents) for domain, text in pairs.items()
+            ]
+            tokens = sum(text.tokens for text in pairs.values())
+            assert int(dataset.manifest.tokens.sum()) == tokens
+        listing = (folder / split / "documents.txt").read_text().splitlines()
+        assert len(listing) == sum(text.documents for text in pairs.values())
+
+
+def test_each_document_is_packed_at_one_window_length_by_its_share(config: PrepareConfig) -> None:
+    config = dataclasses.replace(config, window_tokens={"32": 0.7, "64": 0.3})
+    manifest = prepare(config, progress=silent)
+    with open_dataset(dataset_path(Path(config.output), "train")) as dataset:
+        found: dict[int, set[int]] = {}
+        for shard in range(dataset.manifest.num_shards):
+            reader = dataset.shard(shard)
+            for window in map(reader.read, range(reader.header.num_windows)):
+                for number in window.document_ids.tolist():
+                    found.setdefault(number, set()).add(reader.header.window_tokens)
+    assert all(len(lengths) == 1 for lengths in found.values())
+    share = sum(lengths == {32} for lengths in found.values()) / len(found)
+    assert len(found) == sum(text.documents for text in manifest.splits["train"].values())
+    assert share == pytest.approx(0.7, abs=4 * (0.7 * 0.3 / len(found)) ** 0.5)
+
+
+def test_a_large_domain_stands_in_several_shards(config: PrepareConfig) -> None:
+    manifest = prepare(dataclasses.replace(config, shard_tokens=500), progress=silent)
+    assert len(manifest.splits["train"]["english"].shards) > 3
+    texts_of(manifest, Path(config.output), "train", "english")
 
 
 def test_compressed_sizes_are_those_of_gzip_and_xz(config: PrepareConfig) -> None:
@@ -135,13 +182,15 @@ def flip_a_byte(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "stages"),
     [
-        (lambda out: (out / "train/english.bin").unlink(), {"encode train/english"}),
-        (lambda out: flip_a_byte(out / "train/english.bin"), {"encode train/english"}),
-        (lambda out: (out / "train/english.idx").write_bytes(b""), {"encode train/english"}),
+        (lambda out: (out / "train/english.256.0.bin").unlink(), {"encode train/english"}),
+        (lambda out: flip_a_byte(out / "train/english.256.0.bin"), {"encode train/english"}),
+        (lambda out: (out / "train/english.256.0.idx").write_bytes(b""), {"encode train/english"}),
         (
-            lambda out: flip_a_byte(out / "validation/ko.chat.idx"),
+            lambda out: flip_a_byte(out / "validation/ko.chat.256.0.idx"),
             {"encode validation/ko.chat"},
         ),
+        (lambda out: flip_a_byte(out / "train/english.512.0.win"), {"encode train/english"}),
+        (lambda out: (out / "train/dataset.manifest").unlink(), set()),
         (lambda out: (out / "manifest.json").write_text("{"), None),
         (lambda out: (out / "tokenizer.json").unlink(), None),
         (lambda out: flip_a_byte(out / "tokenizer.json"), None),
@@ -170,7 +219,7 @@ def test_another_configuration_leaves_nothing_of_the_first(config: PrepareConfig
     prepare(dataclasses.replace(config, sources=sources), progress=silent)
 
     names = {path.name for path in Path(config.output).rglob("*.bin")}
-    assert names == {"en.bin"}
+    assert names == {"en.256.0.bin", "en.512.0.bin"}
 
 
 def test_a_changed_source_is_noticed(config: PrepareConfig, sources: Path, tmp_path: Path) -> None:
@@ -216,7 +265,7 @@ def test_a_run_stopped_anywhere_is_finished_by_the_next(
         with pytest.raises(Stopped):
             prepare(stopped, progress=StopAt(stop))
         with pytest.raises(DataError, match="holds no finished corpus"):
-            Manifest.load(out)
+            CorpusManifest.load(out)
         assert prepare(stopped, progress=silent) == expected
         assert contents(out) == contents(Path(config.output))
 
@@ -244,9 +293,8 @@ def test_a_killed_run_is_finished_by_the_next(config: PrepareConfig) -> None:
 
     assert start(config, kill="encode validation/english").wait(60) == -9
 
-    assert list(out.rglob(".tmp-*"))  # it was killed while writing
     with pytest.raises(DataError, match="holds no finished corpus"):
-        Manifest.load(out)
+        CorpusManifest.load(out)
     seen: set[str] = set()
     prepare(config, progress=lambda stage, done, total: seen.add(stage))
     assert not list(out.rglob(".tmp-*"))
@@ -286,6 +334,10 @@ def test_a_given_tokenizer_is_used_as_it_is(config: PrepareConfig, tmp_path: Pat
         ({"validation_fraction": 0.9}, "validation_fraction=0.9; allowed"),
         ({"end_of_document": "</s>"}, "end_of_document='</s>'"),
         ({"tokenizer_sample_bytes": 0}, "tokenizer_sample_bytes=0"),
+        ({"window_tokens": {}}, "window_tokens={} given"),
+        ({"window_tokens": {"256": -1.0}}, "shares of 0 or"),
+        ({"window_tokens": {"many": 1.0}}, "whole numbers with their shares"),
+        ({"shard_tokens": 0}, "shard_tokens=0"),
     ],
 )
 def test_a_preparation_that_cannot_be_is_refused(fields: dict[str, object], message: str) -> None:

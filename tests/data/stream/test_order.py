@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.stream.curriculum import Plan
 from data.stream.order import Order, Segment
+from data.stream.plan import Plan
 from data.stream.report import address_table
-from pretrain.training.batch import local_slots
+from data.stream.slots import local_slots
 
 
 def drawn_segments(num_buckets: int) -> st.SearchStrategy[Segment]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from data.stream.windows import spread_windows
 from parallel.layout import Layout
 from parallel.spawn import RankPool
 from pretrain.training.evaluate import ValidationLoss
@@ -24,19 +25,22 @@ def trainer(tiny_run: MakeRun, one_rank: object) -> Trainer:
     return trainer
 
 
-def direct_losses(trainer: Trainer, *, windows_per_domain: int) -> dict[str, list[float]]:
-    """Return the mean loss of each window, by domain."""
-    stream = trainer.corpus.validation.stream
-    losses: dict[str, list[float]] = {domain: [] for domain in stream.domains}
+def direct_losses(
+    trainer: Trainer, *, windows_per_domain: int
+) -> dict[str, list[tuple[float, int]]]:
+    """Return the loss of each window and its labels, by domain, without the padding."""
+    dataset = trainer.corpus.validation
+    losses: dict[str, list[tuple[float, int]]] = {domain: [] for domain in trainer.corpus.domains}
     (model,) = trainer.modules
     model.eval()
-    for number in range(stream.num_sequential(windows_per_domain)):
-        window = stream.sequential(number, 1, per_domain=windows_per_domain)
-        tokens = torch.from_numpy(window.tokens).long()
+    for bucket, window in zip(*spread_windows(dataset, per_domain=windows_per_domain), strict=True):
+        stored = dataset.read(int(bucket), int(window))
+        tokens = torch.from_numpy(stored.tokens).long()[: stored.num_tokens]
         with torch.no_grad():
-            logits = model(tokens[:, :-1], torch.arange(64)[None], None)
-        loss = torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:])
-        losses[stream.domains[int(window.domain_idx[0])]].append(float(loss))
+            logits = model(tokens[None, :-1], torch.arange(len(tokens) - 1)[None], None)
+        loss = torch.nn.functional.cross_entropy(logits[0], tokens[1:], reduction="sum")
+        domain = dataset.header.buckets[int(bucket)].domain
+        losses[domain].append((float(loss), len(tokens) - 1))
     model.train()
     return losses
 
@@ -51,13 +55,14 @@ def test_every_domain_has_the_mean_of_its_windows(
     assert set(given.loss_by_domain) == {"code", "sentences"}
     for domain, losses in expected.items():
         assert len(losses) == windows_per_domain
-        mean = sum(losses) / len(losses)
+        mean = sum(loss for loss, _ in losses) / sum(number for _, number in losses)
         assert given.loss_by_domain[domain] == pytest.approx(mean, rel=RTOL)
 
 
 def test_the_whole_weighs_domains_by_their_text(trainer: Trainer) -> None:
     given: ValidationLoss = trainer.validate(windows_per_domain=4)
-    sizes = trainer.corpus.validation.stream.num_windows_by_domain
+    texts = trainer.corpus.manifest.splits["validation"]
+    sizes = {name: text.tokens for name, text in texts.items()}
     assert sizes["code"] != sizes["sentences"]
     weighted = sum(sizes[name] * loss for name, loss in given.loss_by_domain.items())
     assert given.loss == pytest.approx(weighted / sum(sizes.values()), rel=1e-12)
