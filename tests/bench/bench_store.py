@@ -13,7 +13,6 @@ Seconds of the processor, not of the clock; of reading, the least of several rou
 
 # ruff: noqa: E402  the line that puts the root on sys.path comes before our imports
 
-import hashlib
 import multiprocessing
 import os
 import sys
@@ -29,28 +28,21 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 
 from data.indexed.dataset import open_dataset
-from data.indexed.dataset_manifest import (
-    Bucket,
-    DatasetHeader,
-    ShardEntry,
-    Source,
-    write_manifest,
-)
 from data.indexed.packing import POLICIES, pack
-from data.indexed.window_format import WindowHeader
 from data.indexed.window_reader import WindowReader
-from data.indexed.window_writer import WindowWriter, WrittenShard
+from data.indexed.window_writer import WindowWriter
+from tests.bench.corpora import (
+    NUM_BUCKETS,
+    VOCAB_SIZE,
+    document_lengths,
+    many_buckets,
+    write_described_manifest,
+)
+from tests.bench.memory import peak_mib
 from tests.bench.provenance import parser, write_result
 
-VOCAB_SIZE = 163_840
-NUM_SHARDS, NUM_BUCKETS, TOTAL_TOKENS, GLOBAL_SEQUENCES = 20_000, 240, 10**13, 3072
+GLOBAL_SEQUENCES = 3072
 ROUNDS = 5
-
-
-def document_lengths(number: int, *, seed: int = 0) -> np.ndarray:
-    """Return lognormal lengths of mean 1,000, as those of web documents."""
-    rng = np.random.default_rng(seed)
-    return np.maximum(1, rng.lognormal(np.log(1000) - 0.5, 1.0, number)).astype(np.int64)
 
 
 def bench_packing() -> list[dict[str, Any]]:
@@ -78,59 +70,6 @@ def bench_packing() -> list[dict[str, Any]]:
     return rows
 
 
-def write_large_manifest(path: Path) -> None:
-    """Write a manifest of 10T tokens; its shards are nowhere."""
-    rng = np.random.default_rng(0)
-    buckets = tuple(
-        Bucket(
-            domain=f"domain{number // 24}",
-            language=("ko", "en", "ja")[number % 3],
-            quality_tier=number // 3 % 4,
-            difficulty_tier=number // 12 % 2,
-            window_tokens=4096,
-        )
-        for number in range(NUM_BUCKETS)
-    )
-    header = DatasetHeader(
-        tokenizer_sha256=hashlib.sha256().hexdigest(),
-        vocab_size=VOCAB_SIZE,
-        padding_id=0,
-        pipeline_version="bench",
-        packing_policy="best_fit",
-        buckets=buckets,
-        sources=tuple(
-            Source(name=f"source{n}", first_document_id=n * 2**40, num_documents=2**40)
-            for n in range(100)
-        ),
-    )
-    num_windows = TOTAL_TOKENS // 4097 // NUM_SHARDS
-    entries = [
-        ShardEntry(
-            path=f"bucket{number % NUM_BUCKETS:03d}/shard{number:05d}",
-            bucket=number % NUM_BUCKETS,
-            written=WrittenShard(
-                header=WindowHeader(
-                    dtype=np.dtype("<i4"),
-                    window_tokens=4096,
-                    vocab_size=VOCAB_SIZE,
-                    padding_id=0,
-                    num_windows=num_windows,
-                    num_pieces=4 * num_windows,
-                    num_tokens=4097 * num_windows,
-                    num_documents=4 * num_windows,
-                    bin_sha256=rng.bytes(32),
-                    idx_sha256=rng.bytes(32),
-                    columns_sha256=rng.bytes(32),
-                ),
-                header_sha256=rng.bytes(32),
-                win_sha256=rng.bytes(32),
-            ),
-        )
-        for number in range(NUM_SHARDS)
-    ]
-    write_manifest(path, header=header, shards=entries)
-
-
 def open_large_manifest(path: Path) -> dict[str, Any]:
     """Return what opening and locating a first global batch take in this process."""
     before = peak_mib()
@@ -155,16 +94,10 @@ def open_large_manifest(path: Path) -> dict[str, Any]:
     }
 
 
-def peak_mib() -> float:
-    """Return the peak memory of this process in MiB."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
-
-
 def bench_opening(folder: Path) -> dict[str, Any]:
     """Return the figures of a fresh process."""
     path = folder / "large.set"
-    write_large_manifest(path)
+    write_described_manifest(path, buckets=many_buckets())
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(open_large_manifest, (path,))
 
