@@ -161,7 +161,7 @@ def main() -> None:
         help="of (b); none: leave it out",
     )
     given = arguments.parse_args()
-    load_before = os.getloadavg()
+    load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         start = bench_start(Path(name))
     print_start(start)
@@ -171,9 +171,11 @@ def main() -> None:
         print_build(builds[-1])
     reading = program("stream_reading.py")["rows"]
     print_reading(reading)
+    load = [load_before, os.getloadavg()[0]]
+    print(f"load of the machine before and after: {load[0]:.1f}, {load[1]:.1f}")
     write_result(
         given.json,
-        load=[load_before[0], os.getloadavg()[0]],
+        load=load,
         start=start,
         builds=builds,
         reading=reading,

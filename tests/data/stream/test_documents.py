@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.stream.documents import window_documents
@@ -39,6 +39,7 @@ def counted(
     return positions, documents, [*bounds, window_tokens], mask
 
 
+@settings(deadline=None)
 @given(windows(), st.booleans())
 def test_it_is_what_counting_token_by_token_gives(
     window: tuple[int, list[int]], across_documents: bool
