@@ -99,7 +99,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         files = {name: FileRecord(**entry) for name, entry in record.pop("files").items()}
-        manifest = Manifest(files=files, **record)
+        ledger = tuple(record.pop("ledger", ()))
+        manifest = Manifest(files=files, ledger=ledger, **record)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} is not a checkpoint: {MANIFEST_NAME} is missing"

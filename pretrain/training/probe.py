@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.stream.slots import local_slots
 from parallel import groups
 from parallel.layout import Layout
 from parallel.reduce import sum_over_all
@@ -26,7 +27,6 @@ from pretrain.model.expert_load import ExpertLoad
 from pretrain.model.extra_losses import forget_extra_losses, take_aux_loss, take_mtp_loss
 from pretrain.model.initialise import initialise_weights
 from pretrain.model.transformer_config import transformer_config
-from pretrain.training.batch import local_slots
 from pretrain.training.chosen_experts import (
     ChosenExperts,
     own_tokens,

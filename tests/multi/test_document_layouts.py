@@ -47,6 +47,8 @@ def document_run(tiny_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) ->
             sources={"words": SourceConfig(kind="text_folder", path=str(texts))},
             vocab_size=512,
             validation_fraction=0.2,
+            window_tokens={"64": 1.0},
+            validation_window_tokens=64,
         ),
         progress=lambda *_: None,
     )

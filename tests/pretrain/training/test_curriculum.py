@@ -88,10 +88,11 @@ def test_a_batch_that_one_cluster_cannot_share_is_named(axk1: Run) -> None:
 
 def test_the_ramp_must_suit_the_other_cluster_too(axk1: Run) -> None:
     # 64 replicas share 64 sequences, 96 do not
-    batch = replace(axk1.batch, ramp_from_sequences=64, global_sequences=15_360)
+    ramp = at_4k(ramp_from_sequences=64)
     assert axk1.cluster is not None
     cluster = replace(axk1.cluster, num_nodes=128, other_num_nodes=(192,))
-    run = replace(axk1, cluster=cluster, layout=Layout(num_ranks=1024, pp=16, ep=8), batch=batch)
+    layout = Layout(num_ranks=1024, pp=16, ep=8)
+    run = replace(axk1, cluster=cluster, layout=layout, curriculum=ramp)
     stage = Stage(sequence_tokens=4_096, global_sequences=15_360, cp=(1,))
     smaller, larger = judge(run, curriculum=[stage])
     assert not smaller.refusal

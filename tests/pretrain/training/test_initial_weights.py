@@ -37,7 +37,7 @@ def test_a_new_run_starts_where_the_weights_are(
     trained = tiny_run(bf16=bf16)
     reached = loss_curve(trained, num_steps=6, save_after=6)
     new = tiny_run(layout, bf16=bf16, initial_weights=trained.folder)
-    assert check(new, every_id=False) is False
+    assert check(new, every_file=False) is None
 
     start = two_ranks.run(loss_curve, new, num_steps=0)[0].validation
     later = two_ranks.run(loss_curve, new, num_steps=3)[0].validation
@@ -62,7 +62,7 @@ def test_weights_of_another_model_are_refused(
     loss_curve(trained, num_steps=1, save_after=1)
     new = tiny_run(initial_weights=trained.folder, **changes)
     with pytest.raises(CheckpointError, match=named):
-        check(new, every_id=False)
+        check(new, every_file=False)
 
 
 def test_the_context_may_be_extended(tiny_run: MakeRun, one_rank: Any) -> None:
@@ -70,6 +70,6 @@ def test_the_context_may_be_extended(tiny_run: MakeRun, one_rank: Any) -> None:
     loss_curve(trained, num_steps=1, save_after=1)
     longer = replace(trained.model, max_context_tokens=1024)
     assert not check(
-        tiny_run(initial_weights=trained.folder, model=longer, name="longer"), every_id=False
+        tiny_run(initial_weights=trained.folder, model=longer, name="longer"), every_file=False
     )
     assert open_checkpoint(trained.folder)[1].step == 1

@@ -12,6 +12,7 @@ from parallel.spawn import RankPool
 from pretrain.training.run import Run
 from pretrain.training.train_step import micro_batches
 from pretrain.training.verify import make_trainer, poisoned_step
+from tests.conftest import tiny_curriculum
 
 MakeRun = Callable[..., Run]
 
@@ -85,7 +86,9 @@ def test_windows_become_inputs_and_labels_one_place_on() -> None:
 def test_with_documents_the_loss_is_the_mean_over_tokens_that_count(
     tiny_run: MakeRun, one_rank: object
 ) -> None:
-    run = tiny_run(spec={"num_mtp_layers": 0}, micro=2)
+    # of 64 windows of 65 ids some hold the end of a document of 400
+    curriculum = tiny_curriculum(sequences=64)
+    run = tiny_run(spec={"num_mtp_layers": 0}, micro=2, curriculum=curriculum)
     trainer = make_trainer(replace(run, data=replace(run.data, document_attention=True)))
     batches = trainer.next_batch()
     (model,) = trainer.modules
@@ -100,5 +103,5 @@ def test_with_documents_the_loss_is_the_mean_over_tokens_that_count(
         is_end = batch.tokens == trainer.corpus.manifest.eod_id
         num_counted += int((~is_end).sum())
         total += float(loss[~is_end].double().sum())
-    assert 0 < num_counted < 8 * 64
+    assert 0 < num_counted < 64 * 64
     assert trainer.step(batches).loss == pytest.approx(total / num_counted, rel=1e-6)
