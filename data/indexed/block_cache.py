@@ -40,7 +40,7 @@ _MIN_BLOCKS = 8
 _TOUCH_S = 10
 """A block is marked as used at most this often."""
 _LOCK_S = 1.0
-"""The ledger is waited for this long; counting 16,000 blocks takes a third of it."""
+"""The ledger is waited for this long; counting 64 GiB of blocks takes a third of it."""
 _ABANDONED_S = 3600
 """An unfinished file of this age is of a process that was killed."""
 
@@ -61,7 +61,7 @@ class BlockCacheConfig:
     """
 
     folder: Path = field(default_factory=_default_folder)
-    max_bytes: int = 64 * 2**30
+    max_bytes: int = 16 * 2**30
     block_bytes: int = 4 * 2**20
 
     def __post_init__(self) -> None:
@@ -142,7 +142,10 @@ class BlockCache:
 
     def drop(self, name: str) -> None:
         """Remove a block if it is there."""
-        self._path(name).unlink(missing_ok=True)
+        try:
+            self._path(name).unlink(missing_ok=True)
+        except OSError as error:
+            self._warn(error)
 
     def _path(self, name: str) -> Path:
         """Return the file of a block; folders of 1/256 of the blocks are quick to list."""
@@ -195,7 +198,7 @@ class BlockCache:
     def _store(self, path: Path, block: bytes) -> None:
         """Write a block; a folder that cannot hold it is reported once and done without."""
         try:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
             temporary = Path(name)
             try:

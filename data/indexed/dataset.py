@@ -15,7 +15,6 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from threading import Lock
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,7 +34,6 @@ log = logging.getLogger(__name__)
 
 MAX_OPEN_SHARDS = 256
 """Two descriptors each: half of the 1,024 that a process may have by default."""
-_T = TypeVar("_T")
 
 
 class Dataset(Closing):
@@ -205,12 +203,14 @@ class Dataset(Closing):
         """
         shards, numbers = self.locate(bucket, window)
         shard, number = int(shards[0]), int(numbers[0])
-        return self._each([(shard, number)], lambda _: self.shard(shard).read(number))[0]
+        return self._each([shard], [number], lambda _: self.shard(shard).read(number))[0]
 
     def read_into(
         self, buckets: ArrayLike, windows: ArrayLike, tokens_CS: NDArray[np.int32]
     ) -> list[StoredWindow]:
         """Read windows into the rows of an array that the caller owns, and return them.
+
+        Where reads have a limit, a call costs one thread: ask for many windows at once.
 
         Args:
             buckets: `[C]` integers, all of one window length S.
@@ -224,27 +224,24 @@ class Dataset(Closing):
         """
         shards, numbers = self.locate(buckets, windows)
         check_rows(tokens_CS, num_windows=len(shards), window_tokens=tokens_CS.shape[-1] - 1)
-        wanted = list(zip(shards.tolist(), numbers.tolist(), strict=True))
+        of, at, rows = shards.tolist(), numbers.tolist(), list(tokens_CS)
         if math.isinf(self.patience.limit_s(self.manifest.path)):
-            return self._each(wanted, lambda c: self._read_row(wanted[c], tokens_CS[c : c + 1]))
+            return self._each(of, at, lambda c: self.shard(of[c]).read_row(at[c], rows[c]))
         # A thread that was given up may still come back: it must not know the caller's array.
-        found = self._each(wanted, lambda c: self.shard(wanted[c][0]).read(wanted[c][1]))
-        return [_moved(window, tokens_CS[c : c + 1]) for c, window in enumerate(found)]
+        found = self._each(of, at, lambda c: self.shard(of[c]).read(at[c]))
+        return [_moved(window, row) for window, row in zip(found, rows, strict=True)]
 
-    def _read_row(self, wanted: tuple[int, int], tokens_1S: NDArray[np.int32]) -> StoredWindow:
-        """Read a window of a shard into a row."""
-        shard, number = wanted
-        return self.shard(shard).read_into([number], tokens_1S)[0]
-
-    def _each(self, wanted: Sequence[tuple[int, int]], fetch: Callable[[int], _T]) -> list[_T]:
-        """Return what `fetch` reads for each (shard, window), with patience."""
+    def _each(
+        self, shards: Sequence[int], numbers: Sequence[int], fetch: Callable[[int], StoredWindow]
+    ) -> list[StoredWindow]:
+        """Return what `fetch` reads for each window of a shard, with patience."""
         return read_each(
             fetch,
-            len(wanted),
+            len(shards),
             place=self.manifest.path,
             patience=self.patience,
-            describe=lambda c: self._describe(*wanted[c]),
-            reopen=lambda c: self._forget(wanted[c][0]),
+            describe=lambda c: self._describe(shards[c], numbers[c]),
+            reopen=lambda c: self._forget(shards[c]),
         )
 
     def _describe(self, shard: int, number: int) -> str:
@@ -358,12 +355,13 @@ def _read_manifest(path: Location, patience: Patience) -> Manifest:
     )[0]
 
 
-def _moved(window: StoredWindow, tokens_1S: NDArray[np.int32]) -> StoredWindow:
+def _moved(window: StoredWindow, tokens_S: NDArray[np.int32]) -> StoredWindow:
     """Return a window whose tokens are in a row that the caller owns."""
-    check_rows(tokens_1S, num_windows=1, window_tokens=len(window.tokens) - 1)
-    tokens_1S[0] = window.tokens
+    if len(tokens_S) != len(window.tokens):
+        check_rows(tokens_S[None], num_windows=1, window_tokens=len(window.tokens) - 1)
+    tokens_S[:] = window.tokens
     return StoredWindow(
-        tokens=tokens_1S[0],
+        tokens=tokens_S,
         piece_lengths=window.piece_lengths,
         document_ids=window.document_ids,
         piece_offsets=window.piece_offsets,

@@ -92,18 +92,17 @@ def read_each(
     """Return `fetch(0)` to `fetch(count - 1)`, each waited for with patience.
 
     Args:
-        fetch: reads an item; with a limit on another thread, perhaps on several at a time, of which
-            one is listened to, so it must not change what the caller holds.
+        fetch: reads an item; with a limit on other threads, of which one is listened to, so it must
+            not change what the caller holds.
         count: items.
         place: whose limit holds, named in messages.
-        patience: limit, retries and pauses.
-        describe: what an item is, for the message.
+        patience: limit, retries, pauses.
+        describe: what an item is, for messages.
         reopen: is called before an item is tried again.
 
     Raises:
-        DataError: if an item did not come in time, or not without an error, in any of its tries:
-            the message says what, where, how long was waited and what to change. Damage is not
-            tried again.
+        DataError: if an item did not come in time or without an error in any of its tries; says
+            what, where, how long was waited and what to change. Damage is not tried again.
         Exception: whatever else `fetch` raises.
     """
     found: list[_T] = []
@@ -116,18 +115,13 @@ def read_each(
         found += run.found
         if trouble is None or len(found) == count:
             continue
-        failures += 1
-        item = len(found)
+        failures, item = failures + 1, len(found)
         if not isinstance(trouble.__cause__, OSError):
             raise trouble
         waited = time.monotonic() - began
         if failures > patience.num_retries or trouble.__cause__.errno in _ANSWERS:
-            name = "remote_limit_s" if isinstance(place, Url) else "local_limit_s"
-            raise DataError(
-                f"{trouble}; wanted: {describe(item)}; gave up after try {failures} of "
-                f"{patience.num_retries + 1}, {waited:.1f} s; see that the file is there and its "
-                f"file system or server answers, or allow more by Patience.{name} and num_retries"
-            ) from trouble
+            tries = f"try {failures} of {patience.num_retries + 1}, {waited:.1f} s"
+            raise _given_up(trouble, describe(item), tries, place) from trouble
         pause = patience.pause(failures, draw=random.random())
         log.warning(
             "%s; wanted: %s; try %d of %d failed, %.1f s so far, the next in %.1f s",
@@ -197,6 +191,15 @@ class _Run(Generic[_T]):
             if time.monotonic() - self.since >= limit_s:
                 return False
         return True
+
+
+def _given_up(trouble: DataError, wanted: str, tries: str, place: Location) -> DataError:
+    """Return the error of an item that is not asked for again."""
+    name = "remote_limit_s" if isinstance(place, Url) else "local_limit_s"
+    return DataError(
+        f"{trouble}; wanted: {wanted}; gave up after {tries}; see that the file is there and its "
+        f"file system or server answers, or allow more by Patience.{name} and num_retries"
+    )
 
 
 def _silence(place: Location, limit_s: float) -> DataError:

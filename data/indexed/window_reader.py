@@ -76,6 +76,7 @@ class WindowReader(Closing):
         except DataError:
             self.close()
             raise
+        self._num_places = self.header.window_tokens + 1
         self._window_bytes = self.header.window_bytes
         # ids of the stored dtype are compared as unsigned: a negative one is then a large one
         self._unsigned = np.dtype(f"<u{self.header.dtype.itemsize}")
@@ -121,6 +122,22 @@ class WindowReader(Closing):
         """
         check_rows(tokens_CS, num_windows=len(windows), window_tokens=self.header.window_tokens)
         return [self._read(window, row) for window, row in zip(windows, tokens_CS, strict=True)]
+
+    def read_row(self, window: int, tokens_S: NDArray[np.int32]) -> StoredWindow:
+        """Read one window into a row that the caller owns, and return it.
+
+        Args:
+            window: 0 <= window < header.num_windows.
+            tokens_S: `[S+1]` int32, as a row of `read_into`.
+
+        Raises:
+            ValueError: if the row has another length.
+            IndexError: as `read`.
+            DataError: as `read`.
+        """
+        if len(tokens_S) != self._num_places:
+            check_rows(tokens_S[None], num_windows=1, window_tokens=self.header.window_tokens)
+        return self._read(window, tokens_S)
 
     def _read(self, window: int, tokens: NDArray[np.int32]) -> StoredWindow:
         """Fill `tokens` and return the window."""

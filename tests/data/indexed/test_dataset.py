@@ -180,36 +180,6 @@ def test_a_missing_or_truncated_file_is_found_when_its_shard_is_touched(
             dataset.read(1, 0)
 
 
-@pytest.mark.parametrize("suffix", ["bin", "idx", "win"])
-def test_verify_finds_each_of_200_flipped_bits_and_names_the_file(path: Path, suffix: str) -> None:
-    file = path.parent / f"long/0.{suffix}"
-    rng = np.random.default_rng(1)
-
-    with open_dataset(path) as dataset:
-        assert verify(dataset) == ()
-        for bit in rng.integers(0, 8 * file.stat().st_size, 200).tolist():
-            flip(file, bit)
-            damaged = verify(dataset)
-            flip(file, bit)
-            assert [(entry.shard, entry.path) for entry in damaged] == [("long/0", file)]
-            assert damaged[0].expected != damaged[0].found
-
-
-def test_verify_goes_on_after_a_damaged_file_and_tells_how_far_it_is(path: Path) -> None:
-    flip(path.parent / "code/0.bin", 3)
-    (path.parent / "web/2.idx").unlink()
-    told: list[tuple[int, int]] = []
-
-    with open_dataset(path) as dataset:
-        damaged = verify(dataset, progress=lambda done, total, _: told.append((done, total)))
-
-        assert [entry.path.name for entry in damaged] == ["0.bin", "2.idx"]
-        assert damaged[1].found == "No such file or directory"
-        total = int(dataset.manifest.sizes.sum())
-    assert told == sorted(told)
-    assert told[-1] == (total, total)
-
-
 def test_each_of_200_flipped_bits_of_the_manifest_is_found_when_it_is_opened(path: Path) -> None:
     for bit in np.random.default_rng(2).integers(0, 8 * path.stat().st_size, 200).tolist():
         flip(path, bit)
