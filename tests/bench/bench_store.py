@@ -6,7 +6,9 @@
 (b) opening: a manifest of 20,000 shards in 240 buckets, 10T tokens, and the shards of a first
     global batch of 3,072 windows, in a process of its own so that its peak memory is its own;
 (c) writing and reading windows of 4,096 and 8,192 in random order from the page cache, beside the
-    least that any reader does: a pread and a conversion to int64.
+    least that any reader does: a pread and a conversion to int64;
+(d) reading windows of 4,096 through a dataset: mapped, with a limit on how long a read may take, 64
+    windows or one window a call, and from blocks that the cache already has.
 
 Seconds of the processor, not of the clock; of reading, the least of several rounds in turn.
 """
@@ -27,8 +29,10 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+from data.indexed.block_cache import BlockCacheConfig
 from data.indexed.dataset import open_dataset
 from data.indexed.packing import POLICIES, pack
+from data.indexed.patience import Patience
 from data.indexed.window_reader import WindowReader
 from data.indexed.window_writer import WindowWriter
 from tests.bench.corpora import (
@@ -155,6 +159,59 @@ def bench_windows(folder: Path, window_tokens: int) -> dict[str, Any]:
     }
 
 
+def write_one_shard(path: Path) -> None:
+    """Write a dataset of one shard of 2,048 windows of 4,096 tokens, four pieces each."""
+    rng = np.random.default_rng(0)
+    bucket = Bucket(
+        domain="web", language="", quality_tier=0, difficulty_tier=0, window_tokens=4096
+    )
+    with WindowWriter(
+        path.parent / "one", window_tokens=4096, vocab_size=VOCAB_SIZE, padding_id=0
+    ) as writer:
+        for window in range(2048):
+            writer.add(
+                rng.integers(0, VOCAB_SIZE, 4097, dtype=np.int32),
+                piece_lengths=[1000, 1000, 1000, 1097],
+                document_ids=[4 * window + piece for piece in range(4)],
+                piece_offsets=[0] * 4,
+            )
+        written = writer.finish()
+    header = DatasetHeader(
+        tokenizer_sha256=hashlib.sha256().hexdigest(),
+        vocab_size=VOCAB_SIZE,
+        padding_id=0,
+        pipeline_version="bench",
+        packing_policy="best_fit",
+        buckets=(bucket,),
+        sources=(),
+    )
+    write_manifest(path, header=header, shards=[ShardEntry(path="one", bucket=0, written=written)])
+
+
+def bench_sources(folder: Path) -> dict[str, float]:
+    """Return processor microseconds a window of each way to open a dataset."""
+    path = folder / "one.set"
+    write_one_shard(path)
+    limited = Patience(local_limit_s=60)
+    cache = BlockCacheConfig(folder=folder / "blocks")
+    ways = {
+        "mapped": (open_dataset(path), 64),
+        "limit_64_a_call": (open_dataset(path, patience=limited), 64),
+        "limit_1_a_call": (open_dataset(path, patience=limited), 1),
+        "cached_64_a_call": (open_dataset(f"file://{path}", cache=cache), 64),
+    }
+    order = np.random.default_rng(1).permutation(2048)
+    least = dict.fromkeys(ways, float("inf"))
+    for _ in range(ROUNDS):
+        for name, (dataset, size) in ways.items():
+            rows = np.empty((size, 4097), dtype=np.int32)
+            start = time.process_time()
+            for batch in order.reshape(-1, size):
+                dataset.read_into([0] * size, batch, rows)
+            least[name] = min(least[name], time.process_time() - start)
+    return {f"{name}_us_per_window": 1e6 * seconds / 2048 for name, seconds in least.items()}
+
+
 def main() -> None:
     """Run the parts and print a table of each."""
     arguments = parser(__doc__).parse_args()
@@ -175,13 +232,18 @@ def main() -> None:
             f"({opening['peak_mib_before']:.0f} before)"
         )
         windows = [bench_windows(Path(name), tokens) for tokens in (4096, 8192)]
+        sources = bench_sources(Path(name))
     for row in windows:
         rates = {key: value / 1e6 for key, value in row.items() if key.endswith("_per_s")}
         shown = ", ".join(
             f"{key.removesuffix('_tokens_per_s')} {rate:.0f}" for key, rate in rates.items()
         )
         print(f"windows of {row['window_tokens']}, M tokens per processor second: {shown}")
-    write_result(arguments.json, packing=packing, opening=opening, windows=windows)
+    shown = ", ".join(
+        f"{key.removesuffix('_us_per_window')} {us:.1f}" for key, us in sources.items()
+    )
+    print(f"dataset of windows of 4096, processor us a window: {shown}")
+    write_result(arguments.json, packing=packing, opening=opening, windows=windows, sources=sources)
 
 
 if __name__ == "__main__":

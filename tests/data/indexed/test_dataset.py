@@ -10,68 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.indexed.dataset import Dataset, open_dataset, verify
-from data.indexed.dataset_manifest import (
-    Bucket,
-    DatasetHeader,
-    ShardEntry,
-    Source,
-    read_manifest,
-    write_manifest,
-)
+from data.indexed.dataset import Dataset, open_dataset
+from data.indexed.dataset_manifest import ShardEntry, read_manifest, write_manifest
 from data.indexed.format import DataError
-from data.indexed.window_writer import WindowWriter, WrittenShard
-from tests.data.indexed.shards import flip
-
-TOKENIZER = hashlib.sha256(b"tokenizer").hexdigest()
-CODE = Bucket(domain="code", language="", quality_tier=1, difficulty_tier=0, window_tokens=4)
-KOREAN = replace(CODE, domain="web", language="ko")
-LONG = replace(KOREAN, window_tokens=8)
-HEADER = DatasetHeader(
-    tokenizer_sha256=TOKENIZER,
-    vocab_size=1000,
-    padding_id=0,
-    pipeline_version="1",
-    packing_policy="best_fit",
-    buckets=(CODE, KOREAN, LONG),
-    sources=(
-        Source(name="crawl", first_document_id=0, num_documents=100),
-        Source(name="books", first_document_id=200, num_documents=10),
-    ),
+from data.indexed.verify import verify
+from tests.data.indexed.datasets import (
+    CODE,
+    EXPECTED,
+    HEADER,
+    KOREAN,
+    SHARDS,
+    TOKENIZER,
+    write_dataset,
+    write_shard,
 )
-# shard -> bucket and ids of its windows; given in no order of buckets
-SHARDS = {
-    "web/0": (1, [[7], [8, 9]]),
-    "code/0": (0, [[1, 2], [3]]),
-    "web/1": (1, []),
-    "web/2": (1, [[10]]),
-    "long/0": (2, [[11] * 9]),
-    "code/1": (0, [[4, 5, 6]]),
-}
-EXPECTED = [[[1, 2], [3], [4, 5, 6]], [[7], [8, 9], [10]], [[11] * 9]]
-
-
-def write_shard(prefix: Path, windows: list[list[int]], *, window_tokens: int) -> WrittenShard:
-    prefix.parent.mkdir(exist_ok=True)
-    with WindowWriter(prefix, window_tokens=window_tokens, vocab_size=1000, padding_id=0) as writer:
-        for number, ids in enumerate(windows):
-            writer.add(ids, piece_lengths=[len(ids)], document_ids=[number], piece_offsets=[0])
-        return writer.finish()
-
-
-def write_dataset(folder: Path) -> Path:
-    entries = [
-        ShardEntry(
-            path=name,
-            bucket=bucket,
-            written=write_shard(
-                folder / name, windows, window_tokens=HEADER.buckets[bucket].window_tokens
-            ),
-        )
-        for name, (bucket, windows) in SHARDS.items()
-    ]
-    write_manifest(folder / "dataset.set", header=HEADER, shards=entries)
-    return folder / "dataset.set"
+from tests.data.indexed.shards import flip
 
 
 @pytest.fixture
@@ -225,36 +178,6 @@ def test_a_missing_or_truncated_file_is_found_when_its_shard_is_touched(
         dataset.read(0, 0)
         with pytest.raises(DataError, match=rf"web/0\.{suffix}: ({found})"):
             dataset.read(1, 0)
-
-
-@pytest.mark.parametrize("suffix", ["bin", "idx", "win"])
-def test_verify_finds_each_of_200_flipped_bits_and_names_the_file(path: Path, suffix: str) -> None:
-    file = path.parent / f"long/0.{suffix}"
-    rng = np.random.default_rng(1)
-
-    with open_dataset(path) as dataset:
-        assert verify(dataset) == ()
-        for bit in rng.integers(0, 8 * file.stat().st_size, 200).tolist():
-            flip(file, bit)
-            damaged = verify(dataset)
-            flip(file, bit)
-            assert [(entry.shard, entry.path) for entry in damaged] == [("long/0", file)]
-            assert damaged[0].expected != damaged[0].found
-
-
-def test_verify_goes_on_after_a_damaged_file_and_tells_how_far_it_is(path: Path) -> None:
-    flip(path.parent / "code/0.bin", 3)
-    (path.parent / "web/2.idx").unlink()
-    told: list[tuple[int, int]] = []
-
-    with open_dataset(path) as dataset:
-        damaged = verify(dataset, progress=lambda done, total, _: told.append((done, total)))
-
-        assert [entry.path.name for entry in damaged] == ["0.bin", "2.idx"]
-        assert damaged[1].found == "No such file or directory"
-        total = int(dataset.manifest.sizes.sum())
-    assert told == sorted(told)
-    assert told[-1] == (total, total)
 
 
 def test_each_of_200_flipped_bits_of_the_manifest_is_found_when_it_is_opened(path: Path) -> None:
