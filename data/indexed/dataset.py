@@ -248,8 +248,8 @@ class Dataset(Closing):
 
     def _opened(self, shard: int) -> WindowReader:
         """Return a newly opened shard, compared with the manifest."""
-        prefix = self.manifest.prefix(shard)
-        reader = WindowReader(prefix, check_digests=self._check_digests)
+        prefix, pair = self.manifest.prefix(shard), self.manifest.pair(shard)
+        reader = WindowReader(prefix, check_digests=self._check_digests, pair=pair)
         expected = self.manifest.sha256[shard, 3].tobytes()
         if reader.header_sha256 != expected:
             raise DataError(
@@ -257,7 +257,7 @@ class Dataset(Closing):
                 f"{self.manifest.path} expects {expected.hex()}; the shard was written again, or "
                 f"the manifest is of another version"
             )
-        path, wanted = idx_path(prefix), int(self.manifest.sizes[shard, 1])
+        path, wanted = idx_path(pair), int(self.manifest.sizes[shard, 1])
         if (size := _size(path)) != wanted:
             raise DataError(f"{path}: {_bytes(size)}, {self.manifest.path} expects {wanted} bytes")
         return reader
@@ -303,8 +303,8 @@ def verify(
     total, done = int(manifest.sizes.sum()), 0
     found: list[DamagedFile] = []
     for shard in range(manifest.num_shards):
-        prefix = manifest.prefix(shard)
-        paths = (bin_path(prefix), idx_path(prefix), win_path(prefix))
+        prefix, pair = manifest.prefix(shard), manifest.pair(shard)
+        paths = (bin_path(pair), idx_path(pair), win_path(prefix))
         for kind, path in enumerate(paths):
             size = int(manifest.sizes[shard, kind])
             tell = partial(_tell, progress, done, total, path)

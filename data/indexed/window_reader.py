@@ -42,11 +42,14 @@ class WindowReader(Closing):
         header_sha256: names the content of the shard, 32 bytes.
     """
 
-    def __init__(self, prefix: Path | str, *, check_digests: bool = True) -> None:
+    def __init__(
+        self, prefix: Path | str, *, check_digests: bool = True, pair: Path | str | None = None
+    ) -> None:
         """Open the shard and check header and sizes.
 
         Args:
             prefix: path without a suffix.
+            pair: path of .bin without its suffix; None: it stands beside .win.
             check_digests: compare both digests of each window that is read; without it a damaged
                 window is found only if it breaks a bound.
 
@@ -55,7 +58,7 @@ class WindowReader(Closing):
                 names the file, what was expected and what was found.
         """
         self.prefix = Path(prefix)
-        self._bin_path, self._win_path = bin_path(prefix), win_path(prefix)
+        self._bin_path, self._win_path = bin_path(pair or prefix), win_path(prefix)
         self._check_digests = check_digests
         self._descriptor = -1
         self.header, self.header_sha256, self._map = _map_sidecar(self._win_path)
