@@ -117,18 +117,18 @@ def _index(asked: Indexing, show: Progress) -> None:
     )
     try:
         asked.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        with exclusive(asked.output, waiting=lambda: show("wait for another build", 0, 0)):
+            report = index_pairs(
+                asked.pairs,
+                asked.output,
+                vocabulary=vocabulary,
+                options=asked.options,
+                progress=show,
+            )
+    except OSError as error:  # of a pair that cannot be read it is a DataError
         raise ValueError(
-            f"output={asked.output}: {error}; allowed: a folder that can be written to"
+            f"output={asked.output}: {error}; allowed: a folder that can be written to, with room"
         ) from error
-    with exclusive(asked.output, waiting=lambda: show("wait for another build", 0, 0)):
-        report = index_pairs(
-            asked.pairs,
-            asked.output,
-            vocabulary=vocabulary,
-            options=asked.options,
-            progress=show,
-        )
     print(f"\n{report_text(report)}\n")
     print(f"next: python launch/index_data.py action=verify output={asked.output}")
 

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from data.indexed.atomic import flush_to_disk, publish, temporary_file
 from data.indexed.format import MAX_SEQUENCE_TOKENS, DataError, IndexHeader, bin_path, idx_path
-from data.indexed.plain_idx import document_ends, locate, read_index_header
+from data.indexed.plain_idx import document_ends, locate, open_to_read, read_index_header
 from data.indexed.window_format import (
     COUNT_DTYPE,
     HEADER_BYTES,
@@ -221,7 +221,7 @@ def _fill(
     """Write the columns of all windows, check every id, and return the SHA-256 of .bin."""
     whole, done = hashlib.sha256(), 0
     path, size = bin_path(plan.prefix), plan.window_bytes
-    with path.open("rb") as stream:
+    with open_to_read(path) as stream:
         for pieces in _pieces(plan, first_document_id=first_document_id):
             num_windows = len(pieces.first) - 1
             raw = _read(stream, num_windows * size)
@@ -297,7 +297,7 @@ def _finish(stream: BinaryIO, temporary: Path, *, plan: _Plan, bin_sha256: bytes
     with temporary.open("rb") as written:
         written.seek(HEADER_BYTES)
         columns_sha256 = hashlib.file_digest(written, "sha256").digest()
-    with idx_path(plan.prefix).open("rb") as index:
+    with open_to_read(idx_path(plan.prefix)) as index:
         idx_sha256 = hashlib.file_digest(index, "sha256").digest()
     num_tokens = plan.num_windows * plan.capacity
     header = WindowHeader(

@@ -5,9 +5,10 @@
 documents. A document may have several sequences, or none, and a sequence may have no token.
 """
 
+import os
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +31,9 @@ def read_index_header(path: Path) -> IndexHeader:
     Raises:
         DataError: if it is missing, truncated, too long or of another format.
     """
-    try:
-        with path.open("rb") as stream:
-            header = IndexHeader.unpack(stream.read(HEADER_BYTES), path=path)
-        actual_bytes = path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+    with open_to_read(path) as stream:
+        header = IndexHeader.unpack(stream.read(HEADER_BYTES), path=path)
+        actual_bytes = os.fstat(stream.fileno()).st_size
     if actual_bytes != header.index_bytes:
         raise DataError(
             f"{path}: {actual_bytes} bytes, its header says {header.index_bytes} "
@@ -43,6 +41,18 @@ def read_index_header(path: Path) -> IndexHeader:
             f"truncated, or written with multimodal sequence modes, which are not read here"
         )
     return header
+
+
+def open_to_read(path: Path) -> BufferedReader:
+    """Return a file of a pair, open.
+
+    Raises:
+        DataError: if it is not there or may not be read.
+    """
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
 
 
 def document_ends(
@@ -64,7 +74,7 @@ def document_ends(
     """
     bounds_at = HEADER_BYTES + 12 * header.num_sequences
     sequence = position = 0
-    with path.open("rb") as stream:
+    with open_to_read(path) as stream:
         _check_bounds(_column(stream, OFFSET_DTYPE, at=bounds_at, count=1), 0, 0, path=path)
         for first in range(1, header.num_bounds, chunk):
             count = min(chunk, header.num_bounds - first)
@@ -105,7 +115,7 @@ def locate(path: Path, header: IndexHeader, position: int) -> tuple[int, int]:
 
 
 def _column(
-    stream: BinaryIO, dtype: np.dtype[np.signedinteger], *, at: int, count: int
+    stream: BufferedReader, dtype: np.dtype[np.signedinteger], *, at: int, count: int
 ) -> NDArray[np.signedinteger]:
     """Return `[count]` numbers that begin at a byte of the file."""
     stream.seek(at)
@@ -127,7 +137,7 @@ def _check_bounds(
 
 
 def _running_sum(
-    stream: BinaryIO, header: IndexHeader, first: int, stop: int, position: int
+    stream: BufferedReader, header: IndexHeader, first: int, stop: int, position: int
 ) -> NDArray[np.int64]:
     """Return where sequences `first .. stop` begin, in tokens, and where the last of them ends."""
     path, count = stream.name, stop - first

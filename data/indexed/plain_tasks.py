@@ -8,14 +8,16 @@ file that all of them share.
 A pair that is refused does not stop the others; it stops the dataset at the end.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,9 +103,13 @@ def _outcomes(
     if not tasks:
         return
     with _shared_counters(len(tasks)) as (path, counters):
+        told = -1
 
         def tell() -> None:
-            progress("index, bytes", int(counters.sum()), total)
+            nonlocal told
+            before, told = told, int(counters.sum())
+            if told != before:
+                progress("index, bytes", told, total)
 
         tell()
         if workers == 1:
@@ -111,7 +117,8 @@ def _outcomes(
                 yield task, _attempt(task, counters, slot, tell)
             return
         spawn = get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(tasks)), mp_context=spawn) as pool:
+        processes = min(workers, len(tasks))
+        with ProcessPoolExecutor(processes, spawn, initializer=_end_with_parent) as pool:
             pending = {
                 pool.submit(_attempt_elsewhere, task, path, slot): task
                 for slot, task in enumerate(tasks)
@@ -120,6 +127,18 @@ def _outcomes(
                 yield from _as_they_end(pending, tell)
             finally:  # after an error or Ctrl-C: what has not begun need not
                 pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed; it would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _as_they_end(

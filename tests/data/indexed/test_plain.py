@@ -205,6 +205,22 @@ def test_a_pair_that_is_not_whole_is_refused(tmp_path: Path, case: str) -> None:
     assert not (tmp_path / "x.win").exists()
 
 
+def test_a_file_that_cannot_be_opened_is_the_pair_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pair(tmp_path / "a", [np.arange(20)])
+    whole = Path.open
+
+    def refuse(path: Path, mode: str) -> object:
+        if path.name == "a.bin":
+            raise PermissionError(13, "Permission denied")
+        return whole(path, mode)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"a\.bin: Permission denied"):
+        index_pair(tmp_path / "a", tmp_path / "x", window_tokens=2, vocab_size=100)
+
+
 def test_a_pair_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     write_pair(tmp_path / "a", [np.arange(20)])
 
