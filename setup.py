@@ -32,7 +32,9 @@ EXTRAS = {
     #   pip install --no-build-isolation -c constraints.txt -e ".[gpu]"
     # NVIDIA's apex is not listed: the `apex` on PyPI is another project. It is built from source.
     "gpu": ["transformer-engine[pytorch,core_cu13]>=2.9,<2.12"],
-    "data": ["pyarrow>=20", "zstandard>=0.23", "fsspec>=2025.3"],
+    "data": ["pyarrow>=20", "zstandard>=0.23"],
+    # Beside it the package of each kind of URL: s3fs for s3://, gcsfs for gs://.
+    "remote": ["fsspec>=2025.5"],
     # What launch/export_hf.py and import_hf.py compare with; the trainer never imports it.
     "hf": ["transformers==5.23.0"],
     "dev": [

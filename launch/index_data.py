@@ -21,7 +21,7 @@ import hydra
 
 from data.corpus.folder import exclusive
 from data.corpus.report import ProgressText
-from data.indexed.dataset import open_dataset, verify
+from data.indexed.dataset import open_dataset
 from data.indexed.format import DataError
 from data.indexed.plain_dataset import (
     MANIFEST_NAME,
@@ -32,6 +32,7 @@ from data.indexed.plain_dataset import (
     index_pairs,
 )
 from data.indexed.plain_tasks import Progress
+from data.indexed.verify import verify
 from data.tokenizer.codec import Codec
 from launch.compose import Composed, build, run
 

@@ -53,7 +53,7 @@ OWNERS = {
     "deep_ep": "kernels/backend.py",
     "apex": "kernels/backend.py",
     "megatron": MEGATRON,
-    "fsspec": "data/indexed/*",
+    "fsspec": "data/indexed/remote.py",
     "pyarrow": "data/corpus/*",
     "zstandard": "data/corpus/*",
     "tokenizers": "data/tokenizer/*",
@@ -66,7 +66,8 @@ OWNERS = {
 }
 
 OPTIONAL_IMPORTS = (
-    "kernels/backend.py pretrain/serving/transformers_model.py pretrain/monitor/telemetry.py"
+    "kernels/backend.py pretrain/serving/transformers_model.py pretrain/monitor/telemetry.py "
+    "data/indexed/remote.py"
 )
 DEVICE_WORDS = "parallel/device.py kernels/backend.py"
 FORBIDDEN_WORDS = "utils helpers common misc base manager handler wrapper processor".split()  # noqa: SIM905 (a table)
@@ -238,6 +239,7 @@ CAUGHT = [
     ("pretrain/serving/decoder.py", "import transformers", "serving/transformers_model.py may"),
     ("data/stream/loader.py", "from tokenizers import Tokenizer", "only data/tokenizer/* may"),
     ("data/indexed/reader.py", "import pyarrow", "only data/corpus/* may"),
+    ("data/indexed/dataset.py", "import fsspec", "only data/indexed/remote.py may"),
     ("data/stream/loader.py", "import torch", "only kernels/* parallel/* pretrain/* launch/* may"),
     ("kernels/swiglu.py", "import torch.distributed as dist", "only parallel/*"),
     ("kernels/swiglu.py", "from torch import distributed", "only parallel/*"),

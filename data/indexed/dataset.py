@@ -2,51 +2,40 @@
 
 A loader opens the manifest and nothing else when it starts. A shard is opened when one of its
 windows is first read, and compared with the manifest then: the digest in its sidecar's header,
-which depends on every byte of the shard, and the sizes of its files. At most `max_open_shards` stay
-open. `verify` reads everything.
+which depends on every byte of the shard, and the sizes of its files. How long a read may take and
+how often it is tried is a matter of `patience.py`; bytes behind a URL stay in `block_cache.py`.
 
 Window i of a bucket is window i of its shards one after the other, in the order of the manifest.
 B buckets, C windows asked for, N shards, S inputs of a window.
 """
 
-import hashlib
+import logging
+import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from threading import Lock
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data.indexed.block_cache import BlockCacheConfig
 from data.indexed.closing import Closing
 from data.indexed.dataset_manifest import DatasetHeader, Manifest, Source, read_manifest
-from data.indexed.format import DataError, bin_path, idx_path
-from data.indexed.window_format import StoredWindow, win_path
+from data.indexed.format import DataError
+from data.indexed.location import Location, Url, as_location
+from data.indexed.patience import Patience, read_each
+from data.indexed.shard_files import shard_opener
+from data.indexed.storage import Opener
+from data.indexed.window_format import HEADER_BYTES, StoredWindow
 from data.indexed.window_reader import WindowReader, check_rows
+
+log = logging.getLogger(__name__)
 
 MAX_OPEN_SHARDS = 256
 """Two descriptors each: half of the 1,024 that a process may have by default."""
-_CHUNK_BYTES = 2**24
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DamagedFile:
-    """A file that is not what the manifest says.
-
-    Attributes:
-        shard: path of the shard as in the manifest, without a suffix.
-        path: the file.
-        expected: size and SHA-256 that the manifest gives.
-        found: what is there.
-    """
-
-    shard: str
-    path: Path
-    expected: str
-    found: str
+_T = TypeVar("_T")
 
 
 class Dataset(Closing):
@@ -56,27 +45,41 @@ class Dataset(Closing):
 
     Attributes:
         manifest: all that is known without opening a shard.
+        patience: how long files are waited for.
         num_windows: `[B]` int64, windows of each bucket.
     """
 
     def __init__(
-        self, manifest: Manifest, *, max_open_shards: int = MAX_OPEN_SHARDS, check_digests: bool
+        self,
+        manifest: Manifest,
+        *,
+        max_open_shards: int = MAX_OPEN_SHARDS,
+        check_digests: bool,
+        patience: Patience,
+        cache: BlockCacheConfig,
     ) -> None:
         """Hold the manifest; nothing is opened.
 
         Args:
             manifest: from `read_manifest`.
-            max_open_shards: shards that stay open, at least 1.
+            max_open_shards: shards that stay open, at least 1; those behind a URL hold no
+                descriptor and all stay.
             check_digests: of each window that is read.
+            patience: how long files are waited for.
+            cache: where bytes behind a URL stay; not used for a local manifest.
 
         Raises:
-            ValueError: if `max_open_shards` is below 1.
+            ValueError: if `max_open_shards` is below 1, or the cache's folder cannot be made.
         """
         if max_open_shards < 1:
             raise ValueError(f"max_open_shards={max_open_shards}; allowed: at least 1")
+        if isinstance(manifest.path, Url):
+            max_open_shards = max(max_open_shards, manifest.num_shards)
         self.manifest = manifest
+        self.patience = patience
         self._check_digests = check_digests
         self._max_open_shards = max_open_shards
+        self._opener = shard_opener(manifest, patience=patience, cache=cache)
         self._open: OrderedDict[int, WindowReader] = OrderedDict()
         self._lock = Lock()
         # windows before each shard, all buckets one after the other; the last entry is their number
@@ -139,7 +142,7 @@ class Dataset(Closing):
         Raises:
             DataError: if the file is gone, damaged or another one.
         """
-        found = read_manifest(self.manifest.path).digest
+        found = _read_manifest(self.manifest.path, self.patience).digest
         if found != self.digest:
             raise DataError(
                 f"{self.manifest.path}: has the digest {found.hex()}, {self.digest.hex()} when it "
@@ -200,8 +203,9 @@ class Dataset(Closing):
             IndexError: if there is no such bucket or window.
             DataError: as `shard` and `WindowReader.read`.
         """
-        shard, number = self.locate(bucket, window)
-        return self.shard(int(shard[0])).read(int(number[0]))
+        shards, numbers = self.locate(bucket, window)
+        shard, number = int(shards[0]), int(numbers[0])
+        return self._each([(shard, number)], lambda _: self.shard(shard).read(number))[0]
 
     def read_into(
         self, buckets: ArrayLike, windows: ArrayLike, tokens_CS: NDArray[np.int32]
@@ -219,11 +223,47 @@ class Dataset(Closing):
             DataError: as `read`.
         """
         shards, numbers = self.locate(buckets, windows)
-        found: list[StoredWindow] = []
         check_rows(tokens_CS, num_windows=len(shards), window_tokens=tokens_CS.shape[-1] - 1)
-        for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist(), strict=True)):
-            found += self.shard(shard).read_into([number], tokens_CS[row : row + 1])
-        return found
+        wanted = list(zip(shards.tolist(), numbers.tolist(), strict=True))
+        if math.isinf(self.patience.limit_s(self.manifest.path)):
+            return self._each(wanted, lambda c: self._read_row(wanted[c], tokens_CS[c : c + 1]))
+        # A thread that was given up may still come back: it must not know the caller's array.
+        found = self._each(wanted, lambda c: self.shard(wanted[c][0]).read(wanted[c][1]))
+        return [_moved(window, tokens_CS[c : c + 1]) for c, window in enumerate(found)]
+
+    def _read_row(self, wanted: tuple[int, int], tokens_1S: NDArray[np.int32]) -> StoredWindow:
+        """Read a window of a shard into a row."""
+        shard, number = wanted
+        return self.shard(shard).read_into([number], tokens_1S)[0]
+
+    def _each(self, wanted: Sequence[tuple[int, int]], fetch: Callable[[int], _T]) -> list[_T]:
+        """Return what `fetch` reads for each (shard, window), with patience."""
+        return read_each(
+            fetch,
+            len(wanted),
+            place=self.manifest.path,
+            patience=self.patience,
+            describe=lambda c: self._describe(*wanted[c]),
+            reopen=lambda c: self._forget(wanted[c][0]),
+        )
+
+    def _describe(self, shard: int, number: int) -> str:
+        """Return which window this is, from the manifest alone."""
+        manifest = self.manifest
+        bucket = self.header.buckets[int(manifest.bucket[shard])]
+        ids = max(1, int(manifest.windows[shard])) * (bucket.window_tokens + 1)
+        # a plain pair has up to one window more of ids behind its windows: less than twice as many
+        itemsize = 1 << (int(manifest.sizes[shard, 0]) // ids).bit_length() >> 1
+        size = itemsize * (bucket.window_tokens + 1)
+        return (
+            f"window {number} of shard {manifest.prefix(shard)} (bytes {number * size} .. "
+            f"{(number + 1) * size} of .bin), bucket {bucket.name}"
+        )
+
+    def _forget(self, shard: int) -> None:
+        """Have the next read open a shard anew; who reads from it now goes on."""
+        with self._lock:
+            self._open.pop(shard, None)
 
     def shard(self, shard: int) -> WindowReader:
         """Return a shard, opened and compared with the manifest if it is not open.
@@ -247,104 +287,99 @@ class Dataset(Closing):
         return reader
 
     def _opened(self, shard: int) -> WindowReader:
+        """Return a newly opened shard; if a cached header may be why not, open it once more."""
+        try:
+            return self._compared(shard)
+        except DataError as error:
+            prefix = self.manifest.prefix(shard)
+            if not isinstance(prefix, Url) or isinstance(error.__cause__, OSError):
+                raise
+            log.warning("%s; its header is dropped from the cache and fetched once more", error)
+            self._opener(shard)(prefix, "win").drop(HEADER_BYTES, 0)
+            return self._compared(shard)
+
+    def _compared(self, shard: int) -> WindowReader:
         """Return a newly opened shard, compared with the manifest."""
-        prefix, pair = self.manifest.prefix(shard), self.manifest.pair(shard)
-        reader = WindowReader(prefix, check_digests=self._check_digests, pair=pair)
+        prefix, opener = self.manifest.prefix(shard), self._opener(shard)
+        reader = WindowReader(prefix, check_digests=self._check_digests, opener=opener)
         expected = self.manifest.sha256[shard, 3].tobytes()
         if reader.header_sha256 != expected:
             raise DataError(
-                f"{win_path(prefix)}: names the shard {reader.header_sha256.hex()}, "
+                f"{prefix}.win: names the shard {reader.header_sha256.hex()}, "
                 f"{self.manifest.path} expects {expected.hex()}; the shard was written again, or "
                 f"the manifest is of another version"
             )
-        path, wanted = idx_path(pair), int(self.manifest.sizes[shard, 1])
-        if (size := _size(path)) != wanted:
-            raise DataError(f"{path}: {_bytes(size)}, {self.manifest.path} expects {wanted} bytes")
+        pair, wanted = self.manifest.pair(shard), int(self.manifest.sizes[shard, 1])
+        if (size := _idx_size(opener, pair)) != wanted:
+            raise DataError(
+                f"{pair}.idx: {size} bytes, {self.manifest.path} expects {wanted} bytes"
+            )
         return reader
 
 
 def open_dataset(
-    path: Path | str, *, max_open_shards: int = MAX_OPEN_SHARDS, check_digests: bool = True
+    path: Location | str,
+    *,
+    max_open_shards: int = MAX_OPEN_SHARDS,
+    check_digests: bool = True,
+    patience: Patience | None = None,
+    cache: BlockCacheConfig | None = None,
 ) -> Dataset:
     """Return the dataset of a manifest; no shard is opened.
 
     Args:
-        path: the manifest.
+        path: the manifest, a path or a URL that fsspec opens, e.g. `s3://bucket/a/train.manifest`.
         max_open_shards: as `Dataset`.
         check_digests: as `Dataset`.
+        patience: as `Dataset`; None is `Patience()`.
+        cache: as `Dataset`; None is `BlockCacheConfig()`.
 
     Raises:
-        DataError: if the manifest is missing, truncated, damaged or of another format.
-        ValueError: as `Dataset`.
+        DataError: if the manifest is missing, truncated, damaged or of another format, or was not
+            answered for in time.
+        ValueError: as `Dataset`, and if nothing is installed that reads such a URL.
     """
+    patience = patience or Patience()
     return Dataset(
-        read_manifest(path), max_open_shards=max_open_shards, check_digests=check_digests
+        _read_manifest(as_location(path), patience),
+        max_open_shards=max_open_shards,
+        check_digests=check_digests,
+        patience=patience,
+        cache=cache or BlockCacheConfig(),
     )
 
 
-def _silent(read: int, total: int, path: Path) -> None:
-    """Show no progress."""
+def _read_manifest(path: Location, patience: Patience) -> Manifest:
+    """Return a manifest, waited for with patience."""
+    return read_each(
+        lambda _: read_manifest(path),
+        1,
+        place=path,
+        patience=patience,
+        describe=lambda _: f"the manifest {path}",
+        reopen=lambda _: None,
+    )[0]
 
 
-def verify(
-    dataset: Dataset, *, progress: Callable[[int, int, Path], None] = _silent
-) -> tuple[DamagedFile, ...]:
-    """Return every file of a dataset that is not what its manifest says; reads all bytes.
-
-    Args:
-        dataset: its manifest is read again as well.
-        progress: is called with bytes read, bytes of all files, and the file being read.
-
-    Raises:
-        DataError: if the manifest itself is missing, damaged or another one than was opened.
-    """
-    dataset.check_unchanged()
-    manifest = dataset.manifest
-    total, done = int(manifest.sizes.sum()), 0
-    found: list[DamagedFile] = []
-    for shard in range(manifest.num_shards):
-        prefix, pair = manifest.prefix(shard), manifest.pair(shard)
-        paths = (bin_path(pair), idx_path(pair), win_path(prefix))
-        for kind, path in enumerate(paths):
-            size = int(manifest.sizes[shard, kind])
-            tell = partial(_tell, progress, done, total, path)
-            actual = _describe(path, tell)
-            expected = f"{size} bytes, SHA-256 {manifest.sha256[shard, kind].tobytes().hex()}"
-            if actual != expected:
-                name = manifest.name(shard)
-                found.append(DamagedFile(shard=name, path=path, expected=expected, found=actual))
-            done += size
-    return tuple(found)
+def _moved(window: StoredWindow, tokens_1S: NDArray[np.int32]) -> StoredWindow:
+    """Return a window whose tokens are in a row that the caller owns."""
+    check_rows(tokens_1S, num_windows=1, window_tokens=len(window.tokens) - 1)
+    tokens_1S[0] = window.tokens
+    return StoredWindow(
+        tokens=tokens_1S[0],
+        piece_lengths=window.piece_lengths,
+        document_ids=window.document_ids,
+        piece_offsets=window.piece_offsets,
+    )
 
 
-def _tell(
-    progress: Callable[[int, int, Path], None], before: int, total: int, path: Path, read: int
-) -> None:
-    """Report bytes of a file as bytes of all files."""
-    progress(before + read, total, path)
-
-
-def _describe(path: Path, progress: Callable[[int], None]) -> str:
-    """Return size and SHA-256 of a file in words, telling how many bytes were read."""
-    digest, size = hashlib.sha256(), 0
+def _idx_size(opener: Opener, prefix: Location) -> int:
+    """Return the bytes of a shard's .idx."""
     try:
-        with path.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-                progress(size)
+        stored = opener(prefix, "idx")
+        try:
+            return stored.size()
+        finally:
+            stored.close()
     except OSError as error:
-        return f"{error.strerror}"
-    return f"{size} bytes, SHA-256 {digest.hexdigest()}"
-
-
-def _size(path: Path) -> int | None:
-    """Return the size of a file in bytes, None if it is not there."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
-def _bytes(size: int | None) -> str:
-    return "not there" if size is None else f"{size} bytes"
+        raise DataError(f"{prefix}.idx: {error.strerror or error}") from error

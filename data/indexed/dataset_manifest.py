@@ -37,6 +37,8 @@ from numpy.typing import NDArray
 
 from data.indexed.atomic import write_bytes
 from data.indexed.format import DataError
+from data.indexed.location import Location, as_location
+from data.indexed.remote import read_all
 from data.indexed.window_format import COUNT_DTYPE
 from data.indexed.window_writer import WrittenShard
 
@@ -147,7 +149,7 @@ class Manifest:
     """The contents of a manifest.
 
     Attributes:
-        path: the file.
+        path: the file, or its URL.
         header: of the dataset as a whole.
         bucket: `[N]` u64, rising.
         windows: `[N]` u64.
@@ -160,7 +162,7 @@ class Manifest:
         digest: of the dataset, 32 bytes.
     """
 
-    path: Path
+    path: Location
     header: DatasetHeader
     bucket: NDArray[np.uint64]
     windows: NDArray[np.uint64]
@@ -181,14 +183,16 @@ class Manifest:
         """Return the path of a shard relative to the manifest's folder, without a suffix."""
         return self._path(shard)
 
-    def prefix(self, shard: int) -> Path:
-        """Return the path of a shard without a suffix."""
+    def prefix(self, shard: int) -> Location:
+        """Return where a shard is, without a suffix."""
         return self.path.parent / self.name(shard)
 
-    def pair(self, shard: int) -> Path:
-        """Return the path of the .bin and .idx of a shard without a suffix."""
+    def pair(self, shard: int) -> Location:
+        """Return where .bin and .idx of a shard are, without a suffix."""
         elsewhere = len(self.path_starts) > self.num_shards + 1
         place = self._path(self.num_shards + shard) if elsewhere else ""
+        if "://" in place or place.startswith("/"):
+            return as_location(place)
         return self.path.parent / (place or self.name(shard))
 
     def _path(self, number: int) -> str:
@@ -280,16 +284,21 @@ def _check_entry(shard: ShardEntry, header: DatasetHeader) -> None:
         )
 
 
-def read_manifest(path: Path | str) -> Manifest:
+def read_manifest(path: Location | str) -> Manifest:
     """Return what a manifest says, after checking its SHA-256.
+
+    Args:
+        path: the file, or its URL.
 
     Raises:
         DataError: if it is missing, truncated, damaged, of another format or contradicts itself;
-            the message names the file, what was expected and what was found.
+            the message names the file, what was expected and what was found. Its cause is an
+            OSError if the file could not be read.
+        ValueError: if nothing is installed that reads such a URL.
     """
-    path = Path(path)
+    path = as_location(path)
     try:
-        raw = path.read_bytes()
+        raw = read_all(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; no dataset without its manifest") from error
     if len(raw) < _HEAD.size + _COUNTS.size + DIGEST_BYTES:
@@ -313,7 +322,7 @@ def read_manifest(path: Path | str) -> Manifest:
         raise DataError(f"{path}: whole, but no manifest of version {version}: {error}") from error
 
 
-def _parse(raw: bytes, *, path: Path, version: int, text_bytes: int) -> Manifest:
+def _parse(raw: bytes, *, path: Location, version: int, text_bytes: int) -> Manifest:
     """Return the manifest of bytes whose SHA-256 is right."""
     offset = _HEAD.size + text_bytes
     header = _dataset_header(json.loads(raw[_HEAD.size : offset]))

@@ -92,7 +92,7 @@ def find_indexed(sidecar: Path, request: Request, state: PairState) -> IndexedPa
         with path.open("rb") as stream:
             raw = stream.read(HEADER_BYTES)
             size = os.fstat(stream.fileno()).st_size
-        header = WindowHeader.unpack(raw, path=path)
+        header = WindowHeader.unpack(raw, name=str(path))
     except (OSError, DataError) as error:
         log.warning("%s; it is made again", error)
         return None

@@ -148,12 +148,12 @@ class WindowHeader:
         return fields + hashlib.sha256(fields).digest()
 
     @classmethod
-    def unpack(cls, raw: bytes, *, path: Path) -> "WindowHeader":
+    def unpack(cls, raw: bytes, *, name: str) -> "WindowHeader":
         """Return the header that `raw` encodes.
 
         Args:
             raw: the first bytes of the file; at most 200 are looked at.
-            path: the file, named in every message.
+            name: the file, named in every message.
 
         Raises:
             DataError: if the bytes are too few, the magic or the version is another one, the bytes
@@ -161,24 +161,24 @@ class WindowHeader:
         """
         if len(raw) < HEADER_BYTES:
             raise DataError(
-                f"{path}: {len(raw)} bytes, but the header alone takes {HEADER_BYTES}; "
+                f"{name}: {len(raw)} bytes, but the header alone takes {HEADER_BYTES}; "
                 f"the file is empty or truncated"
             )
         fields, expected = raw[: _FIELDS.size], raw[_FIELDS.size : HEADER_BYTES]
         magic, version, code, *counts, bin_sha, idx_sha, columns_sha = _FIELDS.unpack(fields)
         if magic != MAGIC:
-            raise DataError(f"{path}: starts with {magic!r}, a file of windows with {MAGIC!r}")
+            raise DataError(f"{name}: starts with {magic!r}, a file of windows with {MAGIC!r}")
         if version not in (VERSION, PLAIN_VERSION):
             raise DataError(
-                f"{path}: format version {version}, only {VERSION} and {PLAIN_VERSION} are known"
+                f"{name}: format version {version}, only {VERSION} and {PLAIN_VERSION} are known"
             )
         if (found := hashlib.sha256(fields).digest()) != expected:
             raise DataError(
-                f"{path}: bytes 0 .. {_FIELDS.size} have the SHA-256 {found.hex()}, the header "
+                f"{name}: bytes 0 .. {_FIELDS.size} have the SHA-256 {found.hex()}, the header "
                 f"says {expected.hex()}; the file is damaged"
             )
         if code not in DTYPE_BY_CODE:
-            raise DataError(f"{path}: dtype code {code}, ids have one of {sorted(DTYPE_BY_CODE)}")
+            raise DataError(f"{name}: dtype code {code}, ids have one of {sorted(DTYPE_BY_CODE)}")
         window_tokens, vocab_size, padding_id, windows, pieces, tokens, documents = counts
         plain = None
         if version == PLAIN_VERSION:

@@ -1,34 +1,35 @@
 """What does one window of a shard hold, and is it what was written?
 
 Opening reads the 200 bytes of the header and compares sizes; a shard of 4 GiB opens as fast as an
-empty one. A window is one `pread` of `.bin` and one row of `.win`, which is mapped: a map shares
-the pages that all ranks of a machine read. A map of a file that was truncated ends in SIGBUS, so
-each read asks for the size first. Both digests of a window are checked whenever it is read, before
-anything of it is returned.
+empty one. A window is one read of `.bin` and its row of `.win`. Both digests of a window are
+checked whenever it is read, before anything of it is returned, wherever the bytes came from. Where
+they may be a copy that was damaged, the copy is dropped and the window read once more before that
+is an error.
 
 C windows asked for, S inputs of a window, P pieces.
 """
 
-import mmap
-import os
-from collections.abc import Sequence
-from pathlib import Path
+import logging
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.indexed.closing import Closing
-from data.indexed.format import DataError, bin_path
+from data.indexed.format import DataError
+from data.indexed.location import Location, as_location
+from data.indexed.shard_files import open_mapped
+from data.indexed.storage import FileKind, Opener, StoredFile
 from data.indexed.window_format import (
-    COUNT_DTYPE,
     HEADER_BYTES,
-    PIECE_DTYPE,
     StoredWindow,
     WindowHeader,
     ids_digest,
     row_digest,
-    win_path,
 )
+from data.indexed.window_rows import MappedRows, ReadRows, Rows, WindowRow
+
+log = logging.getLogger(__name__)
 
 
 class WindowReader(Closing):
@@ -37,68 +38,55 @@ class WindowReader(Closing):
     Safe to use from several threads. Close it, or use it as a context manager.
 
     Attributes:
-        prefix: path without a suffix.
+        prefix: where it is, without a suffix.
         header: what the header of .win says.
         header_sha256: names the content of the shard, 32 bytes.
     """
 
     def __init__(
-        self, prefix: Path | str, *, check_digests: bool = True, pair: Path | str | None = None
+        self,
+        prefix: Location | str,
+        *,
+        check_digests: bool = True,
+        opener: Opener = open_mapped,
     ) -> None:
         """Open the shard and check header and sizes.
 
         Args:
-            prefix: path without a suffix.
-            pair: path of .bin without its suffix; None: it stands beside .win.
+            prefix: where it is, without a suffix.
             check_digests: compare both digests of each window that is read; without it a damaged
                 window is found only if it breaks a bound.
+            opener: opens its files.
 
         Raises:
             DataError: if a file is missing, truncated, too long or of another format; the message
                 names the file, what was expected and what was found.
         """
-        self.prefix = Path(prefix)
-        self._bin_path, self._win_path = bin_path(pair or prefix), win_path(prefix)
+        self.prefix = as_location(prefix)
         self._check_digests = check_digests
-        self._descriptor = -1
-        self.header, self.header_sha256, self._map = _map_sidecar(self._win_path)
-        num_windows, num_pieces = self.header.num_windows, self.header.num_pieces
-        offset = HEADER_BYTES
-        self._first = np.frombuffer(self._map, COUNT_DTYPE, count=num_windows + 1, offset=offset)
-        offset += 8 * (num_windows + 1)
-        self._ids_digests = np.frombuffer(self._map, COUNT_DTYPE, count=num_windows, offset=offset)
-        offset += 8 * num_windows
-        self._row_digests = np.frombuffer(self._map, COUNT_DTYPE, count=num_windows, offset=offset)
-        offset += 8 * num_windows
-        self._documents = np.frombuffer(self._map, COUNT_DTYPE, count=num_pieces, offset=offset)
-        offset += 8 * num_pieces
-        self._offsets = np.frombuffer(self._map, PIECE_DTYPE, count=num_pieces, offset=offset)
-        offset += 4 * num_pieces
-        self._lengths = np.frombuffer(self._map, PIECE_DTYPE, count=num_pieces, offset=offset)
+        self._win = _open(opener, self.prefix, "win")
+        self._bin = _open(opener, self.prefix, "bin")
+        try:
+            self.header, self.header_sha256 = self._read_header()
+            self._check_sizes()
+            self._rows = self._open_rows()
+        except OSError as error:
+            self.close()
+            raise _unreadable(error, self._win.name) from error
+        except DataError:
+            self.close()
+            raise
+        self._window_bytes = self.header.window_bytes
         # ids of the stored dtype are compared as unsigned: a negative one is then a large one
         self._unsigned = np.dtype(f"<u{self.header.dtype.itemsize}")
-        self._descriptor = _open(self._bin_path)
-        actual_bytes = os.fstat(self._descriptor).st_size
-        if actual_bytes != self.header.bin_bytes:
-            self.close()
-            raise DataError(
-                f"{self._bin_path}: {actual_bytes} bytes, {self._win_path.name} says "
-                f"{self.header.bin_bytes}; the file is damaged or belongs to another shard"
-            )
-
-    def __del__(self) -> None:
-        """Close the file if nobody did."""
-        if getattr(self, "_descriptor", -1) >= 0:
-            self.close()
 
     def close(self) -> None:
-        """Close .bin; closing twice is allowed, reading afterwards is not.
+        """Close both files; closing twice is allowed, reading afterwards is not.
 
-        The map of .win goes with the last array that looks into it.
+        A map of .win goes with the last array that looks into it.
         """
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        self._win.close()
+        self._bin.close()
 
     def read(self, window: int) -> StoredWindow:
         """Return one window.
@@ -108,9 +96,10 @@ class WindowReader(Closing):
 
         Raises:
             IndexError: if there is no such window.
-            DataError: if the reader is closed, a file has shrunk, a digest is another one than
-                recorded, the row breaks a bound, or an id lies outside the vocabulary; the message
-                names file and window.
+            DataError: if the reader is closed, a file has shrunk or cannot be read, a digest is
+                another one than recorded, the row breaks a bound, or an id lies outside the
+                vocabulary; the message names file and window. Its cause is an OSError if the file
+                could not be read.
         """
         tokens = np.empty(self.header.window_tokens + 1, dtype=np.int32)
         return self._read(window, tokens)
@@ -137,83 +126,117 @@ class WindowReader(Closing):
         """Fill `tokens` and return the window."""
         if not 0 <= window < self.header.num_windows:
             raise IndexError(f"{self.prefix}: window {window} of {self.header.num_windows}")
-        row, digest = self._row(window)
-        raw = self._ids(window)
+        try:
+            row = self._row(window)
+        except DataError as error:
+            self._drop_or_raise(error, lambda: self._rows.drop(window))
+            row = self._row(window)
+        try:
+            tokens[:] = self._ids(window, row.ids_digest)
+        except DataError as error:
+            size = self._window_bytes
+            self._drop_or_raise(error, lambda: self._bin.drop(size, window * size))
+            tokens[:] = self._ids(window, row.ids_digest)
+        return StoredWindow(
+            tokens=tokens,
+            piece_lengths=row.piece_lengths,
+            document_ids=row.document_ids,
+            piece_offsets=row.piece_offsets,
+        )
+
+    def _row(self, window: int) -> WindowRow:
+        """Return the row of a window, checked."""
+        try:
+            row = self._rows.read(window)
+        except OSError as error:
+            raise _unreadable(error, self._win.name) from error
+        if self._check_digests:
+            found = row_digest(
+                row.bounds,
+                ids=row.ids_digest,
+                piece_lengths=row.piece_lengths,
+                piece_offsets=row.piece_offsets,
+                document_ids=row.document_ids,
+            )
+            if found != row.row_digest:
+                raise DataError(
+                    f"{self._win.name}: the row of window {window} has the digest {found:016x}, "
+                    f"{row.row_digest:016x} is recorded; the file is damaged"
+                )
+        elif (total := int(row.piece_lengths.sum())) > self.header.window_tokens + 1:
+            raise DataError(
+                f"{self._win.name}: pieces of {total} tokens in window {window}; expected: at most "
+                f"{self.header.window_tokens + 1}"
+            )
+        return row
+
+    def _ids(self, window: int, digest: int) -> NDArray[np.integer]:
+        """Return the ids of a window as they are stored, checked."""
+        wanted = self._window_bytes
+        try:
+            raw = self._bin.pread(wanted, window * wanted)
+        except OSError as error:
+            raise _unreadable(error, self._bin.name) from error
+        if len(raw) < wanted:
+            raise DataError(
+                f"{self._bin.name}: ends at byte {window * wanted + len(raw)} in window {window}, "
+                f"which takes bytes {window * wanted} .. {(window + 1) * wanted}: truncated since "
+                f"it was opened"
+            )
         if self._check_digests and (found := ids_digest(raw)) != digest:
             raise DataError(
-                f"{self._bin_path}: window {window} (bytes {window * len(raw)} .. "
-                f"{(window + 1) * len(raw)}) has the digest {found:016x}, {self._win_path.name} "
-                f"says {digest:016x}; the window is damaged"
+                f"{self._bin.name}: window {window} (bytes {window * len(raw)} .. "
+                f"{(window + 1) * len(raw)}) has the digest {found:016x}, "
+                f"{self.prefix.name}.win says {digest:016x}; the window is damaged"
             )
         stored = np.frombuffer(raw, dtype=self.header.dtype)
         if stored.view(self._unsigned).max() >= self.header.vocab_size:
             outside = stored.view(self._unsigned) >= self.header.vocab_size
             position = int(outside.argmax())
             raise DataError(
-                f"{self._bin_path}: window {window}, position {position}: id {stored[position]}; "
+                f"{self._bin.name}: window {window}, position {position}: id {stored[position]}; "
                 f"vocab_size={self.header.vocab_size} allows 0 .. {self.header.vocab_size - 1}"
             )
-        tokens[:] = stored
-        lengths, documents, offsets = row
-        return StoredWindow(
-            tokens=tokens, piece_lengths=lengths, document_ids=documents, piece_offsets=offsets
-        )
+        return stored
 
-    def _row(
-        self, window: int
-    ) -> tuple[tuple[NDArray[np.uint32], NDArray[np.uint64], NDArray[np.uint32]], int]:
-        """Return lengths, documents and offsets of a window's pieces, and its ids' digest."""
-        if self._map.size() < self.header.win_bytes:
-            raise DataError(
-                f"{self._win_path}: {self._map.size()} bytes, {self.header.win_bytes} expected: "
-                f"truncated since it was opened"
-            )
-        first, last = int(self._first[window]), int(self._first[window + 1])
-        if not first < last <= self.header.num_pieces:
-            raise DataError(
-                f"{self._win_path}: window {window} has pieces {first} .. {last}; expected: at "
-                f"least one, at most up to {self.header.num_pieces}"
-            )
-        # copies: what was checked is what the caller gets, and nothing of it looks into the map
-        lengths, offsets = self._lengths[first:last].copy(), self._offsets[first:last].copy()
-        documents = self._documents[first:last].copy()
-        digest = int(self._ids_digests[window])
-        if self._check_digests:
-            found = row_digest(
-                (first, last),
-                ids=digest,
-                piece_lengths=lengths,
-                piece_offsets=offsets,
-                document_ids=documents,
-            )
-            if found != (expected := int(self._row_digests[window])):
-                raise DataError(
-                    f"{self._win_path}: the row of window {window} has the digest {found:016x}, "
-                    f"{expected:016x} is recorded; the file is damaged"
-                )
-        elif (total := int(lengths.sum())) > self.header.window_tokens + 1:
-            raise DataError(
-                f"{self._win_path}: pieces of {total} tokens in window {window}; expected: at most "
-                f"{self.header.window_tokens + 1}"
-            )
-        return (lengths, documents, offsets), digest
+    def _drop_or_raise(self, damage: DataError, drop: Callable[[], bool]) -> None:
+        """Forget copies of what is damaged, or raise the damage if there are none."""
+        if isinstance(damage.__cause__, OSError):
+            raise damage
+        try:
+            dropped = drop()
+        except OSError as error:
+            raise _unreadable(error, self._win.name) from error
+        if not dropped:
+            raise damage
+        log.warning("%s; its blocks are dropped from the cache and fetched once more", damage)
 
-    def _ids(self, window: int) -> bytes:
-        """Return the bytes of a window in .bin."""
-        if self._descriptor < 0:
-            raise DataError(f"{self._bin_path}: read after close")
-        wanted = self.header.window_bytes
-        offset = window * wanted
-        raw = os.pread(self._descriptor, wanted, offset)
-        while len(raw) < wanted:  # a signal or a network file system may return less
-            more = os.pread(self._descriptor, wanted - len(raw), offset + len(raw))
-            if not more:
-                raise DataError(
-                    f"{self._bin_path}: ends at byte {offset + len(raw)} in window {window}, which "
-                    f"takes bytes {offset} .. {offset + wanted}: truncated since it was opened"
-                )
-            raw += more
-        return raw
+    def _read_header(self) -> tuple[WindowHeader, bytes]:
+        """Return the header of .win and its SHA-256."""
+        raw = self._win.pread(HEADER_BYTES, 0)
+        return WindowHeader.unpack(raw, name=self._win.name), raw[-32:]
+
+    def _open_rows(self) -> Rows:
+        """Return the rows of .win, by a map if it may be mapped."""
+        mapped = self._win.map()
+        if mapped is None:
+            return ReadRows(self.header, self._win)
+        self._win.close()
+        return MappedRows(self.header, mapped, name=self._win.name)
+
+    def _check_sizes(self) -> None:
+        """Refuse files that are shorter or longer than the header says."""
+        header = self.header
+        if (actual := self._win.size()) != header.win_bytes:
+            raise DataError(
+                f"{self._win.name}: {actual} bytes, its header says {header.win_bytes} "
+                f"({header.num_windows} windows, {header.num_pieces} pieces); truncated or damaged"
+            )
+        if (actual := self._bin.size()) != header.bin_bytes:
+            raise DataError(
+                f"{self._bin.name}: {actual} bytes, {self.prefix.name}.win says "
+                f"{header.bin_bytes}; the file is damaged or belongs to another shard"
+            )
 
 
 def check_rows(tokens_CS: NDArray[np.int32], *, num_windows: int, window_tokens: int) -> None:
@@ -230,29 +253,15 @@ def check_rows(tokens_CS: NDArray[np.int32], *, num_windows: int, window_tokens:
         )
 
 
-def _open(path: Path) -> int:
-    """Return a descriptor for reading."""
+def _open(opener: Opener, prefix: Location, kind: FileKind) -> StoredFile:
+    """Return an open file of a shard."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return opener(prefix, kind)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
+        raise _unreadable(error, f"{prefix}.{kind}") from error
 
 
-def _map_sidecar(path: Path) -> tuple[WindowHeader, bytes, mmap.mmap]:
-    """Return the header of .win, its SHA-256, and the whole file as a map."""
-    descriptor = _open(path)
-    try:
-        raw = os.pread(descriptor, HEADER_BYTES, 0)
-        header = WindowHeader.unpack(raw, path=path)
-        actual_bytes = os.fstat(descriptor).st_size
-        if actual_bytes != header.win_bytes:
-            raise DataError(
-                f"{path}: {actual_bytes} bytes, its header says {header.win_bytes} "
-                f"({header.num_windows} windows, {header.num_pieces} pieces); truncated or damaged"
-            )
-        sidecar = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
-        # windows are read in random order: without this each first touch reads 128 KiB around it
-        sidecar.madvise(mmap.MADV_RANDOM)
-        return header, raw[-32:], sidecar
-    finally:
-        os.close(descriptor)
+def _unreadable(error: OSError, name: str) -> DataError:
+    """Return the error that says which file could not be read and why."""
+    where = name if error.filename is None else str(error.filename)
+    return DataError(f"{where}: {error.strerror or error}")

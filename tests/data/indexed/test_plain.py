@@ -11,10 +11,13 @@ import pytest
 
 from data.indexed import plain
 from data.indexed.format import DataError
+from data.indexed.location import Location
 from data.indexed.packing import pack
 from data.indexed.plain import index_pair
 from data.indexed.plain_idx import document_ends, locate, read_index_header
 from data.indexed.reader import IndexedReader
+from data.indexed.shard_files import open_mapped
+from data.indexed.storage import FileKind, StoredFile
 from data.indexed.window_reader import WindowReader
 from tests.data.indexed.pairs import pieces_by_hand, random_documents, write_pair
 
@@ -32,7 +35,10 @@ CASES: dict[str, list[Sequence[int] | np.ndarray]] = {
 
 
 def read_windows(sidecar: Path, pair: Path) -> tuple[np.ndarray, list[list[tuple[int, int, int]]]]:
-    with WindowReader(sidecar, pair=pair) as reader:
+    def opener(prefix: Location, kind: FileKind) -> StoredFile:
+        return open_mapped(prefix if kind == "win" else pair, kind)
+
+    with WindowReader(sidecar, opener=opener) as reader:
         windows = [reader.read(number) for number in range(reader.header.num_windows)]
     pieces = [
         [

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.indexed.dataset import open_dataset, verify
+from data.indexed.dataset import open_dataset
 from data.indexed.format import DataError
 from data.indexed.plain_dataset import IndexOptions, PairGroup, index_pairs
+from data.indexed.verify import verify
 from data.indexed.window_writer import WindowWriter
 from tests.data.indexed.pairs import random_documents, write_pair
 from tests.data.indexed.plain_builds import (

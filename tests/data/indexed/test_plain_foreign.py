@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from data.indexed.dataset import open_dataset, verify
+from data.indexed.dataset import open_dataset
 from data.indexed.plain_dataset import IndexOptions, PairGroup, Vocabulary, index_pairs
 from data.indexed.reader import IndexedReader
+from data.indexed.verify import verify
 from data.tokenizer.bpe import END_OF_DOCUMENT, BpeConfig, save_tokenizer, train_bpe
 from data.tokenizer.codec import Codec
 from tests.data.indexed.pairs import pieces_by_hand

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data.indexed.dataset import open_dataset, verify
+from data.indexed.dataset import open_dataset
 from data.indexed.format import DataError
+from data.indexed.verify import verify
 from tests.data.indexed.pairs import random_documents, write_pair
 from tests.data.indexed.plain_builds import OPTIONS, build, contents, write_pairs
 from tests.data.indexed.shards import flip
