@@ -247,11 +247,14 @@ class Dataset(Closing):
     def _describe(self, shard: int, number: int) -> str:
         """Return which window this is, from the manifest alone."""
         manifest = self.manifest
-        size = int(manifest.sizes[shard, 0]) // max(1, int(manifest.windows[shard]))
-        bucket = self.header.buckets[int(manifest.bucket[shard])].name
+        bucket = self.header.buckets[int(manifest.bucket[shard])]
+        ids = max(1, int(manifest.windows[shard])) * (bucket.window_tokens + 1)
+        # a plain pair has up to one window more of ids behind its windows: less than twice as many
+        itemsize = 1 << (int(manifest.sizes[shard, 0]) // ids).bit_length() >> 1
+        size = itemsize * (bucket.window_tokens + 1)
         return (
             f"window {number} of shard {manifest.prefix(shard)} (bytes {number * size} .. "
-            f"{(number + 1) * size} of .bin), bucket {bucket}"
+            f"{(number + 1) * size} of .bin), bucket {bucket.name}"
         )
 
     def _forget(self, shard: int) -> None:
@@ -303,10 +306,10 @@ class Dataset(Closing):
                 f"{self.manifest.path} expects {expected.hex()}; the shard was written again, or "
                 f"the manifest is of another version"
             )
-        size, wanted = _idx_size(opener, prefix), int(self.manifest.sizes[shard, 1])
-        if size != wanted:
+        pair, wanted = self.manifest.pair(shard), int(self.manifest.sizes[shard, 1])
+        if (size := _idx_size(opener, pair)) != wanted:
             raise DataError(
-                f"{prefix}.idx: {size} bytes, {self.manifest.path} expects {wanted} bytes"
+                f"{pair}.idx: {size} bytes, {self.manifest.path} expects {wanted} bytes"
             )
         return reader
 

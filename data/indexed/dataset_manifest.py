@@ -2,7 +2,7 @@ r"""What are the bytes of the one file that names every shard of a dataset?
 
 Little endian throughout, N shards, ordered by bucket:
 
-    8 bytes  magic `AXK1SET\0`      4 bytes  format version, always 1
+    8 bytes  magic `AXK1SET\0`      4 bytes  format version, 1 or 2
     4 bytes  J, bytes of the JSON, a multiple of 8
     J bytes  JSON, filled with spaces: tokenizer, vocabulary, pipeline, packing, buckets, sources
     8 bytes  N                      8 bytes  bytes of all paths
@@ -13,10 +13,14 @@ Little endian throughout, N shards, ordered by bucket:
     ...            paths, UTF-8, relative to the manifest's folder, without a suffix
     32 bytes       SHA-256 of everything before: the digest of the dataset
 
+Version 2 has 2N + 1 entries of where paths begin and 2N paths: behind those of the shards stand, in
+the same order, the paths of the .bin/.idx pairs that do not stand beside their .win, relative to
+the manifest's folder or absolute, also without a suffix; empty for those that do.
+
 Columns, because a JSON of 20,000 shards takes longer to parse than a run may take to start; JSON
 for what a person wants to see, `head -c 2000` shows it.
 
-Source: docs/decisions/0017-window-store.md.
+Source: docs/decisions/0017-window-store.md; version 2: docs/decisions/0020-plain-pairs.md.
 """
 
 import hashlib
@@ -40,11 +44,12 @@ from data.indexed.window_writer import WrittenShard
 
 MAGIC = b"AXK1SET\x00"
 VERSION = 1
+PAIRS_VERSION = 2
 DIGEST_BYTES = 32
 _HEAD = struct.Struct("<8sII")
 _COUNTS = struct.Struct("<QQ")
 _T = TypeVar("_T", bound=Hashable)
-_SHARD_BYTES = 8 * 4 + 8 * 3 + DIGEST_BYTES * 4 + 8
+_SHARD_BYTES = 8 * 4 + 8 * 3 + DIGEST_BYTES * 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -128,12 +133,15 @@ class ShardEntry:
     Attributes:
         path: relative to the manifest's folder, without a suffix, `/` between its parts.
         bucket: number of its bucket in the header.
-        written: what `WindowWriter.finish` returned.
+        written: what `WindowWriter.finish` or `plain.index_pair` returned.
+        pair: path of .bin and .idx without a suffix, absolute or relative to the manifest's folder;
+            empty: they stand beside .win.
     """
 
     path: str
     bucket: int
     written: WrittenShard
+    pair: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -149,8 +157,8 @@ class Manifest:
         documents: `[N]` u64, those that begin in the shard.
         sizes: `[N, 3]` u64, bytes of .bin, .idx and .win.
         sha256: `[N, 4, 32]` u8, of .bin, .idx and .win, and the digest of the shard.
-        path_starts: `[N+1]` u64 into `paths`.
-        paths: UTF-8, back to back.
+        path_starts: `[N+1]` u64 into `paths`; `[2N+1]` where pairs stand elsewhere.
+        paths: of the shards, then of the pairs that stand elsewhere; UTF-8, back to back.
         digest: of the dataset, 32 bytes.
     """
 
@@ -173,12 +181,24 @@ class Manifest:
 
     def name(self, shard: int) -> str:
         """Return the path of a shard relative to the manifest's folder, without a suffix."""
-        start, end = int(self.path_starts[shard]), int(self.path_starts[shard + 1])
-        return self.paths[start:end].decode()
+        return self._path(shard)
 
     def prefix(self, shard: int) -> Location:
         """Return where a shard is, without a suffix."""
         return self.path.parent / self.name(shard)
+
+    def pair(self, shard: int) -> Location:
+        """Return where .bin and .idx of a shard are, without a suffix."""
+        elsewhere = len(self.path_starts) > self.num_shards + 1
+        place = self._path(self.num_shards + shard) if elsewhere else ""
+        if "://" in place or place.startswith("/"):
+            return as_location(place)
+        return self.path.parent / (place or self.name(shard))
+
+    def _path(self, number: int) -> str:
+        """Return one of `paths`."""
+        start, end = int(self.path_starts[number]), int(self.path_starts[number + 1])
+        return self.paths[start:end].decode()
 
 
 def write_manifest(
@@ -202,6 +222,9 @@ def write_manifest(
     paths = [shard.path.encode() for shard in ordered]
     if twice := _first_twice(paths):
         raise ValueError(f"shard {twice[0].decode()!r} is named twice")
+    version = PAIRS_VERSION if any(shard.pair for shard in ordered) else VERSION
+    if version == PAIRS_VERSION:
+        paths += [shard.pair.encode() for shard in ordered]
     headers = [shard.written.header for shard in ordered]
     counts = [
         (shard.bucket, found.num_windows, found.num_tokens, found.num_documents)
@@ -217,7 +240,7 @@ def write_manifest(
     text += b" " * (-len(text) % 8)
     content = b"".join(
         (
-            _HEAD.pack(MAGIC, VERSION, len(text)),
+            _HEAD.pack(MAGIC, version, len(text)),
             text,
             _COUNTS.pack(len(ordered), int(ends[-1])),
             np.array(counts, dtype=COUNT_DTYPE).tobytes(),
@@ -251,7 +274,8 @@ def _check_entry(shard: ShardEntry, header: DatasetHeader) -> None:
         )
     found = shard.written.header
     bucket = header.buckets[shard.bucket]
-    given = (found.window_tokens, found.vocab_size, found.padding_id)
+    padding_id = header.padding_id if found.plain else found.padding_id  # plain pairs have none
+    given = (found.window_tokens, found.vocab_size, padding_id)
     wanted = (bucket.window_tokens, header.vocab_size, header.padding_id)
     if given != wanted:
         raise ValueError(
@@ -282,8 +306,10 @@ def read_manifest(path: Location | str) -> Manifest:
     magic, version, text_bytes = _HEAD.unpack_from(raw)
     if magic != MAGIC:
         raise DataError(f"{path}: starts with {magic!r}, a manifest with {MAGIC!r}")
-    if version != VERSION:
-        raise DataError(f"{path}: format version {version}, only {VERSION} is known")
+    if version not in (VERSION, PAIRS_VERSION):
+        raise DataError(
+            f"{path}: format version {version}, only {VERSION} and {PAIRS_VERSION} are known"
+        )
     found, expected = hashlib.sha256(memoryview(raw)[:-DIGEST_BYTES]).digest(), raw[-DIGEST_BYTES:]
     if found != expected:
         raise DataError(
@@ -291,18 +317,19 @@ def read_manifest(path: Location | str) -> Manifest:
             f"file ends with {expected.hex()}; it is truncated or damaged"
         )
     try:
-        return _parse(raw, path=path, text_bytes=text_bytes)
+        return _parse(raw, path=path, version=version, text_bytes=text_bytes)
     except (ValueError, KeyError, TypeError, struct.error) as error:
-        raise DataError(f"{path}: whole, but no manifest of version {VERSION}: {error}") from error
+        raise DataError(f"{path}: whole, but no manifest of version {version}: {error}") from error
 
 
-def _parse(raw: bytes, *, path: Location, text_bytes: int) -> Manifest:
+def _parse(raw: bytes, *, path: Location, version: int, text_bytes: int) -> Manifest:
     """Return the manifest of bytes whose SHA-256 is right."""
     offset = _HEAD.size + text_bytes
     header = _dataset_header(json.loads(raw[_HEAD.size : offset]))
     num_shards, paths_bytes = _COUNTS.unpack_from(raw, offset)
     offset += _COUNTS.size
-    size = offset + num_shards * _SHARD_BYTES + 8 + paths_bytes + DIGEST_BYTES
+    num_paths = num_shards * (2 if version == PAIRS_VERSION else 1)
+    size = offset + num_shards * _SHARD_BYTES + 8 * (num_paths + 1) + paths_bytes + DIGEST_BYTES
     if len(raw) != size:
         raise ValueError(f"{len(raw)} bytes, {num_shards} shards take {size}")
     counts = np.frombuffer(raw, COUNT_DTYPE, count=4 * num_shards, offset=offset).reshape(-1, 4)
@@ -311,7 +338,7 @@ def _parse(raw: bytes, *, path: Location, text_bytes: int) -> Manifest:
     offset += sizes.nbytes
     sha256 = np.frombuffer(raw, np.uint8, count=DIGEST_BYTES * 4 * num_shards, offset=offset)
     offset += sha256.nbytes
-    starts = np.frombuffer(raw, COUNT_DTYPE, count=num_shards + 1, offset=offset)
+    starts = np.frombuffer(raw, COUNT_DTYPE, count=num_paths + 1, offset=offset)
     offset += starts.nbytes
     bucket = counts[:, 0]
     if num_shards and ((bucket[1:] < bucket[:-1]).any() or bucket[-1] >= len(header.buckets)):

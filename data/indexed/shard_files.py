@@ -107,7 +107,14 @@ def shard_opener(
         blocks = BlockCache(cache, limit_s=patience.remote_limit_s)
         return lambda shard: partial(_open_cached, manifest, blocks, shard)
     local = open_mapped if math.isinf(patience.local_limit_s) else open_unmapped
-    return lambda shard: local
+    return lambda shard: partial(_open_placed, manifest, local, shard)
+
+
+def _open_placed(
+    manifest: Manifest, opener: Opener, shard: int, prefix: Location, kind: FileKind
+) -> StoredFile:
+    """Return a file of a shard; .bin and .idx of a plain pair stand elsewhere than .win."""
+    return opener(prefix if kind == "win" else manifest.pair(shard), kind)
 
 
 def open_mapped(prefix: Location, kind: FileKind) -> StoredFile:
@@ -133,6 +140,7 @@ def _open_cached(
     manifest: Manifest, blocks: BlockCache, shard: int, prefix: Location, kind: FileKind
 ) -> StoredFile:
     """Return a file of a shard behind a URL, read through the block cache."""
+    prefix = prefix if kind == "win" else manifest.pair(shard)
     digest = manifest.sha256[shard, 3].tobytes().hex()
     return CachedFile(
         open_plain(with_ending(prefix, kind)),

@@ -60,7 +60,8 @@ def verify(
     found: list[DamagedFile] = []
     for shard in range(manifest.num_shards):
         for kind, ending in enumerate(("bin", "idx", "win")):
-            path = with_ending(manifest.prefix(shard), ending)
+            prefix = manifest.prefix(shard) if ending == "win" else manifest.pair(shard)
+            path = with_ending(prefix, ending)
             size = int(manifest.sizes[shard, kind])
             tell = partial(_tell, progress, done, total, path)
             actual = _describe(path, dataset.patience, tell)

@@ -7,7 +7,7 @@ and a document of its own; padding is not referenced, so megatron-core reads the
 nothing else. `<name>.win` says which pieces fill which window, little endian throughout:
 
       0   8 bytes  magic `AXK1WIN\0`         56  u64       tokens, without padding
-      8   u32      version, always 1         64  u64       documents that begin in the shard
+      8   u32      version, 1 or 2           64  u64       documents that begin in the shard
      12   u32      dtype code of .bin        72  32 bytes  SHA-256 of .bin
      16   u64      S                        104  32 bytes  SHA-256 of .idx
      24   u64      vocabulary size          136  32 bytes  SHA-256 of bytes 200 .. end of .win
@@ -23,13 +23,18 @@ nothing else. `<name>.win` says which pieces fill which window, little endian th
         P x u32  where in its document each piece begins, in tokens
         P x u32  tokens of each piece
 
+Version 2 is a sidecar made afterwards for a pair that others wrote (`plain.py`): .bin holds their
+documents back to back, and so windows without padding; what fills no window at the end of .bin is
+left out. The number at byte 32 is then the size of .idx in bytes, that at 56 the tokens of .bin,
+and a piece of a window is no sequence of .idx.
+
 So every bit of .bin and .win is under a digest that the first read of its window checks, and since
 the row's digest holds that of the ids, a row that is right and ids that are wrong mean .bin. The
 header's SHA-256 depends on every byte of the shard: it is what the manifest of a dataset names the
 shard by. A digest is the first 8 bytes of a SHA-256: standard, and the fastest hash of the standard
 library but for CRC where the processor has instructions for it.
 
-Source: docs/decisions/0017-window-store.md.
+Source: docs/decisions/0017-window-store.md; version 2: docs/decisions/0020-plain-pairs.md.
 """
 
 import hashlib
@@ -44,11 +49,25 @@ from data.indexed.format import DTYPE_BY_CODE, DataError, IndexHeader, dtype_cod
 
 MAGIC = b"AXK1WIN\x00"
 VERSION = 1
+PLAIN_VERSION = 2
 _FIELDS = struct.Struct("<8sIIQQQQQQQ32s32s32s")
 HEADER_BYTES = _FIELDS.size + 32
 COUNT_DTYPE = np.dtype("<u8")
 PIECE_DTYPE = np.dtype("<u4")
 _ROW = struct.Struct("<QQQ")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlainPair:
+    """What a sidecar says of a .bin/.idx pair that was not written as windows.
+
+    Attributes:
+        idx_bytes: size of .idx in bytes.
+        rest_tokens: ids at the end of .bin that fill no window, 0 .. S; no window holds them.
+    """
+
+    idx_bytes: int
+    rest_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,14 +78,15 @@ class WindowHeader:
         dtype: integer dtype of the ids in .bin.
         window_tokens: S; a window has S + 1 ids.
         vocab_size: every id is below it.
-        padding_id: id that fills the remainder of a window.
+        padding_id: id that fills the remainder of a window; 0 and without meaning in a plain pair.
         num_windows: W.
         num_pieces: P.
-        num_tokens: ids without padding.
-        num_documents: documents that begin in the shard.
+        num_tokens: ids of all windows without padding.
+        num_documents: documents that begin in a window of the shard.
         bin_sha256: SHA-256 of .bin, 32 bytes.
         idx_sha256: SHA-256 of .idx, 32 bytes.
         columns_sha256: SHA-256 of what follows the header, 32 bytes.
+        plain: of a pair that was not written as windows; None in a packed shard.
     """
 
     dtype: np.dtype[np.integer]
@@ -80,6 +100,7 @@ class WindowHeader:
     bin_sha256: bytes
     idx_sha256: bytes
     columns_sha256: bytes
+    plain: PlainPair | None = None
 
     @property
     def window_bytes(self) -> int:
@@ -89,11 +110,14 @@ class WindowHeader:
     @property
     def bin_bytes(self) -> int:
         """Size in bytes that .bin must have."""
-        return self.num_windows * self.window_bytes
+        rest_tokens = self.plain.rest_tokens if self.plain else 0
+        return self.num_windows * self.window_bytes + rest_tokens * self.dtype.itemsize
 
     @property
     def idx_bytes(self) -> int:
         """Size in bytes that .idx must have."""
+        if self.plain:
+            return self.plain.idx_bytes
         header = IndexHeader(
             dtype=self.dtype, num_sequences=self.num_pieces, num_bounds=self.num_pieces + 1
         )
@@ -108,14 +132,14 @@ class WindowHeader:
         """Return the header's 200 bytes; the last 32 are the SHA-256 of the others."""
         fields = _FIELDS.pack(
             MAGIC,
-            VERSION,
+            PLAIN_VERSION if self.plain else VERSION,
             dtype_code(self.dtype),
             self.window_tokens,
             self.vocab_size,
-            self.padding_id,
+            self.plain.idx_bytes if self.plain else self.padding_id,
             self.num_windows,
             self.num_pieces,
-            self.num_tokens,
+            self.num_tokens + (self.plain.rest_tokens if self.plain else 0),
             self.num_documents,
             self.bin_sha256,
             self.idx_sha256,
@@ -144,8 +168,10 @@ class WindowHeader:
         magic, version, code, *counts, bin_sha, idx_sha, columns_sha = _FIELDS.unpack(fields)
         if magic != MAGIC:
             raise DataError(f"{name}: starts with {magic!r}, a file of windows with {MAGIC!r}")
-        if version != VERSION:
-            raise DataError(f"{name}: format version {version}, only {VERSION} is known")
+        if version not in (VERSION, PLAIN_VERSION):
+            raise DataError(
+                f"{name}: format version {version}, only {VERSION} and {PLAIN_VERSION} are known"
+            )
         if (found := hashlib.sha256(fields).digest()) != expected:
             raise DataError(
                 f"{name}: bytes 0 .. {_FIELDS.size} have the SHA-256 {found.hex()}, the header "
@@ -154,6 +180,11 @@ class WindowHeader:
         if code not in DTYPE_BY_CODE:
             raise DataError(f"{name}: dtype code {code}, ids have one of {sorted(DTYPE_BY_CODE)}")
         window_tokens, vocab_size, padding_id, windows, pieces, tokens, documents = counts
+        plain = None
+        if version == PLAIN_VERSION:
+            rest_tokens = tokens - windows * (window_tokens + 1)
+            plain = PlainPair(idx_bytes=padding_id, rest_tokens=rest_tokens)
+            padding_id, tokens = 0, tokens - rest_tokens
         return cls(
             dtype=DTYPE_BY_CODE[code],
             window_tokens=window_tokens,
@@ -166,6 +197,7 @@ class WindowHeader:
             bin_sha256=bin_sha,
             idx_sha256=idx_sha,
             columns_sha256=columns_sha,
+            plain=plain,
         )
 
 

@@ -15,6 +15,7 @@ Seconds of the processor, not of the clock; of reading, the least of several rou
 
 # ruff: noqa: E402  the line that puts the root on sys.path comes before our imports
 
+import hashlib
 import multiprocessing
 import os
 import sys
@@ -31,6 +32,7 @@ import numpy as np
 
 from data.indexed.block_cache import BlockCacheConfig
 from data.indexed.dataset import open_dataset
+from data.indexed.dataset_manifest import Bucket, DatasetHeader, ShardEntry, write_manifest
 from data.indexed.packing import POLICIES, pack
 from data.indexed.patience import Patience
 from data.indexed.window_reader import WindowReader
