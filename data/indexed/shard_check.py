@@ -22,7 +22,7 @@ def read_shard(prefix: Path | str) -> WrittenShard:
         DataError: if a file is missing or has another SHA-256 than the shard's header says.
     """
     sidecar = _read(win_path(prefix))
-    header = WindowHeader.unpack(sidecar, path=win_path(prefix))
+    header = WindowHeader.unpack(sidecar, name=str(win_path(prefix)))
     expected = {
         win_path(prefix): (hashlib.sha256(sidecar[HEADER_BYTES:]).digest(), header.columns_sha256),
         bin_path(prefix): (_sha256(bin_path(prefix)), header.bin_sha256),

@@ -73,7 +73,7 @@ def test_addresses_are_the_same_for_any_number_of_replicas(
         (["action=addresses", "steps=0:200000"], "0:156752 is allowed"),
         (["action=addresses", "ranks=7"], "ranks=7 * micro_batch=1 must divide them"),
         (["described.domains.reasoning=1000000000"], "reasoning/"),
-        (["curriculum.stages.0.tokens=0"], "stage general: tokens=0"),
+        (["curriculum.stages.general.tokens=0"], "curriculum.stages.general: tokens=0"),
     ],
 )
 def test_what_cannot_be_is_refused(words: list[str], said: str, inspect: Inspect) -> None:
