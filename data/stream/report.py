@@ -1,42 +1,55 @@
 """What does a plan look like to a person, and to a program?
 
 `plan_report` is the whole run stage by stage, `address_table` the windows of some steps, slot by
-slot. Both cost milliseconds: nothing is read but the plan.
+slot. Both cost milliseconds: nothing is read but the plan. `audit_text` shows what an audit found.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.stream.audit import Audit
+from data.stream.ledger import Ledger
 from data.stream.plan import Plan
+from data.stream.slots import check_divides
 
+SHOWN_ROWS = 16
+"""Of a table that may have hundreds."""
 ID_BYTES = 4
 """Of an id in a file; a vocabulary of 163,840 does not fit two."""
 
 
-def plan_report(plan: Plan, *, replicas: Sequence[int], micro_batch: int) -> dict[str, Any]:
+def plan_report(
+    plan: Plan, *, replicas: Sequence[int], micro_batch: Callable[[int], int]
+) -> dict[str, Any]:
     """Return what each stage reads, as JSON values.
+
+    A plan that was changed under way may come back to a stage: it then has several entries.
 
     Args:
         plan: of the run.
         replicas: data-parallel sizes that every batch should divide.
-        micro_batch: sequences of a micro-batch.
+        micro_batch: sequences of a micro-batch of windows of a length.
     """
     stages: list[dict[str, Any]] = []
     first_batch = 0
-    for name in dict.fromkeys(segment.stage for segment in plan.segments):
-        parts = [s for s in plan.segments if s.stage == name]
+    for (name, window_tokens), same in groupby(
+        plan.segments, key=lambda segment: (segment.stage, segment.window_tokens)
+    ):
+        parts = list(same)
+        micro = micro_batch(window_tokens)
         batches = sum(s.num_batches for s in parts)
         sequences = sum(s.num_batches * s.global_sequences for s in parts)
         sizes = sorted({s.global_sequences for s in parts})
         given = plan.order.given(first_batch + batches) - plan.order.given(first_batch)
-        tokens = sequences * parts[0].window_tokens
+        tokens = sequences * window_tokens
         stages.append(
             {
                 "stage": name,
-                "window_tokens": parts[0].window_tokens,
+                "window_tokens": window_tokens,
                 "first_batch": first_batch,
                 "batches": batches,
                 "batch_sizes": sizes,
@@ -48,14 +61,13 @@ def plan_report(plan: Plan, *, replicas: Sequence[int], micro_batch: int) -> dic
                 "quality": _shares(plan, given, "quality_tier"),
                 "difficulty": _shares(plan, given, "difficulty_tier"),
                 "divides": {
-                    str(dp): all(size % (dp * micro_batch) == 0 for size in sizes)
-                    for dp in replicas
+                    str(dp): all(size % (dp * micro) == 0 for size in sizes) for dp in replicas
                 },
             }
         )
         first_batch += batches
     given = plan.order.given(plan.order.num_batches)
-    epochs = given / np.array(plan.order.windows, dtype=np.float64)
+    epochs = given / np.maximum(plan.order.windows, 1)
     return {
         "digest": plan.digest,
         "buckets": len(plan.buckets),
@@ -93,7 +105,7 @@ def plan_text(report: dict[str, Any]) -> str:
         divides = ", ".join(f"{dp} {'yes' if ok else 'NO'}" for dp, ok in stage["divides"].items())
         lines.append(
             f"{stage['stage']:<12} {stage['window_tokens']:>7,} {stage['batches']:>9,} {batch:>13}"
-            f" {stage['tokens'] / 1e12:>8.3f}T {stage['bytes'] / 1e12:>7.2f}TB"
+            f" {scaled(stage['tokens']):>9} {scaled(stage['bytes']) + 'B':>9}"
             f" {stage['buckets']:>8}  {divides}"
         )
     for label in ("domains", "quality", "difficulty"):
@@ -107,43 +119,47 @@ def plan_text(report: dict[str, Any]) -> str:
     lines += [f"  {name:<32} {epochs:>6.2f}" for name, epochs in most]
     lines += [
         "",
-        f"{report['batches']:,} batches, {report['tokens'] / 1e12:.3f}T tokens,"
+        f"{report['batches']:,} batches, {scaled(report['tokens'])} tokens,"
         f" {report['buckets']} buckets; plan {report['digest'][:16]}",
     ]
     return "\n".join(lines)
 
 
 def address_table(
-    plan: Plan, *, steps: range, replicas: int, micro_batch: int
+    plan: Plan,
+    *,
+    steps: range,
+    replicas: int,
+    micro_batch: Callable[[int], int],
+    batch_of: Callable[[int], int],
 ) -> dict[str, NDArray[np.int64]]:
     """Return the address of every slot of some steps, in the order in which replicas read them.
 
     Args:
         plan: of the run.
-        steps: batches.
+        steps: optimizer steps, from 0.
         replicas: among which the slots of a batch are divided.
-        micro_batch: sequences of a micro-batch.
+        micro_batch: sequences of a micro-batch, by the number of the batch.
+        batch_of: batch that a step trains on, as `Ledger.batch_of`.
 
     Returns:
-        Columns of one length: step, rank, micro_batch, slot, bucket, window, epoch.
+        Columns of one length: step, batch, rank, micro_batch, slot, bucket, window, epoch.
 
     Raises:
         ValueError: if replicas * micro_batch does not divide a batch, or a step is not there.
     """
     columns: dict[str, list[NDArray[np.int64]]] = {}
     for step in steps:
-        size = plan.order.global_sequences(step)
-        if size % (replicas * micro_batch):
-            raise ValueError(
-                f"step {step} has {size} sequences, but ranks={replicas} * micro_batch="
-                f"{micro_batch} must divide them: change one of the two"
-            )
-        slots = np.arange(size).reshape(-1, replicas, micro_batch).transpose(1, 0, 2).ravel()
-        found = plan.order.addresses(step, slots)
+        batch = batch_of(step)
+        size, micro = plan.order.global_sequences(batch), micro_batch(batch)
+        check_divides(size, step=step, ranks=replicas, micro_batch=micro)
+        slots = np.arange(size).reshape(-1, replicas, micro).transpose(1, 0, 2).ravel()
+        found = plan.order.addresses(batch, slots)
         for name, values in (
             ("step", np.full(size, step)),
-            ("rank", slots // micro_batch % replicas),
-            ("micro_batch", slots // (replicas * micro_batch)),
+            ("batch", np.full(size, batch)),
+            ("rank", slots // micro % replicas),
+            ("micro_batch", slots // (replicas * micro)),
             ("slot", slots),
             ("bucket", found.bucket),
             ("window", found.window),
@@ -151,3 +167,94 @@ def address_table(
         ):
             columns.setdefault(name, []).append(values)
     return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+
+def scaled(number: int) -> str:
+    """Return a number with four digits and its unit: 573.4K, 9.261T."""
+    value, unit = float(number), ""
+    for unit in ("", "K", "M", "G", "T"):
+        if value < 1000 or unit == "T":
+            break
+        value /= 1000
+    return f"{value:.4g}{unit}" if unit != "T" else f"{value:.3f}T"
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Return rows as lines, their first `left` columns aligned to the left, the others right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def audit_text(audit: Audit) -> str:
+    """Return what an audit found: tables, what else is to be said, and the differences."""
+    whole: dict[tuple[str, str], tuple[int, int]] = {}
+    for count in audit.counts:
+        tokens, planned = whole.get((count.stage, count.domain), (0, 0))
+        size = count.window_tokens
+        whole[count.stage, count.domain] = (
+            tokens + count.windows * size,
+            planned + count.planned_windows * size,
+        )
+    tokens = [("stage", "domain", "tokens", "by the plan", "difference")]
+    tokens += [
+        (stage, domain, f"{read:,}", f"{planned:,}", f"{read - planned:,}")
+        for (stage, domain), (read, planned) in whole.items()
+    ]
+    worst = sorted(audit.counts, key=lambda count: count.windows == count.planned_windows)
+    windows = [("stage", "bucket", "windows", "by the plan", "difference")]
+    windows += [
+        (
+            count.stage,
+            count.bucket,
+            f"{count.windows:,}",
+            f"{count.planned_windows:,}",
+            f"{count.windows - count.planned_windows:,}",
+        )
+        for count in worst[:SHOWN_ROWS]
+    ]
+    more = len(worst) - SHOWN_ROWS
+    lines = [*aligned(tokens, left=2), "", *aligned(windows, left=2)]
+    lines += [f"... {more:,} more; output=FILE.json has all of them"] if more > 0 else []
+    lines += ["", f"steps {audit.first_step + 1} .. {audit.last_step}"]
+    if audit.num_intervals:
+        lines[-1] += f": {audit.num_intervals:,} recorded digests compared"
+    if audit.num_superseded:
+        lines[-1] += f", {audit.num_superseded:,} left out, whose steps were taken again"
+    lines += list(audit.remarks)
+    lines += [f"DIFFERENCE: {one}" for one in audit.differences[:SHOWN_ROWS]]
+    more = len(audit.differences) - SHOWN_ROWS
+    lines += [f"... {more:,} more differences"] if more > 0 else []
+    lines += [] if audit.differences else ["no difference"]
+    return "\n".join(lines)
+
+
+def ledger_text(ledger: Ledger) -> str:
+    """Return the entries of a ledger as an aligned table."""
+    rows = [("entry", "kind", "reason", "from batch", "batches")]
+    for number, entry in enumerate(ledger.entries):
+        batches = {
+            "skip": entry.num_batches,
+            "plan": sum(segment.num_batches for segment in entry.segments),
+        }.get(entry.kind, 0)
+        rows.append(
+            (
+                str(number),
+                entry.kind,
+                entry.reason,
+                f"{entry.first_batch:,}",
+                f"{batches:,}" if batches else "-",
+            )
+        )
+    return "\n".join(aligned(rows, left=3))
+
+
+def skipped_text(skipped: Sequence[range]) -> str:
+    """Return which batches of a plan are skipped, in words."""
+    named = ", ".join(f"{part.start:,} .. {part.stop - 1:,}" for part in skipped)
+    return f"skipped, and counted above: batches {named}"

@@ -36,3 +36,22 @@ def local_slots(size: int, *, micro_sequences: int, dp: int, data_rank: int) -> 
         range(start + data_rank * micro_sequences, start + (data_rank + 1) * micro_sequences)
         for start in range(0, size, share)
     ]
+
+
+def check_divides(size: int, *, step: int, ranks: int, micro_batch: int) -> None:
+    """Refuse ranks that cannot share a batch.
+
+    Args:
+        size: sequences of the batch.
+        step: that trains on it.
+        ranks: replicas.
+        micro_batch: sequences of a micro-batch.
+
+    Raises:
+        ValueError: if ranks * micro_batch does not divide it.
+    """
+    if size % (ranks * micro_batch):
+        raise ValueError(
+            f"step {step} has {size} sequences, but ranks={ranks} * micro_batch={micro_batch} must"
+            " divide them: change one of the two"
+        )

@@ -1,5 +1,6 @@
 """A curriculum becomes exact shares, batch by batch, or is refused by the key to change."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 
 from data.indexed.dataset_manifest import Bucket
 from data.stream.curriculum import Curriculum, Mixture, Stage
+from data.stream.order import Order
 from data.stream.plan import Plan, plan, tokens_by_label
-from data.stream.report import address_table, plan_report, plan_text
+from data.stream.report import address_table, plan_report, plan_text, scaled
 
 WEB = Mixture(domains={"web": 3.0, "code": 1.0})
 
@@ -143,7 +145,7 @@ def test_a_domain_may_have_a_cap_of_its_own() -> None:
 
 
 def test_the_report_adds_up() -> None:
-    report = plan_report(planned(stage(), stage()), replicas=[5, 4], micro_batch=1)
+    report = plan_report(planned(stage(), stage()), replicas=[5, 4], micro_batch=lambda _: 1)
     assert report["tokens"] == 2 * 64 * 1_000
     assert [s["first_batch"] for s in report["stages"]] == [0, 100]
     assert report["stages"][1]["divides"] == {"5": True, "4": False}
@@ -155,11 +157,27 @@ def test_the_report_adds_up() -> None:
 
 def test_the_table_of_addresses_is_what_each_replica_reads() -> None:
     found = planned(stage())
-    table = address_table(found, steps=range(3, 5), replicas=5, micro_batch=2)
+    sizes = {"micro_batch": lambda _: 2, "batch_of": lambda step: step}
+    table = address_table(found, steps=range(3, 5), replicas=5, **sizes)
     for rank in range(5):
         mine = (table["step"] == 4) & (table["rank"] == rank)
         expected = found.order.addresses(4, [2 * rank, 2 * rank + 1])
         assert table["slot"][mine].tolist() == [2 * rank, 2 * rank + 1]
         assert table["window"][mine].tolist() == expected.window.tolist()
     with pytest.raises(ValueError, match=r"10 sequences, but ranks=3 \* micro_batch=2"):
-        address_table(found, steps=range(1), replicas=3, micro_batch=2)
+        address_table(found, steps=range(1), replicas=3, **sizes)
+
+
+def test_a_plan_that_comes_back_to_a_stage_counts_it_twice() -> None:
+    found = planned(stage(), stage())
+    segments = (*found.segments, found.segments[0])
+    again = replace(found, segments=segments, order=Order(found.order.windows, segments, seed=0))
+    report = plan_report(again, replicas=[], micro_batch=lambda _: 1)
+    assert [entry["first_batch"] for entry in report["stages"]] == [0, 100, 200]
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(0, "0"), (999, "999"), (573_440, "573.4K"), (9_261_000_000_000, "9.261T")]
+)
+def test_a_large_number_is_short(number: int, said: str) -> None:
+    assert scaled(number) == said

@@ -143,7 +143,13 @@ def test_96_replicas_go_on_where_64_stopped(change: int, micro: int, seed: int) 
 @pytest.mark.parametrize(("dp", "micro"), [(1, 1), (64, 2), (96, 1), (3, 16)])
 def test_the_table_of_addresses_divides_slots_as_training_does(dp: int, micro: int) -> None:
     plan = Plan(buckets=(), segments=(), order=order_for(384, seed=1), digest="")
-    table = address_table(plan, steps=range(5, 6), replicas=dp, micro_batch=micro)
+    table = address_table(
+        plan,
+        steps=range(5, 6),
+        replicas=dp,
+        micro_batch=lambda _: micro,
+        batch_of=lambda step: step,
+    )
     for rank in range(dp):
         slots = local_slots(384, micro_sequences=micro, dp=dp, data_rank=rank)
         assert table["slot"][table["rank"] == rank].tolist() == np.concatenate(slots).tolist()
