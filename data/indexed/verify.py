@@ -1,13 +1,15 @@
-"""Is every byte of a dataset what its manifest says?
+"""Is every byte of a dataset what its manifest says, and where is it not?
 
 Reads all files of all shards where they are, never from the block cache, and goes on after a
-damaged one. Each part of a file is waited for with the dataset's patience.
+damaged one. Each part of a file is waited for with the dataset's patience. Of a file that is
+damaged `damaged_windows` says where, as far as training would notice.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 from data.indexed.dataset import Dataset
@@ -15,7 +17,8 @@ from data.indexed.format import DataError
 from data.indexed.location import Location, with_ending
 from data.indexed.patience import Patience, read_each
 from data.indexed.remote import open_plain
-from data.indexed.storage import StoredFile
+from data.indexed.storage import FileKind, StoredFile
+from data.indexed.window_reader import WindowReader
 
 _CHUNK_BYTES = 2**24
 _T = TypeVar("_T")
@@ -71,6 +74,41 @@ def verify(
                 found.append(DamagedFile(shard=name, path=path, expected=expected, found=actual))
             done += size
     return tuple(found)
+
+
+def damaged_windows(dataset: Dataset, damaged: DamagedFile, *, most: int = 3) -> tuple[str, ...]:
+    """Return what reading the windows of a damaged shard says, one message a window.
+
+    Args:
+        dataset: of the shard.
+        damaged: one of its files.
+        most: at most so many messages, of the first damaged windows.
+
+    Returns:
+        Messages that name file, window and bytes; or why the shard cannot be opened. None if no
+        window is damaged: .idx, and what fills no window, are not read in training.
+    """
+    manifest = dataset.manifest
+    names = (manifest.name(shard) for shard in range(manifest.num_shards))
+    shard = next(number for number, name in enumerate(names) if name == damaged.shard)
+
+    def opener(prefix: Location, kind: FileKind) -> StoredFile:
+        return open_plain(with_ending(prefix if kind == "win" else manifest.pair(shard), kind))
+
+    def said() -> Iterator[str]:
+        try:
+            reader = WindowReader(manifest.prefix(shard), opener=opener)
+        except DataError as error:
+            yield str(error)
+            return
+        with reader:
+            for window in range(reader.header.num_windows):
+                try:
+                    reader.read(window)
+                except DataError as error:
+                    yield str(error)
+
+    return tuple(islice(said(), most))
 
 
 def _tell(
