@@ -2,11 +2,10 @@
 
     python launch/index_data.py '+pairs.web.prefixes=[/data/web/a,/data/web/b]' \
         +pairs.web.language=en tokenizer=/data/tokenizer.json output=runs/index/web
-    python launch/index_data.py action=verify output=runs/index/web
+    python launch/inspect_data.py action=verify dataset=runs/index/web/dataset.set
 
-`index` reads every pair once and writes sidecars and a manifest into `output`; a second call makes
-only what is missing or changed. `verify` reads every file of the dataset and names those that are
-not what the manifest says. Exit code 2 if a pair is refused or a file is damaged.
+Reads every pair once and writes sidecars and a manifest into `output`; a second call makes only
+what is missing or changed. Exit code 2 if a pair is refused.
 """
 
 import os
@@ -20,11 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not launch/: see
 import hydra
 
 from data.corpus.folder import exclusive
-from data.corpus.report import ProgressText
-from data.indexed.dataset import open_dataset
 from data.indexed.format import DataError
 from data.indexed.plain_dataset import (
-    MANIFEST_NAME,
     IndexOptions,
     IndexReport,
     PairGroup,
@@ -32,8 +28,8 @@ from data.indexed.plain_dataset import (
     index_pairs,
 )
 from data.indexed.plain_tasks import Progress
-from data.indexed.verify import verify
 from data.tokenizer.codec import Codec
+from launch.checkpoint import show_progress
 from launch.compose import Composed, build, run
 
 
@@ -42,14 +38,13 @@ class Indexing:
     """What is indexed, and where the index goes.
 
     Raises:
-        ValueError: if a value is missing for `action=index`, or out of range.
+        ValueError: if a value is missing or out of range.
     """
 
-    action: Literal["index", "verify"]
     output: Path
     pairs: dict[str, PairGroup]
     tokenizer: Path | None
-    """tokenizer.json with which the pairs were written; null only with `action=verify`."""
+    """tokenizer.json with which the pairs were written; null is refused."""
     end_of_document: str
     """Special token that ends a document in them."""
     window_tokens: tuple[int, ...]
@@ -59,12 +54,12 @@ class Indexing:
     """How the manifest names the pairs."""
 
     def __post_init__(self) -> None:
-        if self.action == "index" and not self.pairs:
+        if not self.pairs:
             raise ValueError(
                 "pairs is empty; allowed: at least one group, as "
                 "+pairs.web.prefixes=[/data/web/a,/data/web/b]"
             )
-        if self.action == "index" and self.tokenizer is None:
+        if self.tokenizer is None:
             raise ValueError(
                 "tokenizer: null given; allowed: the tokenizer.json with which the pairs were "
                 "written"
@@ -85,28 +80,8 @@ class Indexing:
 
 @hydra.main(version_base=None, config_path="../conf", config_name="index_data")
 def main(cfg: Composed) -> None:
-    """Index the pairs that the configuration names, or verify what was indexed."""
-    asked = build(Indexing, cfg)
-    line = ProgressText(terminal=sys.stdout.isatty())
-
-    def show(stage: str, done: int, total: int) -> None:
-        print(line.text(stage, done, total), end="", flush=True)
-
-    if asked.action == "verify":
-        _verify(asked, show)
-    else:
-        _index(asked, show)
-
-
-def _verify(asked: Indexing, show: Progress) -> None:
-    """Read every file of the dataset, and refuse it with a line for each damaged one."""
-    with open_dataset(asked.output / MANIFEST_NAME) as dataset:
-        damaged = verify(dataset, progress=lambda done, of, _: show("verify, bytes", done, of))
-        num_shards = dataset.manifest.num_shards
-    if damaged:
-        lines = [f"{one.path}: {one.found}; {one.expected} expected" for one in damaged]
-        raise DataError("\n".join((f"{len(damaged)} of {3 * num_shards} files:", *lines)))
-    print(f"\nwhole: all files of {num_shards:,} shards")
+    """Index the pairs that the configuration names."""
+    _index(build(Indexing, cfg), show_progress())
 
 
 def _index(asked: Indexing, show: Progress) -> None:
@@ -131,7 +106,7 @@ def _index(asked: Indexing, show: Progress) -> None:
             f"output={asked.output}: {error}; allowed: a folder that can be written to, with room"
         ) from error
     print(f"\n{report_text(report)}\n")
-    print(f"next: python launch/index_data.py action=verify output={asked.output}")
+    print(f"next: python launch/inspect_data.py action=verify dataset={report.manifest}")
 
 
 def report_text(report: IndexReport) -> str:

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 
 from launch.compose import build
 from launch.dry_run import OWN
-from launch.inspect_data import Inspection
+from launch.inspection import Inspection
 from pretrain.model.spec import ModelSpec
 from pretrain.training.batch import check_divisible
 from pretrain.training.run import Run

@@ -1,4 +1,4 @@
-"""The small run that the tests of launch/pretrain.py share, and what catches its refusals."""
+"""What the tests of commands share: a small run, what catches its refusals, what inspects it."""
 
 import sys
 from collections.abc import Callable
@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from launch.compose import run
+from launch.inspect_data import main as inspect_data
 from launch.pretrain import main
 from pretrain.training.start import USER_ERRORS
+
+Inspect = Callable[..., tuple[int, str, str]]
 
 SMALL = (
     "model.num_layers=2",
@@ -62,3 +65,16 @@ def refuse(
         return messages[0]
 
     return run_here
+
+
+@pytest.fixture
+def inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inspect:
+    """Return what runs launch/inspect_data.py here and gives its exit code, output and errors."""
+
+    def command(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["inspect_data.py", *words])
+        code = run(inspect_data, user_errors=USER_ERRORS)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return command

@@ -15,6 +15,7 @@ from launch.compose import run
 from launch.index_data import main
 from tests.data.indexed.pairs import random_documents, write_pair
 from tests.data.indexed.shards import flip
+from tests.launch.conftest import Inspect
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -52,7 +53,7 @@ def words(tmp_path: Path) -> list[str]:
 
 
 def test_pairs_become_a_dataset_and_the_next_command_verifies_it(
-    command: Command, words: list[str], tmp_path: Path
+    command: Command, inspect: Inspect, words: list[str], tmp_path: Path
 ) -> None:
     code, text, _ = command(*words)
 
@@ -66,8 +67,10 @@ def test_pairs_become_a_dataset_and_the_next_command_verifies_it(
         assert dataset.header.padding_id == codec.eod_id
         flat = np.fromfile(tmp_path / "web/a.bin", "<u2")
         np.testing.assert_array_equal(dataset.read(0, 0).tokens, flat[:8])
-    following = text.rstrip().splitlines()[-1].removeprefix("next: python launch/index_data.py ")
-    code, text, _ = command(*following.split())
+    following = text.rstrip().splitlines()[-1]
+    begins = "next: python launch/inspect_data.py "
+    assert following.startswith(begins)
+    code, text, _ = inspect(*following.removeprefix(begins).split())
     assert (code, "whole: all files of 3 shards" in text) == (0, True)
 
 
@@ -78,17 +81,18 @@ def test_a_second_call_makes_nothing(command: Command, words: list[str]) -> None
 
 
 def test_verify_names_every_damaged_file(
-    command: Command, words: list[str], tmp_path: Path
+    command: Command, inspect: Inspect, words: list[str], tmp_path: Path
 ) -> None:
     command(*words)
     flip(tmp_path / "web/b.idx", 700)
-    flip(tmp_path / "code.bin", 70)
+    flip(tmp_path / "code.bin", 8 * 70)
 
-    code, _, error = command("action=verify", f"output={tmp_path}/index")
+    code, _, error = inspect("action=verify", f"dataset={tmp_path}/index/dataset.set")
 
     assert code == 2
     assert f"{tmp_path}/web/b.idx: " in error
     assert f"{tmp_path}/code.bin: " in error
+    assert f"{tmp_path}/code.bin: window 4 (bytes 64 .. 80)" in error
     assert "a.bin" not in error
 
 
@@ -103,14 +107,13 @@ def test_verify_names_every_damaged_file(
         (["window_tokens=4096"], "window_tokens: got 4096 (int); allowed: a list of int"),
         (["workers=-1"], "workers=-1; allowed: 0 (one for each core) or more"),
         (["places=here"], "places: got 'here' (str); allowed: one of 'absolute', 'relative'"),
-        (["action=merge"], "action: got 'merge'"),
         (["+pairs.web.lang=en"], "pairs.web.lang: unknown key"),
         (["+pairs.web.difficulty_tier=-1"], "pairs.web: quality_tier=0, difficulty_tier=-1"),
         (["pairs.web.prefixes=[]"], "pairs.web: prefixes is empty; allowed: paths of pairs"),
         (["pairs.web.prefixes=[/nope/a]"], "/nope/a.bin: No such file"),
         (["pairs.web.prefixes=[/nope/*]"], "pairs.web.prefixes: /nope/* matches no pair"),
         (["output=/proc/nope"], "output=/proc/nope: "),
-        (["action=verify", "output=/nope"], "dataset.set: No such file"),
+        (["+action=verify"], "action: unknown key"),
     ],
 )
 def test_what_cannot_be_is_refused(

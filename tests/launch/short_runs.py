@@ -1,0 +1,71 @@
+"""A run of a few steps that writes what a real one writes, and can be left in the middle."""
+
+import sys
+from dataclasses import replace
+
+import torch
+
+from data.stream.ledger import write_ledger
+from launch.compose import to_yaml
+from parallel import groups
+from pretrain.checkpoint.resume import find_newest
+from pretrain.model.extra_losses import forget_extra_losses
+from pretrain.monitor.telemetry import open_telemetry
+from pretrain.training.corpus import LEDGER_NAME, ledger_to_follow, open_run_corpus
+from pretrain.training.exit_file import FINISHED, write_exit
+from pretrain.training.observe import Observer, make_throughput
+from pretrain.training.run import Run
+from pretrain.training.train_step import StepResult
+from pretrain.training.trainer import Trainer, fit
+
+
+def train_some(run: Run, *, save_after: int | None = None, leave_after: int | None = None) -> None:
+    """Train from the newest checkpoint, and go without a word after a step, as if killed.
+
+    Args:
+        run: the configuration.
+        save_after: write a checkpoint after this step.
+        leave_after: the last step; None: to the end of the run.
+
+    Collective: every rank calls it.
+    """
+    device = groups.join_world()
+    forget_extra_losses()
+    found = find_newest(run.folder / "checkpoints")
+    corpus = open_run_corpus(run)
+    ledger = ledger_to_follow(run, corpus, newest=None if found is None else found[1])
+    trainer = Trainer(run, device=device, corpus=replace(corpus, ledger=ledger))
+    if found is not None:
+        trainer.load(*found)
+    telemetry = None
+    if torch.distributed.get_rank() == 0:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
+        write_ledger(run.folder / LEDGER_NAME, ledger)
+        telemetry = open_telemetry(
+            run.folder, run.telemetry, stream=sys.stderr, total_steps=trainer.total_steps
+        )
+    throughput = make_throughput(run, device)
+    observer = Observer(trainer, device=device, throughput=throughput, telemetry=telemetry)
+
+    def monitor(result: StepResult, num_sequences: int) -> None:
+        observer.step_done(result, num_sequences=num_sequences)
+
+    def checkpoint() -> None:
+        if trainer.position.step == save_after:
+            trainer.save()
+            observer.saved(duration_s=0.0)
+
+    throughput.start()
+    fit(
+        trainer,
+        monitor=monitor,
+        checkpoint=checkpoint,
+        should_stop=lambda: trainer.position.step == leave_after,
+    )
+    if telemetry is not None:
+        telemetry.close()
+        if trainer.is_finished:
+            write_exit(run.folder, code=FINISHED, reason="", step=trainer.position.step)
+    trainer.close()
+    corpus.close()
