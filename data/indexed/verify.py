@@ -1,16 +1,18 @@
-"""Is every byte of a dataset what its manifest says?
+"""Is every byte of a dataset what its manifest says, or at least every file there?
 
-Reads all files of all shards where they are, never from the block cache, and goes on after a
-damaged one. Each part of a file is waited for with the dataset's patience.
+`verify` reads all files of all shards where they are, never from the block cache, and goes on after
+a damaged one. Each part of a file is waited for with the dataset's patience.
 """
 
 import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from data.indexed.dataset import Dataset
+from data.indexed.dataset_manifest import Manifest
 from data.indexed.format import DataError
 from data.indexed.location import Location, with_ending
 from data.indexed.patience import Patience, read_each
@@ -18,6 +20,7 @@ from data.indexed.remote import open_plain
 from data.indexed.storage import StoredFile
 
 _CHUNK_BYTES = 2**24
+_THREADS = 8
 _T = TypeVar("_T")
 
 
@@ -59,10 +62,7 @@ def verify(
     total, done = int(manifest.sizes.sum()), 0
     found: list[DamagedFile] = []
     for shard in range(manifest.num_shards):
-        for kind, ending in enumerate(("bin", "idx", "win")):
-            prefix = manifest.prefix(shard) if ending == "win" else manifest.pair(shard)
-            path = with_ending(prefix, ending)
-            size = int(manifest.sizes[shard, kind])
+        for kind, (path, size) in enumerate(_files(manifest, shard)):
             tell = partial(_tell, progress, done, total, path)
             actual = _describe(path, dataset.patience, tell)
             expected = f"{size} bytes, SHA-256 {manifest.sha256[shard, kind].tobytes().hex()}"
@@ -71,6 +71,41 @@ def verify(
                 found.append(DamagedFile(shard=name, path=path, expected=expected, found=actual))
             done += size
     return tuple(found)
+
+
+def check_files(dataset: Dataset) -> None:
+    """Check that every file of a dataset is there with its size; reads no file.
+
+    Raises:
+        DataError: names the first that is missing or has another size, with both sizes.
+    """
+    places = [
+        (path, size)
+        for shard in range(dataset.manifest.num_shards)
+        for path, size in _files(dataset.manifest, shard)
+    ]
+    with ThreadPoolExecutor(_THREADS) as threads:  # a parallel file system answers many at once
+        for fault in threads.map(partial(_size_fault, dataset.patience), places):
+            if fault:
+                raise DataError(f"{fault}; {dataset.manifest.path} is of other files")
+
+
+def _files(manifest: Manifest, shard: int) -> list[tuple[Location, int]]:
+    """Return the three files of a shard and their sizes in bytes."""
+    prefixes = {"bin": manifest.pair, "idx": manifest.pair, "win": manifest.prefix}
+    return [
+        (with_ending(prefix(shard), ending), int(manifest.sizes[shard, kind]))
+        for kind, (ending, prefix) in enumerate(prefixes.items())
+    ]
+
+
+def _size_fault(patience: Patience, place: tuple[Location, int]) -> str:
+    path, expected = place
+    try:
+        found = _patiently(path, patience, lambda stored: stored.size())
+    except DataError as error:
+        return f"{path}: {error.__cause__ or error}, {expected} bytes expected"
+    return "" if found == expected else f"{path}: {found} bytes, {expected} expected"
 
 
 def _tell(

@@ -113,6 +113,7 @@ class Observer:
             **self._throughput.metrics(tokens_left=trainer.timetable.num_tokens - trainer.tokens),
         }
         if step % run.telemetry.console_interval_steps == 0 or trainer.is_finished:
+            trainer.settle_damage()
             record |= self._costly_metrics() | self._consumed()
         self._write(record)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from data.stream.consumed import MASK
+from data.stream.ledger import Entry, write_ledger
 from data.stream.loader import BatchReader, Share
 from data.stream.order import Segment
 from parallel import groups
@@ -32,7 +33,7 @@ from pretrain.checkpoint.sharded import (
 from pretrain.model.assemble import build_chunks
 from pretrain.model.initialise import initialise_weights
 from pretrain.model.transformer_config import transformer_config
-from pretrain.training.corpus import Corpus, validation_window_tokens
+from pretrain.training.corpus import LEDGER_NAME, Corpus, validation_window_tokens
 from pretrain.training.evaluate import ValidationLoss, validation_loss
 from pretrain.training.lr_schedule import step_lr
 from pretrain.training.optimizer import make_optimizer, set_coefficients, wrap_chunks
@@ -184,12 +185,31 @@ class Trainer:
             document_attention=self.run.data.document_attention,
         )
 
+    def settle_damage(self) -> None:
+        """Put windows that any replica found damaged into every rank's ledger; collective.
+
+        Rank 0 writes them into the run's ledger file.
+        """
+        known = self.ledger.replaced()
+        own = [e for e in self.reader.new_damage if (e.bucket, e.window) not in known]
+        if not max_over_all(torch.tensor(float(len(own)), device=self.device)):
+            return
+        gathered: list[list[Entry]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(gathered, own)
+        found = {(e.bucket, e.window): e for entries in gathered for e in entries}
+        for entry in sorted(found.values(), key=lambda e: (e.first_batch, e.bucket, e.window)):
+            self.ledger = self.ledger.with_entry(entry)
+        if torch.distributed.get_rank() == 0:
+            self.run.folder.mkdir(parents=True, exist_ok=True)
+            write_ledger(self.run.folder / LEDGER_NAME, self.ledger)
+
     def save(self) -> None:
         """Write a checkpoint of this moment; collective.
 
         Raises:
             CheckpointError: see save_checkpoint.
         """
+        self.settle_damage()
         root = self.run.folder / "checkpoints"
         manifest = Manifest(
             step=self.position.step,
