@@ -20,7 +20,7 @@ from data.stream.loader import BatchReader, Share
 from data.stream.order import Segment
 from parallel import groups
 from parallel.device import Device
-from parallel.reduce import max_over_all
+from parallel.reduce import max_over_all, sum_over_data
 from parallel.schedule import MicroBatch
 from parallel.seeds import seed_ranks
 from pretrain.checkpoint.manifest import Manifest
@@ -89,6 +89,7 @@ class Trainer:
                 micro_batch_tokens=run.micro_batch_tokens,
             ),
             reading=run.data.reading,
+            allocate=_pinned if self.device.type == "cuda" else None,
         )
         self._domain_idx = torch.tensor(
             [corpus.domains.index(bucket.domain) for bucket in corpus.ledger.last_plan.buckets]
@@ -140,6 +141,18 @@ class Trainer:
         )
         self.data_wait_s = time.monotonic() - started
         return batches
+
+    def take_consumed(self) -> int:
+        """Return the digest of what all replicas have read since it was last taken; collective.
+
+        Source: data/stream/consumed.py; `consumed_from_step` says since when.
+        """
+        own = self.consumed if groups.context_rank() == 0 else 0  # context ranks read the same
+        # 64-bit sums wrap around in int64 as they do modulo 2**64
+        signed = own - 2**64 if own >= 2**63 else own
+        total = sum_over_data(torch.tensor([signed], dtype=torch.int64, device=self.device))
+        self.consumed, self.consumed_from_step = 0, self.position.step
+        return int(total[0]) & MASK
 
     def _to_device(self, values: Any) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)
@@ -208,6 +221,8 @@ class Trainer:
 
         Raises:
             CheckpointError: see save_checkpoint.
+            DataError: if the manifest of the training windows is another one than at the start;
+                the checkpoint is written all the same.
         """
         self.settle_damage()
         root = self.run.folder / "checkpoints"
@@ -224,6 +239,7 @@ class Trainer:
         save_checkpoint(root, chunks=self.chunks, optimizer=self.optimizer, manifest=manifest)
         if torch.distributed.get_rank() == 0:
             remove_old(root, keep=self.run.checkpoints.keep)
+        self.corpus.train.check_unchanged()
 
     def start_from(self, folder: Path) -> None:
         """Take only the weights of a verified checkpoint, of any layout; collective.
@@ -249,6 +265,11 @@ class Trainer:
     def close(self) -> None:
         """Stop reading ahead."""
         self.reader.close()
+
+
+def _pinned(shape: tuple[int, int]) -> Any:
+    """Return memory from which a GPU copies without the host's help, `[C, S+1]` int32."""
+    return torch.empty(shape, dtype=torch.int32, pin_memory=True).numpy()
 
 
 def build_modules(run: Run, device: Device) -> Sequence[Any]:
