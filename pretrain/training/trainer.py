@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class Trainer:
                 micro_batch_tokens=run.micro_batch_tokens,
             ),
             reading=run.data.reading,
-            allocate=_pinned if self.device.type == "cuda" else None,
+            allocate=partial(_host_memory, pinned=self.device.type != "cpu"),
         )
         self._domain_idx = torch.tensor(
             [corpus.domains.index(bucket.domain) for bucket in corpus.ledger.last_plan.buckets]
@@ -267,9 +268,9 @@ class Trainer:
         self.reader.close()
 
 
-def _pinned(shape: tuple[int, int]) -> Any:
-    """Return memory from which a GPU copies without the host's help, `[C, S+1]` int32."""
-    return torch.empty(shape, dtype=torch.int32, pin_memory=True).numpy()
+def _host_memory(shape: tuple[int, int], *, pinned: bool) -> Any:
+    """Return int32 memory that windows are read into, pinned where a device copies from it."""
+    return torch.empty(shape, dtype=torch.int32, pin_memory=pinned).numpy()
 
 
 def build_modules(run: Run, device: Device) -> Sequence[Any]:
