@@ -46,6 +46,8 @@ EXTRAS = {
         "transformers==5.23.0",
         "accelerate>=1.15,<2",
         "ml_dtypes>=0.6,<1",
+        # Writes the pairs of ids that most open corpora come as.
+        "datatrove==0.10.1",
     ],
 }
 

@@ -110,11 +110,53 @@ def _kind(verdict: Mapping[str, Any]) -> str:
     return f"layouts, {stages} pipeline rank{'s' if stages != '1' else ''}"
 
 
+def bench_stream_table(record: Mapping[str, Any]) -> str:
+    """Return how soon the stream is ready, beside megatron-core's, and how fast it reads."""
+    start = [("a run of 10T tokens, from nothing to", "s", "peak MiB")]
+    start += [
+        (
+            f"the addresses of batch {part['batch']:,} of {part['num_batches']:,}",
+            f"{part['total_s']:.2f}",
+            f"{part['peak_mib']:.0f}",
+        )
+        for part in record["start"].values()
+    ]
+    builds = [("documents", "megatron-core: s", "MiB", "ours: ms", "MiB", "ratio", "whole batch")]
+    builds += [
+        (
+            f"{build['documents']:,}",
+            f"{build['megatron']['cpu_s']:.2f}",
+            f"{build['megatron']['peak_mib']:,.0f}",
+            f"{1e3 * build['ours']['best_cpu']['first_sample_s']:.2f}",
+            f"{build['ours']['peak_mib']:.0f}",
+            f"{build['ratio_first_sample']:,.0f}",
+            f"{build['ratio_first_batch']:,.0f}",
+        )
+        for build in record["builds"]
+    ]
+    names = ("ours", "ours_unchecked", "gpt_dataset", "bare_pread_int64")
+    reading = [
+        ("window", "ours", "unchecked", "GPTDataset", "pread and int64", "ratio", "unchecked")
+    ]
+    reading += [
+        (
+            f"{row['window_tokens']:,}",
+            *(f"{row['tokens_per_s'][name] / 1e6:.0f}" for name in names),
+            f"{row['ratio_checked']:.1f}",
+            f"{row['ratio_unchecked']:.1f}",
+        )
+        for row in record["reading"]
+    ]
+    return "\n\n".join(markdown_table(rows).rstrip() for rows in (start, builds, reading)) + "\n"
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "bench_step": bench_step_table,
     "bench_export": bench_export_table,
+    "bench_stream": bench_stream_table,
     "verify_2": verify_table,
+    "verify_8": verify_table,
 }
 
 

@@ -31,7 +31,9 @@ def main(cfg: Composed) -> None:
 
     manifest = prepare(config, progress=show)
     print(f"\n{config.output}\n\n{summary(manifest)}\n")
-    print(f"next: python launch/pretrain.py data.corpus={config.output}")
+    # the demo's curriculum names the domains of the default sources
+    plain = "" if {"python", "docstrings"} <= {*manifest.domains} else " curriculum=plain"
+    print(f"next: python launch/pretrain.py data.corpus={config.output}{plain}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,8 @@
-"""Is a shard of windows whole, and what does it hold? Are all files of a dataset there?"""
+"""Is a shard of windows whole, byte for byte, and what does it hold?"""
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
-from data.indexed.dataset import Dataset
-from data.indexed.dataset_manifest import Manifest
 from data.indexed.format import DataError, bin_path, idx_path
 from data.indexed.window_format import HEADER_BYTES, WindowHeader, win_path
 from data.indexed.window_writer import WrittenShard
@@ -39,32 +35,6 @@ def read_shard(prefix: Path | str) -> WrittenShard:
         header_sha256=sidecar[HEADER_BYTES - 32 : HEADER_BYTES],
         win_sha256=hashlib.sha256(sidecar).digest(),
     )
-
-
-def check_files(dataset: Dataset) -> None:
-    """Check that every file of a dataset is there with its size; reads no file.
-
-    Raises:
-        DataError: names the first that is missing or has another size, with both sizes.
-    """
-    manifest = dataset.manifest
-    with ThreadPoolExecutor(8) as threads:  # a parallel file system answers many at once
-        for fault in threads.map(partial(_find_fault, manifest), range(manifest.num_shards)):
-            if fault:
-                raise DataError(f"{fault}; {manifest.path} is of other files: prepare them again")
-
-
-def _find_fault(manifest: Manifest, shard: int) -> str:
-    prefix = manifest.prefix(shard)
-    for kind, path in enumerate((bin_path(prefix), idx_path(prefix), win_path(prefix))):
-        expected = int(manifest.sizes[shard, kind])
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            return f"{path}: {error.strerror}, {expected} bytes expected"
-        if found != expected:
-            return f"{path}: {found} bytes, {expected} expected"
-    return ""
 
 
 def _read(path: Path) -> bytes:

@@ -1,18 +1,20 @@
-"""Is every byte of a dataset what its manifest says, and where is it not?
+"""Is every byte of a dataset what its manifest says, and where not; is every file there at least?
 
-Reads all files of all shards where they are, never from the block cache, and goes on after a
-damaged one. Each part of a file is waited for with the dataset's patience. Of a file that is
+`verify` reads all files of all shards where they are, never from the block cache, and goes on after
+a damaged one. Each part of a file is waited for with the dataset's patience. Of a file that is
 damaged `damaged_windows` says where, as far as training would notice.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TypeVar
 
 from data.indexed.dataset import Dataset
+from data.indexed.dataset_manifest import Manifest
 from data.indexed.format import DataError
 from data.indexed.location import Location, with_ending
 from data.indexed.patience import Patience, read_each
@@ -21,6 +23,7 @@ from data.indexed.storage import FileKind, StoredFile
 from data.indexed.window_reader import WindowReader
 
 _CHUNK_BYTES = 2**24
+_THREADS = 8
 _T = TypeVar("_T")
 
 
@@ -62,10 +65,7 @@ def verify(
     total, done = int(manifest.sizes.sum()), 0
     found: list[DamagedFile] = []
     for shard in range(manifest.num_shards):
-        for kind, ending in enumerate(("bin", "idx", "win")):
-            prefix = manifest.prefix(shard) if ending == "win" else manifest.pair(shard)
-            path = with_ending(prefix, ending)
-            size = int(manifest.sizes[shard, kind])
+        for kind, (path, size) in enumerate(_files(manifest, shard)):
             tell = partial(_tell, progress, done, total, path)
             actual = _describe(path, dataset.patience, tell)
             expected = f"{size} bytes, SHA-256 {manifest.sha256[shard, kind].tobytes().hex()}"
@@ -109,6 +109,41 @@ def damaged_windows(dataset: Dataset, damaged: DamagedFile, *, most: int = 3) ->
                     yield str(error)
 
     return tuple(islice(said(), most))
+
+
+def check_files(dataset: Dataset) -> None:
+    """Check that every file of a dataset is there with its size; reads no file.
+
+    Raises:
+        DataError: names the first that is missing or has another size, with both sizes.
+    """
+    places = [
+        (path, size)
+        for shard in range(dataset.manifest.num_shards)
+        for path, size in _files(dataset.manifest, shard)
+    ]
+    with ThreadPoolExecutor(_THREADS) as threads:  # a parallel file system answers many at once
+        for fault in threads.map(partial(_size_fault, dataset.patience), places):
+            if fault:
+                raise DataError(f"{fault}; {dataset.manifest.path} is of other files")
+
+
+def _files(manifest: Manifest, shard: int) -> list[tuple[Location, int]]:
+    """Return the three files of a shard and their sizes in bytes."""
+    prefixes = {"bin": manifest.pair, "idx": manifest.pair, "win": manifest.prefix}
+    return [
+        (with_ending(prefix(shard), ending), int(manifest.sizes[shard, kind]))
+        for kind, (ending, prefix) in enumerate(prefixes.items())
+    ]
+
+
+def _size_fault(patience: Patience, place: tuple[Location, int]) -> str:
+    path, expected = place
+    try:
+        found = _patiently(path, patience, lambda stored: stored.size())
+    except DataError as error:
+        return f"{path}: {error.__cause__ or error}, {expected} bytes expected"
+    return "" if found == expected else f"{path}: {found} bytes, {expected} expected"
 
 
 def _tell(

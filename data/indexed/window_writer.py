@@ -259,7 +259,7 @@ class WindowWriter(Closing):
 
 
 class Documents(Protocol):
-    """Token ids of documents by number: a list of arrays, or an `IndexedReader`'s."""
+    """Token ids of documents by number: a list of arrays will do."""
 
     def __len__(self) -> int:
         """Return how many there are."""

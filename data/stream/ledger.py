@@ -13,7 +13,7 @@ A step trains on the batch that is left after the skipped ones: `batch_of`.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -102,7 +102,7 @@ class Ledger:
         return lines
 
     @staticmethod
-    def from_json(lines: Iterable[dict[str, Any]], *, source: str) -> "Ledger":
+    def from_json(lines: Iterable[Mapping[str, Any]], *, source: str) -> "Ledger":
         """Return the ledger that `as_json` gave.
 
         Args:
@@ -283,7 +283,7 @@ def write_ledger(path: Path, ledger: Ledger) -> None:
     write_bytes(path, "".join(json.dumps(line) + "\n" for line in ledger.as_json()).encode())
 
 
-def _segment(*, weights: Sequence[int], **sizes: int) -> Segment:
+def _segment(*, weights: Sequence[int], **sizes: Any) -> Segment:
     return Segment(weights=tuple(weights), **sizes)
 
 

@@ -14,7 +14,6 @@ windows a run has consumed, whatever its layout was (`consumed.py`).
 C slots of this replica, S inputs of a window.
 """
 
-import logging
 import queue
 import threading
 import weakref
@@ -28,12 +27,11 @@ from data.indexed.closing import Closing
 from data.indexed.dataset import Dataset
 from data.indexed.format import DataError
 from data.stream.consumed import windows_digest
-from data.stream.ledger import Ledger
+from data.stream.damage import DamageRule, OnDamage
+from data.stream.ledger import Entry, Ledger
 from data.stream.order import Addresses
 from data.stream.slots import local_slots, micro_sequences
-from data.stream.windows import Windows, read_windows
-
-log = logging.getLogger(__name__)
+from data.stream.windows import Windows
 
 Allocate = Callable[[tuple[int, int]], NDArray[np.int32]]
 
@@ -62,12 +60,17 @@ class Reading:
     """Batches read ahead."""
     timeout_s: float = 600.0
     """How long a step waits for its windows before the run stops."""
+    on_damage: OnDamage = "stop"
+    """What becomes of a window that is not what was written: the run stops, or the next window of
+    its bucket takes its place, then and ever after, by an entry of the ledger."""
+    max_replaced: int = 100
+    """Replaced windows at which the run stops all the same: a shard is bad, not a window."""
 
     def __post_init__(self) -> None:
-        if self.depth < 0 or not self.timeout_s > 0:
+        if self.depth < 0 or not self.timeout_s > 0 or self.max_replaced < 0:
             raise ValueError(
-                f"data.reading: depth={self.depth}, timeout_s={self.timeout_s} given; 0 or more,"
-                " and above 0, are allowed"
+                f"data.reading: depth={self.depth}, timeout_s={self.timeout_s}, max_replaced="
+                f"{self.max_replaced} given; 0 or more, above 0, and 0 or more are allowed"
             )
 
 
@@ -120,10 +123,12 @@ class BatchReader(Closing):
         self._order = ledger.order(seed=seed)
         self._timetable = ledger.timetable()
         self._num_steps = ledger.num_steps
-        # the dataset's numbers of the ledger's buckets: the ledger appends, the manifest sorts
-        numbers = {bucket: idx for idx, bucket in enumerate(dataset.header.buckets)}
-        buckets = ledger.last_plan.buckets
-        self._numbers = np.array([numbers[bucket] for bucket in buckets], dtype=np.int64)
+        self._damage = DamageRule(
+            dataset,
+            ledger,
+            on_damage=reading.on_damage,
+            max_replaced=reading.max_replaced,
+        )
         self._share = share
         self._reading = reading
         self._allocate = allocate or _new_memory
@@ -145,6 +150,11 @@ class BatchReader(Closing):
     def close(self) -> None:
         """Let the thread end; closing twice is allowed."""
         self._wanted.put(None)
+
+    @property
+    def new_damage(self) -> tuple[Entry, ...]:
+        """Entries for the ledger: windows that were found damaged since it was made."""
+        return tuple(self._damage.found)
 
     def read(self, step: int) -> ReplicaBatch:
         """Return what this replica reads in a step; its memory is used again by the next call.
@@ -210,11 +220,9 @@ class BatchReader(Closing):
         )
         slots = np.concatenate([np.arange(part.start, part.stop) for part in ranges])
         addresses = self._order.addresses(batch, slots)
-        buckets = self._numbers[addresses.bucket]
-        windows = read_windows(
-            self._dataset,
-            buckets,
-            addresses.window,
+        windows = self._damage.read(
+            batch,
+            addresses,
             tokens=self._memory((len(slots), segment.window_tokens + 1)),
         )
         return ReplicaBatch(

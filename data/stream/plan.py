@@ -176,8 +176,8 @@ def _weights(
         if share > 0 and not by_domain.get(domain, 0.0) > 0:
             raise ValueError(
                 f"stage {name} takes {share:.2%} from domain {domain!r}, which has no window"
-                f" of {stage.window_tokens} tokens of a tier that counts: prepare some, or set its"
-                " share to 0"
+                f" of {stage.window_tokens} tokens of a tier that counts: prepare some, set its"
+                " share to 0, or train without a mixture (curriculum=plain)"
             )
     if not any(share > 0 for share in domains.values()):
         raise ValueError(

@@ -92,6 +92,19 @@ def format_validation(record: Record, *, vocabulary_size: int | None = None) -> 
     return _SEPARATOR.join(parts)
 
 
+def format_stage(record: Record) -> str:
+    """Return one line on a stage of the curriculum that begins.
+
+    Args:
+        record: with `step`, `stage`, `window_tokens` and `global_sequences`.
+    """
+    sequences, tokens = record["global_sequences"], record["window_tokens"]
+    return (
+        f"step {record['step']} begins stage {record['stage']}: batches of {sequences:,} windows of"
+        f" {tokens:,} tokens"
+    )
+
+
 def _read_number(record: Record, name: str) -> float:
     value = record.get(name, math.nan)
     return math.nan if isinstance(value, str) else float(value)
@@ -150,6 +163,7 @@ class ConsoleSink:
         self._clock = clock
         self._is_live = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._last_line_step: int | None = None
+        self._stage: str | None = None
         self._last_redraw_s = -math.inf
         self._live_line = ""
         self._is_gone = False
@@ -165,6 +179,9 @@ class ConsoleSink:
         if self._is_gone:
             return
         try:
+            if "stage" in record and record["stage"] != self._stage:
+                self._stage = str(record["stage"])
+                self._write_line(format_stage(record))
             if "loss" in record and not self._is_live:
                 self._write_progress(record)
             if "validation/loss" in record:

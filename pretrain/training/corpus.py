@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from data.corpus.manifest import SPLITS, TOKENIZER_NAME, CorpusManifest, dataset_path
+from data.corpus.manifest import TOKENIZER_NAME, CorpusManifest, dataset_path
 from data.indexed.closing import Closing
 from data.indexed.dataset import Dataset, open_dataset
 from data.indexed.format import DataError
@@ -33,7 +33,8 @@ class Corpus(Closing):
     @property
     def domains(self) -> tuple[str, ...]:
         """Names of all domains of both splits, sorted; `domain_idx` points into it."""
-        return self.manifest.domains
+        trained_on = {bucket.domain for bucket in self.train.header.buckets}
+        return tuple(sorted({*self.manifest.domains, *trained_on}))
 
 
 def open_run_corpus(run: Run) -> Corpus:
@@ -66,7 +67,11 @@ def open_run_corpus(run: Run) -> Corpus:
             f"{path} is not the tokenizer that {folder} was made with: SHA-256 {digest}, the data"
             f" was made with {manifest.tokenizer_digest}"
         )
-    train, validation = (open_dataset(dataset_path(folder, split)) for split in SPLITS)
+    storage = run.data.storage
+    places = [run.data.train or dataset_path(folder, "train"), dataset_path(folder, "validation")]
+    train, validation = (
+        open_dataset(place, patience=storage.patience, cache=storage.cache) for place in places
+    )
     for dataset in (train, validation):
         dataset.require_tokenizer(digest)
     if not validation.num_windows.sum():

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from data.corpus.manifest import CorpusManifest
-from data.stream.consumed import MASK
 from parallel.device import Device
-from parallel.groups import context_rank
-from parallel.reduce import max_over_all, sum_over_all, sum_over_data
+from parallel.reduce import max_over_all, sum_over_all
 from pretrain.model.count import flop_per_token
 from pretrain.model.expert_load import ExpertLoad
 from pretrain.model.extra_losses import take_aux_loss, take_mtp_loss
@@ -113,6 +111,7 @@ class Observer:
             **self._throughput.metrics(tokens_left=trainer.timetable.num_tokens - trainer.tokens),
         }
         if step % run.telemetry.console_interval_steps == 0 or trainer.is_finished:
+            trainer.settle_damage()
             record |= self._costly_metrics() | self._consumed()
         self._write(record)
 
@@ -137,15 +136,8 @@ class Observer:
         }
 
     def _consumed(self) -> dict[str, int | str]:
-        """Return which windows all replicas have read since the last time; see consumed.py."""
-        trainer = self._trainer
-        # 64-bit sums wrap around in int64 as they do modulo 2**64
-        own = trainer.consumed - 2**64 if trainer.consumed >= 2**63 else trainer.consumed
-        own *= context_rank() == 0  # context ranks read the same windows
-        total = sum_over_data(torch.tensor([own], dtype=torch.int64, device=trainer.device))
-        first, trainer.consumed_from_step = trainer.consumed_from_step, trainer.position.step
-        trainer.consumed = 0
-        return {"consumed_from_step": first, "consumed": f"{int(total[0]) & MASK:016x}"}
+        first = self._trainer.consumed_from_step
+        return {"consumed_from_step": first, "consumed": f"{self._trainer.take_consumed():016x}"}
 
     def validated(self, result: ValidationLoss, *, duration_s: float) -> Mapping[str, Score]:
         """Record a validation and return its scores by domain, the whole as `all`."""

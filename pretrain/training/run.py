@@ -5,10 +5,13 @@ owner imports torch (AdamW, Data, Evaluation, CheckpointPolicy) stand here, so t
 configuration is refused before torch or a rank starts.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from data.indexed.block_cache import BlockCacheConfig
+from data.indexed.patience import Patience
 from data.stream.curriculum import Curriculum
 from data.stream.loader import Reading
 from data.stream.slots import micro_sequences
@@ -72,16 +75,61 @@ class AdamW:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Storage:
+    """How files of windows are asked for, and where remote ones are kept.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    local_limit_s: float | None = None
+    """Seconds that a read of a mounted file system may take; null: as long as the kernel waits,
+    which is the fastest."""
+    remote_limit_s: float = 60.0
+    """Seconds that a read behind a URL may take."""
+    num_retries: int = 3
+    """Tries after the first."""
+    cache_folder: Path | None = None
+    """Where blocks of remote files stay, on a local disk; null: below the temporary folder."""
+    cache_bytes: int = 16 * 2**30
+    """Of all processes of a machine together."""
+
+    def __post_init__(self) -> None:
+        _ = (self.patience, self.cache)  # made once, so that they refuse what they refuse now
+
+    @property
+    def patience(self) -> Patience:
+        """The same for data/indexed."""
+        return Patience(
+            local_limit_s=math.inf if self.local_limit_s is None else self.local_limit_s,
+            remote_limit_s=self.remote_limit_s,
+            num_retries=self.num_retries,
+        )
+
+    @property
+    def cache(self) -> BlockCacheConfig:
+        """The same for data/indexed."""
+        if self.cache_folder is None:
+            return BlockCacheConfig(max_bytes=self.cache_bytes)
+        return BlockCacheConfig(folder=self.cache_folder, max_bytes=self.cache_bytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Data:
     """Which prepared corpus is read, and how."""
 
     corpus: Path
-    """Folder that launch/prepare.py wrote."""
+    """Folder that launch/prepare.py wrote: tokenizer, training and validation windows."""
+    train: str | None = None
+    """Manifest of other training windows of the same tokenizer, a path or a URL, such as
+    launch/index_data.py writes; null: the corpus's own."""
     document_attention: bool = False
     """Whether tokens attend inside their own document only, where a window holds several; the first
     token of a document is then predicted from nothing, and its prediction does not count."""
     reading: Reading = field(default_factory=Reading)
-    """How far ahead windows are read, and how long a step waits for them."""
+    """How far ahead windows are read, how long a step waits, and what becomes of damaged ones."""
+    storage: Storage = field(default_factory=Storage)
+    """Limits of a read, and the cache of remote files."""
 
 
 def check_data_available(data: Data, *, uses_transformer_engine: bool) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data.indexed.format import DataError
-from data.indexed.shard_check import check_files
+from data.indexed.verify import check_files
 from kernels.backend import has_transformer_engine
 from parallel.cluster import Cluster
 from parallel.spawn import find_function, run_ranks, usable_cores

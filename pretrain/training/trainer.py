@@ -9,17 +9,19 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.stream.consumed import MASK
+from data.stream.ledger import Entry, write_ledger
 from data.stream.loader import BatchReader, Share
 from data.stream.order import Segment
 from parallel import groups
 from parallel.device import Device
-from parallel.reduce import max_over_all
+from parallel.reduce import max_over_all, sum_over_data
 from parallel.schedule import MicroBatch
 from parallel.seeds import seed_ranks
 from pretrain.checkpoint.manifest import Manifest
@@ -32,7 +34,7 @@ from pretrain.checkpoint.sharded import (
 from pretrain.model.assemble import build_chunks
 from pretrain.model.initialise import initialise_weights
 from pretrain.model.transformer_config import transformer_config
-from pretrain.training.corpus import Corpus, validation_window_tokens
+from pretrain.training.corpus import LEDGER_NAME, Corpus, validation_window_tokens
 from pretrain.training.evaluate import ValidationLoss, validation_loss
 from pretrain.training.lr_schedule import step_lr
 from pretrain.training.optimizer import make_optimizer, set_coefficients, wrap_chunks
@@ -88,6 +90,7 @@ class Trainer:
                 micro_batch_tokens=run.micro_batch_tokens,
             ),
             reading=run.data.reading,
+            allocate=partial(_host_memory, pinned=self.device.type != "cpu"),
         )
         self._domain_idx = torch.tensor(
             [corpus.domains.index(bucket.domain) for bucket in corpus.ledger.last_plan.buckets]
@@ -140,6 +143,18 @@ class Trainer:
         self.data_wait_s = time.monotonic() - started
         return batches
 
+    def take_consumed(self) -> int:
+        """Return the digest of what all replicas have read since it was last taken; collective.
+
+        Source: data/stream/consumed.py; `consumed_from_step` says since when.
+        """
+        own = self.consumed if groups.context_rank() == 0 else 0  # context ranks read the same
+        # 64-bit sums wrap around in int64 as they do modulo 2**64
+        signed = own - 2**64 if own >= 2**63 else own
+        total = sum_over_data(torch.tensor([signed], dtype=torch.int64, device=self.device))
+        self.consumed, self.consumed_from_step = 0, self.position.step
+        return int(total[0]) & MASK
+
     def _to_device(self, values: Any) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device)
 
@@ -184,12 +199,33 @@ class Trainer:
             document_attention=self.run.data.document_attention,
         )
 
+    def settle_damage(self) -> None:
+        """Put windows that any replica found damaged into every rank's ledger; collective.
+
+        Rank 0 writes them into the run's ledger file.
+        """
+        known = self.ledger.replaced()
+        own = [e for e in self.reader.new_damage if (e.bucket, e.window) not in known]
+        if not max_over_all(torch.tensor(float(len(own)), device=self.device)):
+            return
+        gathered: list[list[Entry]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(gathered, own)
+        found = {(e.bucket, e.window): e for entries in gathered for e in entries}
+        for entry in sorted(found.values(), key=lambda e: (e.first_batch, e.bucket, e.window)):
+            self.ledger = self.ledger.with_entry(entry)
+        if torch.distributed.get_rank() == 0:
+            self.run.folder.mkdir(parents=True, exist_ok=True)
+            write_ledger(self.run.folder / LEDGER_NAME, self.ledger)
+
     def save(self) -> None:
         """Write a checkpoint of this moment; collective.
 
         Raises:
             CheckpointError: see save_checkpoint.
+            DataError: if the manifest of the training windows is another one than at the start;
+                the checkpoint is written all the same.
         """
+        self.settle_damage()
         root = self.run.folder / "checkpoints"
         manifest = Manifest(
             step=self.position.step,
@@ -204,6 +240,7 @@ class Trainer:
         save_checkpoint(root, chunks=self.chunks, optimizer=self.optimizer, manifest=manifest)
         if torch.distributed.get_rank() == 0:
             remove_old(root, keep=self.run.checkpoints.keep)
+        self.corpus.train.check_unchanged()
 
     def start_from(self, folder: Path) -> None:
         """Take only the weights of a verified checkpoint, of any layout; collective.
@@ -229,6 +266,11 @@ class Trainer:
     def close(self) -> None:
         """Stop reading ahead."""
         self.reader.close()
+
+
+def _host_memory(shape: tuple[int, int], *, pinned: bool) -> Any:
+    """Return int32 memory that windows are read into, pinned where a device copies from it."""
+    return torch.empty(shape, dtype=torch.int32, pin_memory=pinned).numpy()
 
 
 def build_modules(run: Run, device: Device) -> Sequence[Any]:

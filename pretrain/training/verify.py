@@ -6,7 +6,7 @@ rounding; two starts of one layout, the second from the first's checkpoint, must
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from parallel.reduce import sum_over_all
 from pretrain.checkpoint.resume import find_newest, open_checkpoint
 from pretrain.model.expert_load import ExpertLoad
 from pretrain.model.extra_losses import forget_extra_losses, take_aux_loss, take_mtp_loss
-from pretrain.training.corpus import open_run_corpus
+from pretrain.training.corpus import ledger_to_follow, open_run_corpus
 from pretrain.training.run import Run
 from pretrain.training.trainer import Trainer
 
@@ -42,6 +42,8 @@ class Curve:
     """Validation loss after the last step."""
     num_buckets: int
     """Buckets in which this rank's gradients travel, dense and expert ones; differs per rank."""
+    consumed: int
+    """Digest of the windows that all replicas read in these steps (data/stream/consumed.py)."""
 
 
 def loss_curve(
@@ -87,6 +89,7 @@ def loss_curve(
         expert_tokens=tuple(tuple(map(int, row)) for row in sum_over_all(load.take()).tolist()),
         validation=trainer.validate(windows_per_domain=run.evaluation.windows_per_domain).loss,
         num_buckets=_num_buckets(trainer),
+        consumed=trainer.take_consumed(),
     )
 
 
@@ -94,7 +97,10 @@ def make_trainer(run: Run) -> Trainer:
     """Return this rank's trainer at its first step, over the run's corpus; collective."""
     device = groups.join_world()
     forget_extra_losses()
-    return Trainer(run, device=device, corpus=open_run_corpus(run))
+    corpus = open_run_corpus(run)
+    found = find_newest(run.folder / "checkpoints")
+    ledger = ledger_to_follow(run, corpus, newest=None if found is None else found[1])
+    return Trainer(run, device=device, corpus=replace(corpus, ledger=ledger))
 
 
 def _measured_step(trainer: Trainer) -> tuple[float, float, float, float]:

@@ -176,5 +176,6 @@ def write_windows_of(pair: Path, prefix: Path, *, window_tokens: int) -> None:
     ):
         lengths = np.diff(reader.document_starts)
         packing = pack(lengths, capacity=window_tokens + 1, policy="best_fit", seed=0)
-        write_packed(writer, reader, packing=packing, document_ids=np.arange(reader.num_documents))
+        documents = [reader.document(number) for number in range(reader.num_documents)]
+        write_packed(writer, documents, packing=packing, document_ids=np.arange(len(documents)))
         writer.finish()

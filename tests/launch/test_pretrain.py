@@ -112,16 +112,10 @@ def test_a_truncated_token_file_is_refused(
     assert str(size) in message.replace(",", "")
 
 
-def test_a_token_id_beyond_the_vocabulary_is_refused(
-    refuse: Callable[..., str], own_corpus: Path
-) -> None:
-    damaged = next((own_corpus / "train").glob("*.bin"))
-    with damaged.open("r+b") as file:
-        file.seek(2000)
-        file.write(b"\xff\xff")
-    message = refuse(f"data.corpus={own_corpus}")
-    assert damaged.stem in message
-    assert "65535" in message
+@pytest.mark.parametrize("name", ["dataset.manifest", "code.64.0.win"])
+def test_a_missing_file_is_refused(refuse: Callable[..., str], own_corpus: Path, name: str) -> None:
+    (own_corpus / "train" / name).unlink()
+    assert name in refuse(f"data.corpus={own_corpus}")
 
 
 def test_another_tokenizer_than_the_datas_is_refused(
@@ -155,6 +149,19 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
+def test_damaged_windows_end_a_run_with_2_at_their_first_touch(
+    words: list[str], own_corpus: Path, tmp_path: Path
+) -> None:
+    for damaged in (own_corpus / "train").glob("*.64.0.bin"):
+        damaged.write_bytes(bytes(damaged.stat().st_size))
+    code, output = finish(launch("pretrain.py", *words, f"data.corpus={own_corpus}"))
+    assert code == 2, output
+    record = json.loads((tmp_path / "runs" / "t" / "exit.json").read_text(encoding="utf-8"))
+    assert "the window is damaged" in record["reason"]
+    assert ".64.0.bin: window " in record["reason"]
+    assert f"error: {record['reason']}" in output
+
+
 def test_a_stopped_run_goes_on_finishes_generates_and_then_does_nothing(
     words: list[str], tmp_path: Path
 ) -> None:
@@ -170,6 +177,11 @@ def test_a_stopped_run_goes_on_finishes_generates_and_then_does_nothing(
     assert stopped["step"] > 0
 
     more = [*words, f"{TOKENS}={(stopped['step'] + 3) * STEP_TOKENS}"]
+    code, output = finish(launch("pretrain.py", *more))
+    assert code == 2
+    assert "change.reason" in output
+
+    more.append("change.reason=shorter")
     code, output = finish(launch("pretrain.py", *more))
     assert code == 0, output
     assert f"going on from {folder / 'checkpoints'}" in output

@@ -18,11 +18,12 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer
 
-from data.corpus.manifest import CorpusManifest, dataset_path, file_sha256
+from data.corpus.manifest import SPLITS, CorpusManifest, dataset_path, file_sha256
 from data.corpus.prepare import prepare
 from data.corpus.prepare_config import PrepareConfig
-from data.indexed.dataset import open_dataset, verify
+from data.indexed.dataset import open_dataset
 from data.indexed.format import DataError
+from data.indexed.verify import verify
 from data.indexed.window_reader import WindowReader
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -96,7 +97,8 @@ def test_the_manifest_says_what_stands_there(config: PrepareConfig) -> None:
     assert manifest.vocab_size == 400
     assert manifest.absent == (f"man ({config.sources['man'].path})",)
     assert dataclasses.astuple(manifest.intake["english"])[:3] == (1, 1, 1)
-    for split, pairs in manifest.splits.items():
+    for split in SPLITS:
+        pairs = manifest.splits[split]
         for domain, files in pairs.items():
             texts = texts_of(manifest, folder, split, domain)
             assert files.documents == len(texts)

@@ -9,7 +9,6 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data.indexed.format import DataError
 from data.indexed.packing import POLICIES, PackingPolicy, pack
-from data.indexed.reader import IndexedReader
 from data.indexed.window_reader import WindowReader
 from data.indexed.window_writer import WindowWriter, write_packed
 from tests.data.indexed.shards import SEQUENCE, write_shard
@@ -233,8 +232,7 @@ def test_a_packing_of_other_documents_is_refused(tmp_path: Path) -> None:
     packing = pack([5, 5], capacity=5, policy="concat", seed=0)
 
     with (
-        IndexedReader(tmp_path / "plain") as reader,
         WindowWriter(tmp_path / "c", window_tokens=4, vocab_size=9, padding_id=0) as writer,
         pytest.raises(ValueError, match=r"document ids of shape \(2,\) given for 60 documents"),
     ):
-        write_packed(writer, reader, packing=packing, document_ids=[0, 1])
+        write_packed(writer, [np.ones(5, int)] * 60, packing=packing, document_ids=[0, 1])

@@ -97,6 +97,26 @@ def test_a_validation_shows_the_loss_in_proportion_and_by_domain():
     )
 
 
+def test_each_stage_is_announced_once_where_it_begins():
+    stream = io.StringIO()
+    sink = ConsoleSink(stream, total_steps=4, interval_steps=100)
+    for step, stage in enumerate(("general", "general", "long", "long"), start=1):
+        sink.log(
+            {
+                **RECORD,
+                "step": step,
+                "stage": stage,
+                "window_tokens": 4096,
+                "global_sequences": 15360,
+            }
+        )
+    lines = [line for line in stream.getvalue().splitlines() if "stage" in line]
+    assert lines == [
+        "step 1 begins stage general: batches of 15,360 windows of 4,096 tokens",
+        "step 3 begins stage long: batches of 15,360 windows of 4,096 tokens",
+    ]
+
+
 def test_a_log_file_gets_the_first_line_every_tenth_and_the_last():
     stream = io.StringIO()
     sink = ConsoleSink(stream, total_steps=25, interval_steps=10)

@@ -1,0 +1,239 @@
+"""What a run that goes on reads: its ledger, and changes by a reason and from the next batch on."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.corpus.manifest import dataset_path
+from data.indexed.dataset_manifest import (
+    Bucket,
+    ShardEntry,
+    Source,
+    read_manifest,
+    write_manifest,
+)
+from data.indexed.format import DataError
+from data.indexed.packing import pack
+from data.indexed.shard_check import read_shard
+from data.indexed.window_writer import WindowWriter, write_packed
+from data.stream.curriculum import Curriculum, Mixture, Stage
+from data.stream.ledger import Ledger, write_ledger
+from data.stream.loader import BatchReader, Reading, Share
+from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.training.corpus import LEDGER_NAME, Corpus, ledger_to_follow, open_run_corpus
+from pretrain.training.run import Change, Run, as_json
+
+MakeRun = Callable[..., Run]
+STEP = 10
+
+
+def curriculum(code: float, *, tokens: int = 100 * 8 * 64) -> Curriculum:
+    mixture = Mixture(domains={"code": code, "sentences": 1 - code})
+    stage = Stage(tokens=tokens, window_tokens=64, global_sequences=8, begin=mixture)
+    return Curriculum(stages={"only": stage}, max_epochs=100.0)
+
+
+@pytest.fixture
+def run(tiny_run: MakeRun, tmp_path: Path) -> Run:
+    return tiny_run(curriculum=curriculum(0.2), output_root=tmp_path)
+
+
+@pytest.fixture
+def saved(run: Run) -> Manifest:
+    """Return the manifest of a checkpoint after ten steps."""
+    with open_run_corpus(run) as corpus:
+        return Manifest(
+            step=STEP,
+            sequences=0,
+            tokens=0,
+            tokenizer_digest="",
+            config=as_json(run),
+            versions={},
+            files={},
+            ledger=tuple(corpus.ledger.as_json()),
+        )
+
+
+def follow(run: Run, newest: Manifest | None) -> Ledger:
+    with open_run_corpus(run) as corpus:
+        return ledger_to_follow(run, corpus, newest=newest)
+
+
+def write_file(run: Run, ledger: Ledger) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_ledger(run.folder / LEDGER_NAME, ledger)
+
+
+def places(ledger: Ledger, run: Run, batch: int) -> list[tuple[int, int, int]]:
+    found = ledger.order(seed=run.seed).addresses(batch, np.arange(8))
+    columns = (found.bucket.tolist(), found.window.tolist(), found.epoch.tolist())
+    return sorted(zip(*columns, strict=True))
+
+
+def test_a_requeued_job_changes_nothing(run: Run, saved: Manifest) -> None:
+    first = follow(run, None)
+    assert follow(run, saved) == first
+    write_file(run, first)
+    assert follow(run, saved) == first
+
+
+def test_another_curriculum_is_refused_without_a_reason(run: Run, saved: Manifest) -> None:
+    other = replace(run, curriculum=curriculum(0.9))
+    with pytest.raises(CheckpointError, match=r"follows a curriculum .* from batch 10 on with"):
+        follow(other, saved)
+
+
+def test_with_a_reason_it_is_followed_from_the_next_batch_on(run: Run, saved: Manifest) -> None:
+    before = follow(run, saved)
+    other = replace(run, curriculum=curriculum(0.9), change=Change(reason="more code"))
+    after = follow(other, saved)
+    assert [entry.reason for entry in after.entries] == ["the run begins", "more code"]
+    assert after.last_plan.first_batch == STEP
+    assert after.num_steps == before.num_steps == 100
+    for batch in range(STEP):
+        assert places(after, run, batch) == places(before, run, batch)
+    code = [idx for idx, bucket in enumerate(after.last_plan.buckets) if bucket.domain == "code"]
+    order = after.order(seed=run.seed)
+    given = order.given(100) - order.given(STEP)
+    assert given[code].sum() == pytest.approx(0.9 * 90 * 8, abs=4)
+    seen = [place for batch in range(100) for place in places(after, run, batch)]
+    assert len(set(seen)) == len(seen)  # no window of an epoch twice, over the change, too
+    # a requeued job with the same words adds nothing
+    write_file(run, after)
+    assert follow(other, saved) == after
+
+
+def test_a_longer_curriculum_lengthens_the_run(run: Run, saved: Manifest) -> None:
+    longer = replace(
+        run, curriculum=curriculum(0.2, tokens=150 * 8 * 64), change=Change(reason="more tokens")
+    )
+    assert follow(longer, saved).num_steps == 150
+    shorter = replace(
+        run, curriculum=curriculum(0.2, tokens=5 * 8 * 64), change=Change(reason="fewer")
+    )
+    with pytest.raises(ValueError, match=r"are consumed already: raise the tokens of its last"):
+        follow(shorter, saved)
+
+
+def test_batches_are_skipped_once_and_only_before_they_are_read(run: Run, saved: Manifest) -> None:
+    skipping = replace(run, change=Change(skip=("20:30", "40:41"), reason="loss spike at 21"))
+    ledger = follow(skipping, saved)
+    assert ledger.num_steps == 89
+    assert ledger.batch_of(20) == 30
+    write_file(run, ledger)
+    assert follow(skipping, saved) == ledger
+    assert follow(run, saved) == ledger  # and it stays without the words
+    late = replace(run, change=Change(skip=("5:6",), reason="too late"))
+    with pytest.raises(CheckpointError, match=r"batches before 10.*before batch 5 first"):
+        follow(late, saved)
+
+
+def test_a_file_of_another_run_is_refused(run: Run, saved: Manifest) -> None:
+    write_file(run, follow(replace(run, curriculum=curriculum(0.5)), None))
+    with pytest.raises(CheckpointError, match=r"ledger\.jsonl does not begin with the 1 entries"):
+        follow(run, saved)
+
+
+def test_a_checkpoint_without_a_ledger_is_refused(run: Run, saved: Manifest) -> None:
+    with pytest.raises(CheckpointError, match=r"has no ledger of its data.*initial_weights"):
+        follow(run, replace(saved, ledger=()))
+
+
+def test_a_run_without_a_checkpoint_begins_anew(run: Run) -> None:
+    write_file(run, follow(replace(run, curriculum=curriculum(0.5)), None))
+    ledger = follow(run, None)
+    assert len(ledger.entries) == 1
+    assert ledger.last_plan.curriculum == run.curriculum.digest
+
+
+def with_new_text(corpus: Corpus, folder: Path) -> Path:
+    """Write a dataset of the corpus's shards and one of a new domain; return its manifest."""
+    old = read_manifest(corpus.train.manifest.path)
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 400, size=100) for _ in range(300)]
+    packing = pack([100] * 300, capacity=65, policy="best_fit", seed=0)
+    with WindowWriter(
+        folder / "a_new.64",
+        window_tokens=64,
+        vocab_size=old.header.vocab_size,
+        padding_id=old.header.padding_id,
+    ) as writer:
+        write_packed(writer, documents, packing=packing, document_ids=np.arange(300) + 10**6)
+        written = writer.finish()
+    shards = [
+        ShardEntry(
+            path=str(old.prefix(number)),
+            bucket=int(old.bucket[number]),
+            written=read_shard(str(old.prefix(number))),
+        )
+        for number in range(old.num_shards)
+    ]
+    new = Bucket(domain="a_new", language="", quality_tier=0, difficulty_tier=0, window_tokens=64)
+    source = Source(name="a_new", first_document_id=10**6, num_documents=300)
+    buckets = (new, *old.header.buckets)  # in front: the manifest sorts, the ledger appends
+    header = replace(old.header, buckets=buckets, sources=(*old.header.sources, source))
+    moved = [replace(shard, bucket=shard.bucket + 1) for shard in shards]
+    write_manifest(
+        folder / "more.manifest",
+        header=header,
+        shards=[ShardEntry(path="a_new.64", bucket=0, written=written), *moved],
+    )
+    return folder / "more.manifest"
+
+
+def test_new_text_is_taken_up_as_a_bucket_behind_the_others(
+    run: Run, saved: Manifest, tmp_path: Path
+) -> None:
+    before = follow(run, saved)
+    with open_run_corpus(run) as corpus:
+        more = with_new_text(corpus, tmp_path)
+        old_buckets = corpus.ledger.last_plan.buckets
+    mixture = Mixture(domains={"code": 0.2, "sentences": 0.5, "a_new": 0.3})
+    stage = Stage(tokens=100 * 8 * 64, window_tokens=64, global_sequences=8, begin=mixture)
+    wider = replace(
+        run,
+        data=replace(run.data, train=str(more)),
+        curriculum=Curriculum(stages={"only": stage}, max_epochs=100.0),
+    )
+    with pytest.raises(CheckpointError, match="give the same"):
+        follow(wider, saved)
+    wider = replace(wider, change=Change(reason="new text"))
+    after = follow(wider, saved)
+    assert after.last_plan.buckets[: len(old_buckets)] == old_buckets
+    assert after.last_plan.buckets[-1].domain == "a_new"
+    for batch in range(STEP):
+        assert places(after, run, batch) == places(before, run, batch)
+    share = Share(replicas=1, replica=0, micro_batch_tokens=64)
+    with (
+        open_run_corpus(wider) as corpus,
+        BatchReader(corpus.train, after, seed=run.seed, share=share, reading=Reading()) as reader,
+    ):
+        found = reader.read(STEP)
+        for row, (bucket, window) in enumerate(
+            zip(found.addresses.bucket.tolist(), found.addresses.window.tolist(), strict=True)
+        ):
+            number = corpus.train.header.buckets.index(after.last_plan.buckets[bucket])
+            stored = corpus.train.read(number, window)
+            assert found.windows.tokens[row].tolist() == stored.tokens.tolist()
+    assert len(old_buckets) in found.addresses.bucket  # the new text
+
+
+def test_text_that_was_taken_away_is_refused(run: Run, saved: Manifest, tmp_path: Path) -> None:
+    old = read_manifest(dataset_path(run.data.corpus, "train"))
+    header = replace(old.header, buckets=old.header.buckets[:1])
+    one = ShardEntry(path=str(old.prefix(0)), bucket=0, written=read_shard(str(old.prefix(0))))
+    write_manifest(tmp_path / "less.manifest", header=header, shards=[one])
+    less = replace(
+        run,
+        data=replace(run.data, train=str(tmp_path / "less.manifest")),
+        curriculum=Curriculum(
+            stages={"only": Stage(tokens=10**5, window_tokens=64, global_sequences=8)},
+            max_epochs=10**6,
+        ),
+        change=Change(reason="less"),
+    )
+    with pytest.raises((CheckpointError, DataError), match="lacks buckets that the run reads"):
+        follow(less, saved)
