@@ -116,8 +116,7 @@ def _addresses(asked: Inspection, followed: Followed) -> None:
 
 
 def _explain(asked: Inspection, followed: Followed) -> None:
-    assert followed.corpus is not None  # refused when built
-    text, ledger, seed = open_text(followed.corpus), followed.ledger, followed.seed
+    text, ledger, seed = open_text(followed), followed.ledger, followed.seed
     with text.dataset:
         if asked.sample is not None:
             slots = (explain_sample(text, ledger, seed=seed, sample=asked.sample),)

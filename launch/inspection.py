@@ -28,7 +28,7 @@ from data.stream.loader import Share, require_dataset
 from data.stream.plan import Plan, plan
 from data.tokenizer.codec import Codec
 from launch.compose import from_yaml
-from pretrain.training.corpus import LEDGER_NAME
+from pretrain.training.corpus import LEDGER_NAME, open_run_corpus
 from pretrain.training.run import Run
 
 
@@ -237,46 +237,52 @@ def follow_run(folder: Path) -> Followed:
     )
 
 
-def open_text(folder: Path) -> Text:
-    """Return the training text of a prepared corpus; its dataset is closed by the caller.
+def open_text(followed: Followed) -> Text:
+    """Return the training text of an order; its dataset is closed by the caller.
 
     Raises:
-        DataError: if there is no whole corpus, or its tokenizer is another one.
+        ValueError: if there is no corpus.
+        DataError: if it is not whole, or its tokenizer is another one.
     """
-    manifest = CorpusManifest.load(folder)
+    folder = followed.corpus
+    assert folder is not None  # refused when the inspection was built
+    if followed.run is None:
+        dataset = open_dataset(dataset_path(folder, "train"))
+    else:
+        dataset = open_run_corpus(followed.run).train
     codec = Codec(folder / TOKENIZER_NAME)
-    listing = dataset_path(folder, "train").with_name(LISTING_NAME)
-    try:
-        places = dict(enumerate(listing.read_text(encoding="utf-8").split("\n")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{listing}: {error}; prepare the folder again") from error
-    dataset = open_dataset(dataset_path(folder, "train"))
     dataset.require_tokenizer(codec.digest)
-    return Text(dataset=dataset, decode=codec.decode, end_id=manifest.eod_id, places=places)
+    listing = dataset.manifest.path.parent / LISTING_NAME
+    places: dict[int, str] = {}
+    if isinstance(listing, Path) and listing.is_file():  # pairs of others have none
+        places = dict(enumerate(listing.read_text(encoding="utf-8").split("\n")))
+    return Text(dataset=dataset, decode=codec.decode, end_id=codec.eod_id, places=places)
 
 
 def open_datasets(asked: Inspection) -> list[Dataset]:
     """Return all windows that are meant, of a corpus those of both splits; closed by the caller.
 
     Raises:
-        ValueError: as `follow_run`.
+        ValueError: as `follow_run`, and if there is no corpus.
         DataError: if there is no such corpus or dataset, its tokenizer was changed, or it is not
             the one that the run reads.
     """
     if asked.dataset is not None:
         return [open_dataset(asked.dataset)]
-    followed = None if asked.run is None else follow_run(asked.run)
-    folder = asked.corpus if followed is None else followed.corpus
+    if asked.run is not None:
+        followed = follow_run(asked.run)
+        assert followed.run is not None
+        corpus = open_run_corpus(followed.run)
+        require_dataset(corpus.train, followed.ledger)
+        return [corpus.train, corpus.validation]
+    folder = asked.corpus
     assert folder is not None  # refused when built
-    expected = CorpusManifest.load(folder).tokenizer_digest
+    digest = CorpusManifest.load(folder).tokenizer_digest
     path = folder / TOKENIZER_NAME
     found = file_sha256(path) if path.is_file() else "no file"
-    if found != expected:
-        raise DataError(f"{path}: SHA-256 {found}; {expected} expected: prepare the folder again")
-    datasets = [open_dataset(dataset_path(folder, split)) for split in SPLITS]
-    if followed is not None:
-        require_dataset(datasets[SPLITS.index("train")], followed.ledger)
-    return datasets
+    if found != digest:
+        raise DataError(f"{path}: SHA-256 {found}; {digest} expected: prepare the folder again")
+    return [open_dataset(dataset_path(folder, split)) for split in SPLITS]
 
 
 def steps_at_exit(folder: Path) -> int:

@@ -70,7 +70,8 @@ class Slot:
         slot: in the batch.
         sample: sequences since the run began, before this one.
         bucket: its name.
-        window: of the bucket.
+        window: of the bucket, in the order of the run.
+        replaced: whether it is known to be damaged, and pieces are of the window read instead.
         epoch: how often the bucket was gone through before.
         padding: ids behind the last piece.
         pieces: in order; with the padding they are S + 1 ids.
@@ -82,6 +83,7 @@ class Slot:
     sample: int
     bucket: str
     window: int
+    replaced: bool
     epoch: int
     padding: int
     pieces: tuple[Piece, ...]
@@ -125,22 +127,25 @@ def explain_step(
         found = reader.read_now(step)
     before = timetable.sequences_before(batch)
     at = found.addresses
-    names = [bucket.name for bucket in ledger.last_plan.buckets]
+    names: list[str] = [bucket.name for bucket in ledger.last_plan.buckets]
+    replaced = ledger.replaced()
+    buckets: list[int] = at.bucket.tolist()
     return tuple(
         Slot(
             step=step,
             batch=found.batch,
             slot=slot,
             sample=before + slot,
-            bucket=names[bucket],
+            bucket=names[at_bucket],
             window=window,
+            replaced=(at_bucket, window) in replaced,
             epoch=epoch,
             padding=len(stored.tokens) - stored.num_tokens,
             pieces=tuple(_pieces(text, stored)),
         )
-        for slot, bucket, window, epoch, stored in zip(
+        for slot, at_bucket, window, epoch, stored in zip(
             slots,
-            at.bucket.tolist(),
+            buckets,
             at.window.tolist(),
             at.epoch.tolist(),
             found.windows.stored,
@@ -187,9 +192,11 @@ def slots_text(slots: Sequence[Slot], *, characters: int) -> str:
     """
     lines: list[str] = []
     for slot in slots:
+        other = " (damaged; another is read)" if slot.replaced else ""
         lines.append(
             f"step {slot.step}  batch {slot.batch}  slot {slot.slot}  sample {slot.sample}"
-            f"  {slot.bucket}  window {slot.window}  epoch {slot.epoch}  padding {slot.padding}"
+            f"  {slot.bucket}  window {slot.window}{other}"
+            f"  epoch {slot.epoch}  padding {slot.padding}"
         )
         for piece in slot.pieces:
             lines.append(
