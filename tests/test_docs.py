@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from launch.compose import build
+from launch.inspection import Inspection
 from pretrain.serving.request import Generation
 from pretrain.training.run import Run
 
@@ -54,6 +55,8 @@ def test_a_command_in_the_docs_works(page: str, line: str) -> None:
             cfg = compose(config, overrides_of(words, launched))
             if config == "pretrain":
                 build(Run, cfg)
+            if config == "inspect_data":
+                build(Inspection, cfg)
             if config == "generate" and not cfg.prompt_file:
                 build(Generation, cfg)
     else:

@@ -12,7 +12,7 @@ import pytest
 from data.corpus.manifest import dataset_path
 from data.indexed.dataset import open_dataset
 from data.stream.curriculum import Curriculum, Stage
-from data.stream.ledger import Ledger, read_ledger, write_ledger
+from data.stream.ledger import Entry, Ledger, read_ledger, write_ledger
 from data.stream.loader import BatchReader, Reading, Share
 from data.tokenizer.codec import Codec
 from parallel.layout import Layout
@@ -216,3 +216,30 @@ def test_plan_and_addresses_of_a_run_are_its_ledgers(
     table = json.loads((tmp_path / "a.json").read_text())
     assert sorted(set(zip(table["step"], table["batch"], strict=True))) == [(3, 3), (4, 6)]
     assert set(table["rank"]) == {0, 1}
+
+
+def test_a_window_that_is_replaced_is_shown_with_what_is_read_instead(
+    inspect: Inspect, own_runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    asked = ["action=explain", f"run={own_runs[0]}", "sample=3", f"output={tmp_path / 's.json'}"]
+    assert inspect(*asked)[0] == 0
+    (before,) = json.loads((tmp_path / "s.json").read_text())
+    ledger = read_ledger(own_runs[0] / "ledger.jsonl")
+    bucket = [one.name for one in ledger.last_plan.buckets].index(before["bucket"])
+    damaged = Entry(
+        kind="replace", first_batch=0, bucket=bucket, window=before["window"], reason="bad disk"
+    )
+    write_ledger(own_runs[0] / "ledger.jsonl", ledger.with_entry(damaged))
+
+    code, text, _ = inspect(*asked)
+
+    assert (code, "(damaged; another is read)" in text) == (0, True)
+    (after,) = json.loads((tmp_path / "s.json").read_text())
+    assert after["window"] == before["window"]
+    assert after["pieces"] != before["pieces"]
+    assert inspect("action=audit", f"run={own_runs[0]}")[0] == 0
+
+
+def test_the_windows_of_a_run_are_verified(inspect: Inspect, runs: tuple[Path, Path]) -> None:
+    code, text, _ = inspect("action=verify", f"run={runs[0]}")
+    assert (code, "whole: all files of 6 shards" in text) == (0, True), text
