@@ -96,43 +96,38 @@ def audit_records(
     live = live_records(records)
     order = ledger.order(seed=seed)
     recorded = max(live.last_step, done_steps)
-    differences = [*live.unreadable, *_wrong_steps(ledger, live, last=recorded)]
-    covered = 0
-    for interval in live.intervals:
-        if interval.first_step > covered:
-            differences.append(f"{_steps(covered, interval.first_step)}: no digest is recorded")
-        elif interval.first_step < covered:
-            differences.append(
-                f"{_steps(interval.first_step, min(covered, interval.live_end))}: two digests are"
-                " recorded"
-            )
-        covered = max(covered, interval.live_end)
-        differences += _wrong_digest(interval, ledger, order, seed=seed)
-    remarks: list[str] = []
-    pending = recorded - covered
-    if pending > 0:
-        over = pending >= interval_steps or recorded >= ledger.num_steps
-        text = f"{_steps(covered, recorded)}: no digest is recorded"
-        (differences if over else remarks).append(text + ("" if over else " yet"))
-    last = min(recorded, ledger.num_steps)
-    if not last:
-        differences.append("no step is recorded")
-    return _counted(
-        ledger,
-        order,
-        steps=range(0, last),
-        slots_of=lambda step, size: np.arange(size),
-        found=Audit(
-            first_step=0,
-            last_step=last,
-            num_intervals=len(live.intervals),
-            num_superseded=live.num_superseded,
-            repeated=0,
-            counts=(),
-            differences=tuple(differences),
-            remarks=tuple(remarks),
+    differences = [
+        *live.unreadable,
+        *_wrong_steps(ledger, live, last=recorded),
+        *_wrong_cover(live.intervals),
+        *(
+            wrong
+            for one in live.intervals
+            for wrong in _wrong_digest(one, ledger, order, seed=seed)
         ),
+    ]
+    remarks: list[str] = []
+    covered = max((interval.live_end for interval in live.intervals), default=0)
+    if recorded > covered:
+        text = f"{_steps(covered, recorded)}: no digest is recorded"
+        if recorded - covered < interval_steps and recorded < ledger.num_steps:
+            remarks.append(f"{text} yet")
+        else:
+            differences.append(text)
+    if not recorded:
+        differences.append("no step is recorded")
+    last = min(recorded, ledger.num_steps)
+    found = Audit(
+        first_step=0,
+        last_step=last,
+        num_intervals=len(live.intervals),
+        num_superseded=live.num_superseded,
+        repeated=0,
+        counts=(),
+        differences=tuple(differences),
+        remarks=tuple(remarks),
     )
+    return _counted(ledger, order, steps=range(last), slots_of=_every_slot, found=found)
 
 
 def audit_replicas(
@@ -183,6 +178,20 @@ def audit_replicas(
     order = ledger.order(seed=seed)
     found = _counted(ledger, order, steps=steps, slots_of=slots_of, found=empty)
     return replace(found, differences=(*differences, *found.differences))
+
+
+def _wrong_cover(intervals: Sequence[Interval]) -> list[str]:
+    """Return which steps between the first and the last digest have none, or two."""
+    wrong: list[str] = []
+    covered = 0
+    for interval in intervals:
+        first, last = interval.first_step, interval.live_end
+        if first > covered:
+            wrong.append(f"{_steps(covered, first)}: no digest is recorded")
+        elif first < covered:
+            wrong.append(f"{_steps(first, min(covered, last))}: two digests are recorded")
+        covered = max(covered, last)
+    return wrong
 
 
 def _wrong_digest(interval: Interval, ledger: Ledger, order: Order, *, seed: int) -> list[str]:
@@ -330,6 +339,10 @@ def _planned(ledger: Ledger, order: Order, *, steps: range) -> dict[str, NDArray
                 owed -= order.given(left_out.stop) - order.given(left_out.start)
         planned[segment.stage] = planned.get(segment.stage, 0) + owed
     return planned
+
+
+def _every_slot(_: int, size: int) -> NDArray[np.int64]:
+    return np.arange(size)
 
 
 def _common(one: range, other: range) -> range:

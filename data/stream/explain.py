@@ -125,32 +125,24 @@ def explain_step(
         text.dataset, ledger, seed=seed, share=share, reading=Reading(depth=0)
     ) as reader:
         found = reader.read_now(step)
-    before = timetable.sequences_before(batch)
-    at = found.addresses
-    names: list[str] = [bucket.name for bucket in ledger.last_plan.buckets]
-    replaced = ledger.replaced()
-    buckets: list[int] = at.bucket.tolist()
+    buckets: list[int] = found.addresses.bucket.tolist()
+    windows: list[int] = found.addresses.window.tolist()
+    epochs: list[int] = found.addresses.epoch.tolist()
+    before, replaced = timetable.sequences_before(batch), ledger.replaced()
     return tuple(
         Slot(
             step=step,
-            batch=found.batch,
+            batch=batch,
             slot=slot,
             sample=before + slot,
-            bucket=names[at_bucket],
-            window=window,
-            replaced=(at_bucket, window) in replaced,
-            epoch=epoch,
+            bucket=ledger.last_plan.buckets[buckets[place]].name,
+            window=windows[place],
+            replaced=(buckets[place], windows[place]) in replaced,
+            epoch=epochs[place],
             padding=len(stored.tokens) - stored.num_tokens,
             pieces=tuple(_pieces(text, stored)),
         )
-        for slot, at_bucket, window, epoch, stored in zip(
-            slots,
-            buckets,
-            at.window.tolist(),
-            at.epoch.tolist(),
-            found.windows.stored,
-            strict=True,
-        )
+        for place, (slot, stored) in enumerate(zip(slots, found.windows.stored, strict=True))
     )
 
 

@@ -78,31 +78,41 @@ def live_records(records: Sequence[Record]) -> Live:
             steps[step] = record
         if "consumed" not in record:
             continue
-        try:
-            first, consumed = int(record["consumed_from_step"]), int(str(record["consumed"]), 16)
-        except (KeyError, ValueError):
-            unreadable.append(f"step {step}: consumed={record['consumed']} is no digest of steps")
-            continue
-        if not 0 <= first <= step or (first == step and consumed):
-            unreadable.append(f"step {step}: consumed_from_step={first} is recorded")
-        elif first < until:
-            end = min(step, until)
-            intervals.append(
-                Interval(
-                    attempt=attempt,
-                    first_step=first,
-                    last_step=step,
-                    live_end=end,
-                    consumed=consumed,
-                )
-            )
+        found = _interval(record, until=until)
+        if isinstance(found, str):
+            unreadable.append(found)
+        elif found.first_step < found.live_end:
+            intervals.append(found)
         else:
-            num_superseded += first < step
+            num_superseded += found.first_step < found.last_step
     return Live(
         intervals=tuple(sorted(intervals, key=lambda interval: interval.first_step)),
         steps=dict(sorted(steps.items())),
         num_superseded=num_superseded,
         unreadable=tuple(unreadable),
+    )
+
+
+def _interval(record: Record, *, until: int) -> Interval | str:
+    """Return the digest of a record, or what is wrong with it.
+
+    Args:
+        record: with `consumed`.
+        until: steps done when a later attempt went on.
+    """
+    step = int(record["step"])
+    try:
+        first, consumed = int(record["consumed_from_step"]), int(str(record["consumed"]), 16)
+    except (KeyError, ValueError):
+        return f"step {step}: consumed={record['consumed']} is no digest of steps"
+    if not 0 <= first <= step or (first == step and consumed):
+        return f"step {step}: consumed_from_step={first} is recorded"
+    return Interval(
+        attempt=int(record["attempt"]),
+        first_step=first,
+        last_step=step,
+        live_end=min(step, until),
+        consumed=consumed,
     )
 
 
