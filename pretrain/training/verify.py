@@ -14,6 +14,7 @@ import torch
 from parallel import groups
 from parallel.gradients import NonFiniteGradientError
 from parallel.reduce import sum_over_all
+from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.resume import find_newest, open_checkpoint
 from pretrain.model.expert_load import ExpertLoad
 from pretrain.model.extra_losses import forget_extra_losses, take_aux_loss, take_mtp_loss
@@ -59,10 +60,10 @@ def loss_curve(
 
     Collective: every rank calls it.
     """
-    trainer = make_trainer(run)
-    if resume:
-        found = find_newest(run.folder / "checkpoints")
-        assert found is not None, f"no checkpoint below {run.folder}"
+    found = find_newest(run.folder / "checkpoints") if resume else None
+    assert found is not None or not resume, f"no checkpoint below {run.folder}"
+    trainer = make_trainer(run, newest=None if found is None else found[1])
+    if found is not None:
         trainer.load(*found)
     elif run.initial_weights is not None:
         trainer.start_from(open_checkpoint(run.initial_weights)[0])
@@ -93,13 +94,17 @@ def loss_curve(
     )
 
 
-def make_trainer(run: Run) -> Trainer:
-    """Return this rank's trainer at its first step, over the run's corpus; collective."""
+def make_trainer(run: Run, *, newest: Manifest | None = None) -> Trainer:
+    """Return this rank's trainer at its first step, over the run's corpus; collective.
+
+    Args:
+        run: the configuration.
+        newest: of the checkpoint whose ledger is followed; None: a run that begins.
+    """
     device = groups.join_world()
     forget_extra_losses()
     corpus = open_run_corpus(run)
-    found = find_newest(run.folder / "checkpoints")
-    ledger = ledger_to_follow(run, corpus, newest=None if found is None else found[1])
+    ledger = ledger_to_follow(run, corpus, newest=newest)
     return Trainer(run, device=device, corpus=replace(corpus, ledger=ledger))
 
 
