@@ -1,7 +1,6 @@
 """A run of a few steps that writes what a real one writes, and can be left in the middle."""
 
 import sys
-from dataclasses import replace
 
 import torch
 
@@ -9,14 +8,14 @@ from data.stream.ledger import write_ledger
 from launch.compose import to_yaml
 from parallel import groups
 from pretrain.checkpoint.resume import find_newest
-from pretrain.model.extra_losses import forget_extra_losses
 from pretrain.monitor.telemetry import open_telemetry
-from pretrain.training.corpus import LEDGER_NAME, ledger_to_follow, open_run_corpus
+from pretrain.training.corpus import LEDGER_NAME
 from pretrain.training.exit_file import FINISHED, write_exit
 from pretrain.training.observe import Observer, make_throughput
 from pretrain.training.run import Run
 from pretrain.training.train_step import StepResult
-from pretrain.training.trainer import Trainer, fit
+from pretrain.training.trainer import fit
+from pretrain.training.verify import make_trainer
 
 
 def train_some(run: Run, *, save_after: int | None = None, leave_after: int | None = None) -> None:
@@ -30,18 +29,15 @@ def train_some(run: Run, *, save_after: int | None = None, leave_after: int | No
     Collective: every rank calls it.
     """
     device = groups.join_world()
-    forget_extra_losses()
     found = find_newest(run.folder / "checkpoints")
-    corpus = open_run_corpus(run)
-    ledger = ledger_to_follow(run, corpus, newest=None if found is None else found[1])
-    trainer = Trainer(run, device=device, corpus=replace(corpus, ledger=ledger))
+    trainer = make_trainer(run, newest=None if found is None else found[1])
     if found is not None:
         trainer.load(*found)
     telemetry = None
     if torch.distributed.get_rank() == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "config.yaml").write_text(to_yaml(run), encoding="utf-8")
-        write_ledger(run.folder / LEDGER_NAME, ledger)
+        write_ledger(run.folder / LEDGER_NAME, trainer.ledger)
         telemetry = open_telemetry(
             run.folder, run.telemetry, stream=sys.stderr, total_steps=trainer.total_steps
         )
@@ -68,4 +64,4 @@ def train_some(run: Run, *, save_after: int | None = None, leave_after: int | No
         if trainer.is_finished:
             write_exit(run.folder, code=FINISHED, reason="", step=trainer.position.step)
     trainer.close()
-    corpus.close()
+    trainer.corpus.close()
