@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-from data.corpus.manifest import TOKENIZER_NAME, CorpusManifest, dataset_path
+from data.corpus.manifest import TOKENIZER_NAME, CorpusManifest, dataset_path, file_sha256
 from data.indexed.closing import Closing
 from data.indexed.dataset import Dataset, open_dataset
 from data.indexed.format import DataError
 from data.stream.ledger import Entry, Ledger, begin_ledger, read_ledger
 from data.stream.plan import check_epochs, plan, plan_from
-from data.tokenizer.codec import Codec
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.training.run import Run, skip_range
 
@@ -61,7 +60,7 @@ def open_run_corpus(run: Run) -> Corpus:
     path = folder / TOKENIZER_NAME
     if not path.is_file():
         raise DataError(f"{path}: missing; prepare the folder again")
-    digest = Codec(path).digest
+    digest = file_sha256(path)
     if digest != manifest.tokenizer_digest:
         raise DataError(
             f"{path} is not the tokenizer that {folder} was made with: SHA-256 {digest}, the data"

@@ -154,8 +154,12 @@ class Observer:
         return scores
 
     def saved(self, *, duration_s: float) -> None:
-        """Record a checkpoint."""
-        self._write({"step": self._trainer.position.step, "checkpoint_save_s": duration_s})
+        """Record a checkpoint, and what was read up to it; collective."""
+        step = self._trainer.position.step
+        record: dict[str, float | int | str] = {"step": step, "checkpoint_save_s": duration_s}
+        if self._trainer.consumed_from_step < step:  # the same on all ranks
+            record |= self._consumed()
+        self._write(record)
 
     def _write(self, record: Mapping[str, float | int | str]) -> None:
         if self._telemetry is not None:
