@@ -14,8 +14,9 @@ from data.stream.curriculum import Curriculum, Stage
 from data.stream.order import Order, Segment
 from data.stream.timetable import Timetable
 
-WEIGHT_UNIT = 2**22
-"""Weights of a segment add up to about this: a share of one millionth is kept to a quarter."""
+WEIGHT_UNIT = 2**29
+"""Weights of a segment add up to about this, half of what apportion.py allows. The smallest weight,
+1, is some three windows of 7T tokens: a bucket of few windows stays below its cap on epochs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

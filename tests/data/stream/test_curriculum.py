@@ -135,6 +135,15 @@ def test_a_mixture_without_meaning_is_refused(values: dict[str, Any]) -> None:
         Mixture(**values)
 
 
+def test_a_bucket_of_few_windows_is_gone_through_as_often_as_the_others() -> None:
+    long = {"tokens": 7 * 10**12, "window_tokens": 4096, "global_sequences": 15360}
+    held = {bucket("web", tokens=4096): 1_700_000_000, bucket("code", tokens=4096): 3}
+    given = plan(Curriculum(stages={"all": Stage(**long)}), held, seed=0).order
+    epochs = given.given(given.num_batches) / given.windows
+    assert epochs.min() > 0.3
+    assert epochs.max() < 2.0
+
+
 def test_a_domain_may_have_a_cap_of_its_own() -> None:
     much = stage(tokens=64 * 100_000)
     with pytest.raises(ValueError, match="web"):
