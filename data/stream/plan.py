@@ -78,6 +78,8 @@ def plan_from(
     segments = _segments(curriculum, windows)
     timetable = Timetable(segments)
     first = timetable.batch_after(tokens)
+    if timetable.tokens_before(first) > tokens:
+        first -= 1
     left: list[Segment] = []
     before = 0
     for segment in segments:

@@ -118,6 +118,15 @@ def test_a_longer_curriculum_lengthens_the_run(run: Run, saved: Manifest) -> Non
         follow(shorter, saved)
 
 
+@pytest.mark.parametrize("sequences", [5, 12, 16, 84])
+def test_a_change_of_the_batches_loses_no_token(sequences: int, run: Run, saved: Manifest) -> None:
+    """80 sequences were read, which is inside a batch of 12 and of 84."""
+    stage = Stage(tokens=168 * 64, window_tokens=64, global_sequences=sequences)
+    other = Curriculum(stages={"only": stage}, max_epochs=100.0)
+    after = follow(replace(run, curriculum=other, change=Change(reason="other batches")), saved)
+    assert 168 <= after.timetable().num_sequences < 168 + sequences + 8
+
+
 def test_batches_are_skipped_once_and_only_before_they_are_read(run: Run, saved: Manifest) -> None:
     skipping = replace(run, change=Change(skip=("20:30", "40:41"), reason="loss spike at 21"))
     ledger = follow(skipping, saved)
