@@ -153,19 +153,24 @@ def changed_ledger(ledger: Ledger, run: Run, corpus: Corpus, *, step: int) -> Le
         ledger = ledger.with_entry(_new_plan(ledger, run, corpus.train, batch=batch))
     for text in run.change.skip:
         wanted = skip_range(text)
+        if any(wanted[0] in held and wanted[-1] in held for held in ledger.skipped()):
+            continue
+        if wanted.stop > (num_batches := ledger.timetable().num_batches):
+            raise CheckpointError(
+                f"change.skip={text} given, but run {run.name} has {num_batches} batches: give"
+                f" {wanted.start}:{num_batches} to skip up to its end"
+            )
+        if wanted.start < batch:
+            raise CheckpointError(
+                f"change.skip={text} given, but the run has read the batches before {batch}: go"
+                f" back to a checkpoint before batch {wanted.start} first"
+            )
         entry = Entry(
             kind="skip",
             first_batch=wanted.start,
             num_batches=len(wanted),
             reason=run.change.reason,
         )
-        if entry in ledger.entries:
-            continue
-        if wanted.start < batch:
-            raise CheckpointError(
-                f"change.skip={text} given, but the run has read the batches before {batch}: go"
-                f" back to a checkpoint before batch {wanted.start} first"
-            )
         ledger = ledger.with_entry(entry)
     return ledger
 

@@ -140,6 +140,28 @@ def test_batches_are_skipped_once_and_only_before_they_are_read(run: Run, saved:
         follow(late, saved)
 
 
+def test_what_is_skipped_already_is_no_new_change_for_another_reason(
+    run: Run, saved: Manifest
+) -> None:
+    """The words of the first change stay in the command when a second one is made."""
+    first = follow(replace(run, change=Change(skip=("10:20", "20:22"), reason="one")), saved)
+    write_file(run, first)
+    assert first.batch_of(STEP) == 22
+    both = Change(skip=("10:20", "11:22", "30:31"), reason="and another")
+    second = follow(replace(run, change=both), saved)
+    assert second.extends(first)
+    assert [e.first_batch for e in second.entries if e.kind == "skip"] == [10, 20, 30]
+
+
+def test_batches_behind_the_end_are_not_skipped(run: Run, saved: Manifest) -> None:
+    """They would be the first of a later plan, and nobody would know."""
+    beyond = replace(run, change=Change(skip=("95:110",), reason="typing"))
+    with pytest.raises(CheckpointError, match=r"has 100 batches: give 95:100"):
+        follow(beyond, saved)
+    ledger = follow(replace(run, change=Change(skip=("95:100",), reason="the end")), saved)
+    assert ledger.num_steps == 95
+
+
 def test_a_file_of_another_run_is_refused(run: Run, saved: Manifest) -> None:
     write_file(run, follow(replace(run, curriculum=curriculum(0.5)), None))
     with pytest.raises(CheckpointError, match=r"ledger\.jsonl does not begin with the 1 entries"):
