@@ -105,7 +105,8 @@ def stored_ledger(run: Run, newest: Manifest) -> Ledger:
 
     Raises:
         DataError: if the file was changed.
-        CheckpointError: if the file does not go on from the checkpoint's ledger.
+        CheckpointError: if the file does not go on from the checkpoint's ledger, or changes what
+            the checkpoint has read.
     """
     path = run.folder / LEDGER_NAME
     if not newest.ledger:
@@ -121,6 +122,17 @@ def stored_ledger(run: Run, newest: Manifest) -> Ledger:
             f" {newest.step}: it is of another run, or was cut; remove it to go on with the"
             " checkpoint's"
         )
+    # What was added later counts for batches that the checkpoint had not read, or the step that it
+    # has done would be another batch.
+    read = saved.batch_of(newest.step)
+    for entry in found.entries[len(saved.entries) :]:
+        if entry.kind != "replace" and entry.first_batch < read:
+            raise CheckpointError(
+                f"{path} has an entry ({entry.reason}) of batch {entry.first_batch}, but the"
+                f" checkpoint of step {newest.step} of {run.name} has read the batches before"
+                f" {read} without it: go on from an older checkpoint, or remove the file to go on"
+                " with the checkpoint's"
+            )
     return found
 
 

@@ -162,6 +162,19 @@ def test_batches_behind_the_end_are_not_skipped(run: Run, saved: Manifest) -> No
     assert ledger.num_steps == 95
 
 
+@pytest.mark.parametrize("asked", [Change(skip=("5:7",), reason="spike"), Change(reason="mixture")])
+def test_a_change_made_behind_an_older_checkpoint_does_not_count_for_a_newer_one(
+    asked: Change, run: Run, saved: Manifest
+) -> None:
+    """The newer was put away, a change was made at the older, and the newer came back."""
+    other = run if asked.skip else replace(run, curriculum=curriculum(0.9))
+    changed = follow(replace(other, change=asked), replace(saved, step=5))
+    write_file(run, changed)
+    assert follow(other, replace(saved, step=5)) == changed
+    with pytest.raises(CheckpointError, match=r"batch 5, but the checkpoint of step 10 .* before"):
+        follow(other, saved)
+
+
 def test_a_file_of_another_run_is_refused(run: Run, saved: Manifest) -> None:
     write_file(run, follow(replace(run, curriculum=curriculum(0.5)), None))
     with pytest.raises(CheckpointError, match=r"ledger\.jsonl does not begin with the 1 entries"):
