@@ -7,7 +7,7 @@ from data.indexed.closing import Closing
 from data.indexed.dataset import Dataset, open_dataset
 from data.indexed.format import DataError
 from data.stream.ledger import Entry, Ledger, begin_ledger, read_ledger
-from data.stream.plan import check_epochs, plan, plan_from
+from data.stream.plan import check_epochs, plan_from
 from data.tokenizer.codec import Codec
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.training.run import Run, skip_range
@@ -43,7 +43,7 @@ def open_run_corpus(run: Run) -> Corpus:
     Raises:
         DataError: if a file is missing, damaged or not of the tokenizer.
         ValueError: if there is no corpus, the model's vocabulary is too small for the tokenizer, or
-            the corpus cannot meet the curriculum.
+            the corpus lacks windows that the curriculum takes.
     """
     folder = run.data.corpus
     if not (folder / "manifest.json").is_file():
@@ -196,9 +196,14 @@ def ledger_to_follow(run: Run, corpus: Corpus, *, newest: Manifest | None) -> Le
         newest: of the checkpoint that it goes on from; None: it begins.
 
     Raises:
-        DataError, CheckpointError, ValueError: as `stored_ledger` and `changed_ledger`.
+        DataError, CheckpointError: as `stored_ledger` and `changed_ledger`.
+        ValueError: as `changed_ledger`, and `check_epochs` for a run that begins.
     """
     if newest is None:
+        # Of a run that goes on, this is a plan that nobody follows: its caps may be others.
+        begun = corpus.ledger.last_plan
+        windows = dict(zip(begun.buckets, begun.windows, strict=True))
+        check_epochs(run.curriculum, windows, corpus.ledger.order(seed=run.seed))
         return changed_ledger(corpus.ledger, run, corpus, step=0)
     return changed_ledger(stored_ledger(run, newest), run, corpus, step=newest.step)
 
@@ -229,10 +234,10 @@ def _new_plan(ledger: Ledger, run: Run, train: Dataset, *, batch: int) -> Entry:
 
 def _new_ledger(run: Run, train: Dataset) -> Ledger:
     windows = dict(zip(train.header.buckets, train.num_windows.tolist(), strict=True))
-    planned = plan(run.curriculum, windows, seed=run.seed)
+    held = dict(sorted(windows.items()))
     return begin_ledger(
-        {bucket: windows[bucket] for bucket in planned.buckets},
-        planned.segments,
+        held,
+        plan_from(run.curriculum, held, tokens=0),
         dataset=train.digest.hex(),
         curriculum=run.curriculum.digest,
     )

@@ -175,6 +175,36 @@ def test_a_change_made_behind_an_older_checkpoint_does_not_count_for_a_newer_one
         follow(other, saved)
 
 
+def test_caps_count_what_the_run_reads_and_not_what_a_new_one_would(
+    run: Run, saved: Manifest
+) -> None:
+    """Of the new mixture forty batches are left, and code has enough for them."""
+    code = sum(
+        number
+        for bucket, number in zip(*_begun(run), strict=True)
+        if (bucket.domain, bucket.window_tokens) == ("code", 64)
+    )
+    only = Stage(
+        tokens=100 * 8 * 64,
+        window_tokens=64,
+        global_sequences=8,
+        begin=Mixture(domains={"code": 1.0}),
+    )
+    capped = Curriculum(stages={"only": only}, max_epochs=500 / code)
+    changed = replace(run, curriculum=capped, change=Change(reason="code at the end"))
+    with pytest.raises(ValueError, match="would be gone through too often: code"):
+        follow(changed, None)
+    after = follow(changed, replace(saved, step=60))
+    assert after.last_plan.first_batch == 60
+    with pytest.raises(ValueError, match="would be gone through too often: code"):
+        follow(changed, replace(saved, step=30))
+
+
+def _begun(run: Run) -> tuple[tuple[Bucket, ...], tuple[int, ...]]:
+    with open_run_corpus(run) as corpus:
+        return corpus.ledger.last_plan.buckets, corpus.ledger.last_plan.windows
+
+
 def test_a_file_of_another_run_is_refused(run: Run, saved: Manifest) -> None:
     write_file(run, follow(replace(run, curriculum=curriculum(0.5)), None))
     with pytest.raises(CheckpointError, match=r"ledger\.jsonl does not begin with the 1 entries"):
