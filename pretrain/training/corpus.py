@@ -197,7 +197,8 @@ def ledger_to_follow(run: Run, corpus: Corpus, *, newest: Manifest | None) -> Le
 
     Raises:
         DataError, CheckpointError: as `stored_ledger` and `changed_ledger`.
-        ValueError: as `changed_ledger`, and `check_epochs` for a run that begins.
+        ValueError: as `changed_ledger`, as `check_epochs` for a run that begins, and if the model
+            or the replicas cannot take what the ledger has left.
     """
     if newest is None:
         # Of a run that goes on, this is a plan that nobody follows: its caps may be others.
@@ -205,7 +206,11 @@ def ledger_to_follow(run: Run, corpus: Corpus, *, newest: Manifest | None) -> Le
         windows = dict(zip(begun.buckets, begun.windows, strict=True))
         check_epochs(run.curriculum, windows, corpus.ledger.order(seed=run.seed))
         return changed_ledger(corpus.ledger, run, corpus, step=0)
-    return changed_ledger(stored_ledger(run, newest), run, corpus, step=newest.step)
+    ledger = changed_ledger(stored_ledger(run, newest), run, corpus, step=newest.step)
+    # From an older checkpoint the way to the last plan is one that the curriculum may not have.
+    if left := ledger.timetable().segments_from(ledger.batch_of(newest.step)):
+        run.check_segments(left)
+    return ledger
 
 
 def _new_plan(ledger: Ledger, run: Run, train: Dataset, *, batch: int) -> Entry:

@@ -22,6 +22,7 @@ from data.indexed.window_writer import WindowWriter, write_packed
 from data.stream.curriculum import Curriculum, Mixture, Stage
 from data.stream.ledger import Ledger, write_ledger
 from data.stream.loader import BatchReader, Reading, Share
+from parallel.layout import Layout
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.training.corpus import LEDGER_NAME, Corpus, ledger_to_follow, open_run_corpus
 from pretrain.training.run import Change, Run, as_json
@@ -203,6 +204,18 @@ def test_caps_count_what_the_run_reads_and_not_what_a_new_one_would(
 def _begun(run: Run) -> tuple[tuple[Bucket, ...], tuple[int, ...]]:
     with open_run_corpus(run) as corpus:
         return corpus.ledger.last_plan.buckets, corpus.ledger.last_plan.windows
+
+
+def test_batches_before_a_later_plan_must_fit_the_layout_too(run: Run, saved: Manifest) -> None:
+    """Behind batch 10 batches of 9 would do, but from step 5 on five batches of 8 come first."""
+    stage = Stage(tokens=100 * 8 * 64, window_tokens=64, global_sequences=9)
+    nines = Curriculum(stages={"only": stage}, max_epochs=100.0)
+    changed = replace(run, curriculum=nines, change=Change(reason="batches of 9"))
+    write_file(run, follow(changed, saved))
+    three = replace(changed, layout=Layout(num_ranks=3))
+    assert follow(three, saved).last_plan.first_batch == STEP
+    with pytest.raises(ValueError, match=r"batch of 8 sequences given, but dp=3"):
+        follow(three, replace(saved, step=5))
 
 
 def test_a_file_of_another_run_is_refused(run: Run, saved: Manifest) -> None:
