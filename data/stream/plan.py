@@ -129,12 +129,12 @@ def tokens_by_label(plan: Plan, label: str) -> Mapping[str, int]:
 
 def _segments(curriculum: Curriculum, windows: Mapping[Bucket, int]) -> tuple[Segment, ...]:
     """Return the segments of all stages: one for each stretch of one mixture and batch size."""
-    missing = set(curriculum.optional_domains) - {bucket.domain for bucket in windows}
+    optional = curriculum.optional_domains
     return tuple(
         Segment(
             num_batches=num_batches,
             global_sequences=size,
-            weights=_weights(stage, piece, windows, name=name, missing=missing),
+            weights=_weights(stage, piece, windows, name=name, optional=optional),
             window_tokens=stage.window_tokens,
             stage=name,
         )
@@ -144,7 +144,12 @@ def _segments(curriculum: Curriculum, windows: Mapping[Bucket, int]) -> tuple[Se
 
 
 def _weights(
-    stage: Stage, piece: int, windows: Mapping[Bucket, int], *, name: str, missing: set[str]
+    stage: Stage,
+    piece: int,
+    windows: Mapping[Bucket, int],
+    *,
+    name: str,
+    optional: Sequence[str],
 ) -> tuple[int, ...]:
     """Return the integer weight of each bucket in one piece of a stage."""
     progress = piece / (stage.pieces - 1) if stage.pieces > 1 else 0.0
@@ -168,6 +173,7 @@ def _weights(
     by_domain: dict[str, float] = {}
     for bucket, amount in zip(windows, held, strict=True):
         by_domain[bucket.domain] = by_domain.get(bucket.domain, 0.0) + amount
+    missing = {domain for domain in optional if not by_domain.get(domain, 0.0) > 0}
     begins, ends = (
         _shares(mixture.domains, by_domain, missing=missing) for mixture in (begin, end)
     )
