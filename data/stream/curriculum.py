@@ -130,7 +130,8 @@ class Curriculum:
     max_epochs_by_domain: dict[str, float] = field(default_factory=dict[str, float])
     """Other caps for some domains."""
     optional_domains: tuple[str, ...] = ()
-    """Domains that a corpus may lack; the others then have their shares. Any other is missed."""
+    """Domains of which a corpus may lack the windows of a stage; the others then have their shares.
+    Any other is missed."""
 
     def __post_init__(self) -> None:
         if not self.stages or min((self.max_epochs, *self.max_epochs_by_domain.values())) <= 0:

@@ -274,7 +274,7 @@ def require_dataset(dataset: Dataset, ledger: Ledger) -> None:
         raise DataError(
             f"{dataset.manifest.path}: the dataset has the digest {dataset.digest.hex()[:16]}, the"
             f" run reads {expected[:16]}: point data.corpus at the corpus the run began with, or"
-            " change over to new data with launch/change_data.py"
+            " go on with this one, to which text was added, by change.reason"
         )
 
 

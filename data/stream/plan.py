@@ -14,8 +14,9 @@ from data.stream.curriculum import Curriculum, Stage
 from data.stream.order import Order, Segment
 from data.stream.timetable import Timetable
 
-WEIGHT_UNIT = 2**22
-"""Weights of a segment add up to about this: a share of one millionth is kept to a quarter."""
+WEIGHT_UNIT = 2**29
+"""Weights of a segment add up to about this, half of what apportion.py allows. The smallest weight,
+1, is some three windows of 7T tokens: a bucket of few windows stays below its cap on epochs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -77,6 +78,8 @@ def plan_from(
     segments = _segments(curriculum, windows)
     timetable = Timetable(segments)
     first = timetable.batch_after(tokens)
+    if timetable.tokens_before(first) > tokens:
+        first -= 1
     left: list[Segment] = []
     before = 0
     for segment in segments:
@@ -126,12 +129,12 @@ def tokens_by_label(plan: Plan, label: str) -> Mapping[str, int]:
 
 def _segments(curriculum: Curriculum, windows: Mapping[Bucket, int]) -> tuple[Segment, ...]:
     """Return the segments of all stages: one for each stretch of one mixture and batch size."""
-    missing = set(curriculum.optional_domains) - {bucket.domain for bucket in windows}
+    optional = curriculum.optional_domains
     return tuple(
         Segment(
             num_batches=num_batches,
             global_sequences=size,
-            weights=_weights(stage, piece, windows, name=name, missing=missing),
+            weights=_weights(stage, piece, windows, name=name, optional=optional),
             window_tokens=stage.window_tokens,
             stage=name,
         )
@@ -141,7 +144,12 @@ def _segments(curriculum: Curriculum, windows: Mapping[Bucket, int]) -> tuple[Se
 
 
 def _weights(
-    stage: Stage, piece: int, windows: Mapping[Bucket, int], *, name: str, missing: set[str]
+    stage: Stage,
+    piece: int,
+    windows: Mapping[Bucket, int],
+    *,
+    name: str,
+    optional: Sequence[str],
 ) -> tuple[int, ...]:
     """Return the integer weight of each bucket in one piece of a stage."""
     progress = piece / (stage.pieces - 1) if stage.pieces > 1 else 0.0
@@ -165,6 +173,7 @@ def _weights(
     by_domain: dict[str, float] = {}
     for bucket, amount in zip(windows, held, strict=True):
         by_domain[bucket.domain] = by_domain.get(bucket.domain, 0.0) + amount
+    missing = {domain for domain in optional if not by_domain.get(domain, 0.0) > 0}
     begins, ends = (
         _shares(mixture.domains, by_domain, missing=missing) for mixture in (begin, end)
     )

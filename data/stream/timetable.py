@@ -49,6 +49,10 @@ class Timetable:
             raise ValueError(f"batch {batch}; allowed: 0 .. {self.num_batches - 1}")
         return self.segments[bisect_right(self._batches, batch) - 1]
 
+    def segments_from(self, batch: int) -> tuple[Segment, ...]:
+        """Return the segments of a batch and of all behind it, whole; none at the end."""
+        return self.segments[bisect_right(self._batches, batch) - 1 :]
+
     def sequences_before(self, batch: int) -> int:
         """Return the sequences of all batches before one, 0 <= batch <= num_batches."""
         number, within = self._place(batch)

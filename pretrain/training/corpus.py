@@ -7,7 +7,7 @@ from data.indexed.closing import Closing
 from data.indexed.dataset import Dataset, open_dataset
 from data.indexed.format import DataError
 from data.stream.ledger import Entry, Ledger, begin_ledger, read_ledger
-from data.stream.plan import check_epochs, plan, plan_from
+from data.stream.plan import check_epochs, plan_from
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.training.run import Run, skip_range
 
@@ -42,7 +42,7 @@ def open_run_corpus(run: Run) -> Corpus:
     Raises:
         DataError: if a file is missing, damaged or not of the tokenizer.
         ValueError: if there is no corpus, the model's vocabulary is too small for the tokenizer, or
-            the corpus cannot meet the curriculum.
+            the corpus lacks windows that the curriculum takes.
     """
     folder = run.data.corpus
     if not (folder / "manifest.json").is_file():
@@ -104,7 +104,8 @@ def stored_ledger(run: Run, newest: Manifest) -> Ledger:
 
     Raises:
         DataError: if the file was changed.
-        CheckpointError: if the file does not go on from the checkpoint's ledger.
+        CheckpointError: if the file does not go on from the checkpoint's ledger, or changes what
+            the checkpoint has read.
     """
     path = run.folder / LEDGER_NAME
     if not newest.ledger:
@@ -120,6 +121,17 @@ def stored_ledger(run: Run, newest: Manifest) -> Ledger:
             f" {newest.step}: it is of another run, or was cut; remove it to go on with the"
             " checkpoint's"
         )
+    # What was added later counts for batches that the checkpoint had not read, or the step that it
+    # has done would be another batch.
+    read = saved.batch_of(newest.step)
+    for entry in found.entries[len(saved.entries) :]:
+        if entry.kind != "replace" and entry.first_batch < read:
+            raise CheckpointError(
+                f"{path} has an entry ({entry.reason}) of batch {entry.first_batch}, but the"
+                f" checkpoint of step {newest.step} of {run.name} has read the batches before"
+                f" {read} without it: go on from an older checkpoint, or remove the file to go on"
+                " with the checkpoint's"
+            )
     return found
 
 
@@ -152,19 +164,24 @@ def changed_ledger(ledger: Ledger, run: Run, corpus: Corpus, *, step: int) -> Le
         ledger = ledger.with_entry(_new_plan(ledger, run, corpus.train, batch=batch))
     for text in run.change.skip:
         wanted = skip_range(text)
+        if any(wanted[0] in held and wanted[-1] in held for held in ledger.skipped()):
+            continue
+        if wanted.stop > (num_batches := ledger.timetable().num_batches):
+            raise CheckpointError(
+                f"change.skip={text} given, but run {run.name} has {num_batches} batches: give"
+                f" {wanted.start}:{num_batches} to skip up to its end"
+            )
+        if wanted.start < batch:
+            raise CheckpointError(
+                f"change.skip={text} given, but the run has read the batches before {batch}: go"
+                f" back to a checkpoint before batch {wanted.start} first"
+            )
         entry = Entry(
             kind="skip",
             first_batch=wanted.start,
             num_batches=len(wanted),
             reason=run.change.reason,
         )
-        if entry in ledger.entries:
-            continue
-        if wanted.start < batch:
-            raise CheckpointError(
-                f"change.skip={text} given, but the run has read the batches before {batch}: go"
-                f" back to a checkpoint before batch {wanted.start} first"
-            )
         ledger = ledger.with_entry(entry)
     return ledger
 
@@ -178,11 +195,21 @@ def ledger_to_follow(run: Run, corpus: Corpus, *, newest: Manifest | None) -> Le
         newest: of the checkpoint that it goes on from; None: it begins.
 
     Raises:
-        DataError, CheckpointError, ValueError: as `stored_ledger` and `changed_ledger`.
+        DataError, CheckpointError: as `stored_ledger` and `changed_ledger`.
+        ValueError: as `changed_ledger`, as `check_epochs` for a run that begins, and if the model
+            or the replicas cannot take what the ledger has left.
     """
     if newest is None:
+        # Of a run that goes on, this is a plan that nobody follows: its caps may be others.
+        begun = corpus.ledger.last_plan
+        windows = dict(zip(begun.buckets, begun.windows, strict=True))
+        check_epochs(run.curriculum, windows, corpus.ledger.order(seed=run.seed))
         return changed_ledger(corpus.ledger, run, corpus, step=0)
-    return changed_ledger(stored_ledger(run, newest), run, corpus, step=newest.step)
+    ledger = changed_ledger(stored_ledger(run, newest), run, corpus, step=newest.step)
+    # From an older checkpoint the way to the last plan is one that the curriculum may not have.
+    if left := ledger.timetable().segments_from(ledger.batch_of(newest.step)):
+        run.check_segments(left)
+    return ledger
 
 
 def _new_plan(ledger: Ledger, run: Run, train: Dataset, *, batch: int) -> Entry:
@@ -211,10 +238,10 @@ def _new_plan(ledger: Ledger, run: Run, train: Dataset, *, batch: int) -> Entry:
 
 def _new_ledger(run: Run, train: Dataset) -> Ledger:
     windows = dict(zip(train.header.buckets, train.num_windows.tolist(), strict=True))
-    planned = plan(run.curriculum, windows, seed=run.seed)
+    held = dict(sorted(windows.items()))
     return begin_ledger(
-        {bucket: windows[bucket] for bucket in planned.buckets},
-        planned.segments,
+        held,
+        plan_from(run.curriculum, held, tokens=0),
         dataset=train.digest.hex(),
         curriculum=run.curriculum.digest,
     )

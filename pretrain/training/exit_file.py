@@ -20,12 +20,17 @@ FINISHED, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 75
 def write_exit(folder: Path, *, code: int, reason: str, step: int | None = None) -> None:
     """Write `exit.json` into a run's folder.
 
+    A failure does not take the place of what another rank of this attempt has said: who loses its
+    neighbour fails later than the neighbour, and knows less.
+
     Args:
         folder: the run's; made if missing.
         code: the exit code.
         reason: one sentence.
         step: optimizer steps done, if known.
     """
+    if code == FAILED and (folder / "exit.json").exists():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     record = {"code": code, "reason": reason, "step": step, "time_unix_s": round(time.time(), 3)}
     writing = folder / f".exit.json.{os.getpid()}"

@@ -96,6 +96,8 @@ def train(run: Run, config_yaml: str) -> int:
 
 def _train(run: Run, config_yaml: str, device: Device, stop: StopRequest) -> tuple[int, str, int]:
     found = find_newest(run.folder / "checkpoints")
+    # one that a rank cannot read is passed over there: no digest of the ledger would tell
+    require_same_on_all("newest checkpoint", "none" if found is None else found[0].name)
     if found is not None and starts_again(run, newest=found[1]):
         found = None
         torch.distributed.barrier()  # nobody reads the folder any more
@@ -105,6 +107,7 @@ def _train(run: Run, config_yaml: str, device: Device, stop: StopRequest) -> tup
     corpus = open_run_corpus(run)
     ledger = ledger_to_follow(run, corpus, newest=None if found is None else found[1])
     require_same_on_all("ledger", ledger.digest)
+    require_same_on_all("validation windows", corpus.validation.digest.hex())
     corpus = replace(corpus, ledger=ledger)
     trainer = Trainer(run, device=device, corpus=corpus)
     if found is not None:

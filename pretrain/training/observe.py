@@ -103,7 +103,7 @@ class Observer:
             "tokens": trainer.tokens,
             "loss": result.loss,
             "gradient_norm": result.gradient_norm,
-            "lr": trainer.lr_after(trainer.tokens),
+            "lr": result.lr,
             "stage": segment.stage,
             "window_tokens": segment.window_tokens,
             "global_sequences": segment.global_sequences,

@@ -6,6 +6,7 @@ configuration is refused before torch or a rank starts.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from data.indexed.block_cache import BlockCacheConfig
 from data.indexed.patience import Patience
 from data.stream.curriculum import Curriculum
 from data.stream.loader import Reading
+from data.stream.order import Segment
 from data.stream.slots import micro_sequences
 from data.stream.timetable import Timetable
 from parallel.cluster import Cluster
@@ -286,12 +288,10 @@ class Run:
                 f"{self.lr_schedule.decay_tokens} given, at most the tokens of the curriculum,"
                 f" {self.total_tokens}, are allowed"
             )
-        if self.longest_window_tokens > self.model.max_context_tokens:
-            raise ValueError(
-                f"a stage of the curriculum with window_tokens={self.longest_window_tokens} given,"
-                f" at most model.max_context_tokens={self.model.max_context_tokens} is allowed"
-            )
-        self._check_layout()
+        self.check_segments(self.timetable.segments)
+        parts = {"spec": self.model, "layout": self.layout, "precision": self.precision}
+        check_recompute(self.recompute, **parts)
+        check_exchange(self.exchange, recompute=self.recompute, **parts)
         if self.cluster is not None and self.cluster.num_ranks != self.layout.num_ranks:
             raise ValueError(
                 f"layout.num_ranks={self.layout.num_ranks} given, but"
@@ -300,18 +300,28 @@ class Run:
                 f" {self.cluster.num_ranks} is allowed: change one of the three"
             )
 
-    def _check_layout(self) -> None:
+    def check_segments(self, segments: Sequence[Segment]) -> None:
+        """Refuse windows that the model, or batches that the replicas cannot take.
+
+        Args:
+            segments: of the curriculum, or those that a ledger has left.
+
+        Raises:
+            ValueError: names the key to change.
+        """
         layout = self.layout
-        segments = self.timetable.segments
-        for window_tokens in sorted({segment.window_tokens for segment in segments}):
+        lengths = sorted({segment.window_tokens for segment in segments})
+        if lengths[-1] > self.model.max_context_tokens:
+            raise ValueError(
+                f"a stage of the curriculum with window_tokens={lengths[-1]} given,"
+                f" at most model.max_context_tokens={self.model.max_context_tokens} is allowed"
+            )
+        for window_tokens in lengths:
             check_cuts(self.model, layout=layout, sequence_tokens=window_tokens)
         tokens = self.micro_batch_tokens
         check_divisible(segments, micro_batch_tokens=tokens, dp=layout.dp)
         if layout.vp > 1:
             check_interleaved(segments, micro_batch_tokens=tokens, dp=layout.dp, pp=layout.pp)
-        parts = {"spec": self.model, "layout": layout, "precision": self.precision}
-        check_recompute(self.recompute, **parts)
-        check_exchange(self.exchange, recompute=self.recompute, **parts)
 
     @property
     def folder(self) -> Path:

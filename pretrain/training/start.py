@@ -188,6 +188,7 @@ def _check_checkpoint(run: Run, corpus: Corpus) -> int | None:
         if run.initial_weights is not None:
             folder, manifest = open_checkpoint(run.initial_weights)
             check_same_model(manifest, folder=folder, config=as_json(run), tokenizer_digest=digest)
+        ledger_to_follow(run, corpus, newest=None)
         return None
     folder, manifest = found
     check_same_run(manifest, folder=folder, config=as_json(run), tokenizer_digest=digest)

@@ -27,6 +27,8 @@ class StepResult:
     """Nats per token, mean over the global batch, main model only."""
     gradient_norm: float
     """Global norm before the clip."""
+    lr: float
+    """Learning rate that it was taken with."""
 
 
 def train_step(
@@ -65,7 +67,7 @@ def train_step(
     set_lr(optimizer, lr)
     gradient_norm = apply_gradients(optimizer, clip_norm=clip_norm)
     return StepResult(
-        loss=_mean_loss(kept, batches[0].loss_mask.device), gradient_norm=gradient_norm
+        loss=_mean_loss(kept, batches[0].loss_mask.device), gradient_norm=gradient_norm, lr=lr
     )
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from data.indexed.format import DataError
 from data.stream.consumed import MASK
-from data.stream.ledger import Entry, write_ledger
+from data.stream.ledger import write_ledger
 from data.stream.loader import BatchReader, Share
 from data.stream.order import Segment
 from parallel import groups
@@ -80,6 +81,7 @@ class Trainer:
         self._move_to(0)
         self.consumed = 0  # digest of the windows read since `consumed_from_step`
         self.consumed_from_step = 0
+        self._num_compared = 0  # damaged windows that all ranks of a replica have agreed on
         self.reader = BatchReader(
             corpus.train,
             corpus.ledger,
@@ -203,27 +205,41 @@ class Trainer:
         """Put windows that any replica found damaged into every rank's ledger; collective.
 
         Rank 0 writes them into the run's ledger file.
+
+        Raises:
+            DataError: on every rank, if ranks of one replica have found other damage in what they
+                have trained on, or all replicas together more than may be replaced.
         """
-        known = self.ledger.replaced()
-        own = [e for e in self.reader.new_damage if (e.bucket, e.window) not in known]
-        if not max_over_all(torch.tensor(float(len(own)), device=self.device)):
+        known, found = self.ledger.replaced(), self.reader.new_damage
+        own = [e for e in found if (e.bucket, e.window) not in known]
+        trained = [(e.bucket, e.window) for e in found if e.first_batch < self.batch]
+        num_open = len(own) + len(trained) - self._num_compared
+        if not max_over_all(torch.tensor(float(num_open), device=self.device)):
             return
-        gathered: list[list[Entry]] = [[] for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(gathered, own)
-        found = {(e.bucket, e.window): e for entries in gathered for e in entries}
-        for entry in sorted(found.values(), key=lambda e: (e.first_batch, e.bucket, e.window)):
+        self._num_compared = len(trained)
+        said: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(said, (groups.data_rank(), sorted(trained), own))
+        _require_same_damage([(replica, windows) for replica, windows, _ in said])
+        new = {(e.bucket, e.window): e for _, _, entries in said for e in entries}
+        for entry in sorted(new.values(), key=lambda e: (e.first_batch, e.bucket, e.window)):
             self.ledger = self.ledger.with_entry(entry)
         if torch.distributed.get_rank() == 0:
             self.run.folder.mkdir(parents=True, exist_ok=True)
             write_ledger(self.run.folder / LEDGER_NAME, self.ledger)
+        num_replaced, most = len(self.ledger.replaced()), self.run.data.reading.max_replaced
+        if new and num_replaced > most:
+            raise DataError(
+                f"{num_replaced} windows are damaged and replaced, data.reading.max_replaced={most}"
+                f" are allowed; they stand in {self.run.folder / LEDGER_NAME}"
+            )
 
     def save(self) -> None:
         """Write a checkpoint of this moment; collective.
 
         Raises:
             CheckpointError: see save_checkpoint.
-            DataError: if the manifest of the training windows is another one than at the start;
-                the checkpoint is written all the same.
+            DataError: see settle_damage; and if the manifest of the training windows is another one
+                than at the start, when the checkpoint is written all the same.
         """
         self.settle_damage()
         root = self.run.folder / "checkpoints"
@@ -266,6 +282,21 @@ class Trainer:
     def close(self) -> None:
         """Stop reading ahead."""
         self.reader.close()
+
+
+def _require_same_damage(said: Sequence[tuple[int, list[tuple[int, int]]]]) -> None:
+    """Refuse ranks of one replica that have replaced other windows, given what each rank says."""
+    first: dict[int, int] = {}
+    for rank, (replica, windows) in enumerate(said):
+        other = first.setdefault(replica, rank)
+        if said[other][1] != windows:
+            unlike = sorted({*windows} ^ {*said[other][1]})
+            raise DataError(
+                f"ranks [{other}, {rank}] read the same slots, and only one of them found damaged"
+                f" (bucket, window) {unlike[:3]}: they see unlike files, and what they trained on"
+                " since the last checkpoint is wrong; go on from it with files that are the same"
+                " on every machine"
+            )
 
 
 def _host_memory(shape: tuple[int, int], *, pinned: bool) -> Any:

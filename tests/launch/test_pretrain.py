@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from data.corpus.manifest import dataset_path
+from data.indexed.dataset import open_dataset
+from data.stream.curriculum import Curriculum, Stage
+from data.stream.plan import plan
 from tests.launch.conftest import STAGE, STEP_TOKENS, TOKENS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +164,28 @@ def test_damaged_windows_end_a_run_with_2_at_their_first_touch(
     assert "the window is damaged" in record["reason"]
     assert ".64.0.bin: window " in record["reason"]
     assert f"error: {record['reason']}" in output
+
+
+def test_a_window_that_one_rank_finds_damaged_is_named_in_exit_json(
+    words: list[str], own_corpus: Path, tmp_path: Path
+) -> None:
+    """The other rank only sees its neighbour go, later, and must not say that instead."""
+    stage = Stage(tokens=4 * STEP_TOKENS, window_tokens=64, global_sequences=4)
+    with open_dataset(dataset_path(own_corpus, "train")) as dataset:
+        held = dict(zip(dataset.header.buckets, dataset.num_windows.tolist(), strict=True))
+        order = plan(Curriculum(stages={"all": stage}), held, seed=0).order
+        place = order.addresses(1, [1])  # a slot of rank 1
+        shards, numbers = dataset.locate(place.bucket, place.window)
+        prefix = dataset.manifest.prefix(int(shards[0]))
+        size = dataset.shard(int(shards[0])).header.window_bytes
+    path = Path(f"{prefix}.bin")
+    content = bytearray(path.read_bytes())
+    content[int(numbers[0]) * size] ^= 1
+    path.write_bytes(content)
+    code, output = finish(launch("pretrain.py", *words, f"data.corpus={own_corpus}"))
+    assert code == 2, output
+    record = json.loads((tmp_path / "runs" / "t" / "exit.json").read_text(encoding="utf-8"))
+    assert (record["code"], f"window {int(numbers[0])} " in record["reason"]) == (2, True), record
 
 
 def test_a_stopped_run_goes_on_finishes_generates_and_then_does_nothing(

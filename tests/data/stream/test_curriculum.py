@@ -137,6 +137,25 @@ def test_a_mixture_without_meaning_is_refused(values: dict[str, Any]) -> None:
         Mixture(**values)
 
 
+def test_a_bucket_of_few_windows_is_gone_through_as_often_as_the_others() -> None:
+    long = Stage(tokens=7 * 10**12, window_tokens=4096, global_sequences=15360)
+    held = {bucket("web", tokens=4096): 1_700_000_000, bucket("code", tokens=4096): 3}
+    given = plan(Curriculum(stages={"all": long}), held, seed=0).order
+    epochs = given.given(given.num_batches) / given.windows
+    assert epochs.min() > 0.3
+    assert epochs.max() < 2.0
+
+
+def test_an_optional_domain_without_windows_of_a_stage_is_left_out_of_it() -> None:
+    both = Mixture(domains={"web": 1.0, "code": 1.0})
+    long = stage(window_tokens=256, begin=both, tokens=25_600)  # no code in windows of 256
+    with pytest.raises(ValueError, match=r"second takes 50\.00% from domain 'code'"):
+        planned(stage(begin=both), long)
+    found = planned(stage(begin=both), long, optional_domains=("code",))
+    expected = {"web": (32_000 + 25_600) / 89_600, "code": 32_000 / 89_600}
+    assert shares(found, "domain") == pytest.approx(expected, abs=0.01)
+
+
 def test_a_domain_may_have_a_cap_of_its_own() -> None:
     much = stage(tokens=64 * 100_000)
     with pytest.raises(ValueError, match="web"):

@@ -27,10 +27,12 @@ def test_sums_are_those_of_a_walk(parts: list[Segment]) -> None:
     sequences = tokens = 0
     for batch, part in enumerate(walk):
         assert timetable.segment_at(batch) is part
+        assert timetable.segments_from(batch)[0] is part
         assert timetable.sequences_before(batch) == sequences
         assert timetable.tokens_before(batch) == tokens
         sequences += part.global_sequences
         tokens += part.global_sequences * part.window_tokens
+    assert timetable.segments_from(len(walk)) == ()
     assert timetable.sequences_before(len(walk)) == timetable.num_sequences == sequences
     assert timetable.tokens_before(len(walk)) == timetable.num_tokens == tokens
 

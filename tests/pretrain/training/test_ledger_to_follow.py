@@ -22,6 +22,7 @@ from data.indexed.window_writer import WindowWriter, write_packed
 from data.stream.curriculum import Curriculum, Mixture, Stage
 from data.stream.ledger import Ledger, write_ledger
 from data.stream.loader import BatchReader, Reading, Share
+from parallel.layout import Layout
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.training.corpus import LEDGER_NAME, Corpus, ledger_to_follow, open_run_corpus
 from pretrain.training.run import Change, Run, as_json
@@ -118,6 +119,15 @@ def test_a_longer_curriculum_lengthens_the_run(run: Run, saved: Manifest) -> Non
         follow(shorter, saved)
 
 
+@pytest.mark.parametrize("sequences", [5, 12, 16, 84])
+def test_a_change_of_the_batches_loses_no_token(sequences: int, run: Run, saved: Manifest) -> None:
+    """80 sequences were read, which is inside a batch of 12 and of 84."""
+    stage = Stage(tokens=168 * 64, window_tokens=64, global_sequences=sequences)
+    other = Curriculum(stages={"only": stage}, max_epochs=100.0)
+    after = follow(replace(run, curriculum=other, change=Change(reason="other batches")), saved)
+    assert 168 <= after.timetable().num_sequences < 168 + sequences + 8
+
+
 def test_batches_are_skipped_once_and_only_before_they_are_read(run: Run, saved: Manifest) -> None:
     skipping = replace(run, change=Change(skip=("20:30", "40:41"), reason="loss spike at 21"))
     ledger = follow(skipping, saved)
@@ -129,6 +139,83 @@ def test_batches_are_skipped_once_and_only_before_they_are_read(run: Run, saved:
     late = replace(run, change=Change(skip=("5:6",), reason="too late"))
     with pytest.raises(CheckpointError, match=r"batches before 10.*before batch 5 first"):
         follow(late, saved)
+
+
+def test_what_is_skipped_already_is_no_new_change_for_another_reason(
+    run: Run, saved: Manifest
+) -> None:
+    """The words of the first change stay in the command when a second one is made."""
+    first = follow(replace(run, change=Change(skip=("10:20", "20:22"), reason="one")), saved)
+    write_file(run, first)
+    assert first.batch_of(STEP) == 22
+    both = Change(skip=("10:20", "11:22", "30:31"), reason="and another")
+    second = follow(replace(run, change=both), saved)
+    assert second.extends(first)
+    assert [e.first_batch for e in second.entries if e.kind == "skip"] == [10, 20, 30]
+
+
+def test_batches_behind_the_end_are_not_skipped(run: Run, saved: Manifest) -> None:
+    """They would be the first of a later plan, and nobody would know."""
+    beyond = replace(run, change=Change(skip=("95:110",), reason="typing"))
+    with pytest.raises(CheckpointError, match=r"has 100 batches: give 95:100"):
+        follow(beyond, saved)
+    ledger = follow(replace(run, change=Change(skip=("95:100",), reason="the end")), saved)
+    assert ledger.num_steps == 95
+
+
+@pytest.mark.parametrize("asked", [Change(skip=("5:7",), reason="spike"), Change(reason="mixture")])
+def test_a_change_made_behind_an_older_checkpoint_does_not_count_for_a_newer_one(
+    asked: Change, run: Run, saved: Manifest
+) -> None:
+    """The newer was put away, a change was made at the older, and the newer came back."""
+    other = run if asked.skip else replace(run, curriculum=curriculum(0.9))
+    changed = follow(replace(other, change=asked), replace(saved, step=5))
+    write_file(run, changed)
+    assert follow(other, replace(saved, step=5)) == changed
+    with pytest.raises(CheckpointError, match=r"batch 5, but the checkpoint of step 10 .* before"):
+        follow(other, saved)
+
+
+def test_caps_count_what_the_run_reads_and_not_what_a_new_one_would(
+    run: Run, saved: Manifest
+) -> None:
+    """Of the new mixture forty batches are left, and code has enough for them."""
+    code = sum(
+        number
+        for bucket, number in zip(*_begun(run), strict=True)
+        if (bucket.domain, bucket.window_tokens) == ("code", 64)
+    )
+    only = Stage(
+        tokens=100 * 8 * 64,
+        window_tokens=64,
+        global_sequences=8,
+        begin=Mixture(domains={"code": 1.0}),
+    )
+    capped = Curriculum(stages={"only": only}, max_epochs=500 / code)
+    changed = replace(run, curriculum=capped, change=Change(reason="code at the end"))
+    with pytest.raises(ValueError, match="would be gone through too often: code"):
+        follow(changed, None)
+    after = follow(changed, replace(saved, step=60))
+    assert after.last_plan.first_batch == 60
+    with pytest.raises(ValueError, match="would be gone through too often: code"):
+        follow(changed, replace(saved, step=30))
+
+
+def _begun(run: Run) -> tuple[tuple[Bucket, ...], tuple[int, ...]]:
+    with open_run_corpus(run) as corpus:
+        return corpus.ledger.last_plan.buckets, corpus.ledger.last_plan.windows
+
+
+def test_batches_before_a_later_plan_must_fit_the_layout_too(run: Run, saved: Manifest) -> None:
+    """Behind batch 10 batches of 9 would do, but from step 5 on five batches of 8 come first."""
+    stage = Stage(tokens=100 * 8 * 64, window_tokens=64, global_sequences=9)
+    nines = Curriculum(stages={"only": stage}, max_epochs=100.0)
+    changed = replace(run, curriculum=nines, change=Change(reason="batches of 9"))
+    write_file(run, follow(changed, saved))
+    three = replace(changed, layout=Layout(num_ranks=3))
+    assert follow(three, saved).last_plan.first_batch == STEP
+    with pytest.raises(ValueError, match=r"batch of 8 sequences given, but dp=3"):
+        follow(three, replace(saved, step=5))
 
 
 def test_a_file_of_another_run_is_refused(run: Run, saved: Manifest) -> None:
