@@ -9,11 +9,13 @@ Window i of a bucket is window i of its shards one after the other, in the order
 B buckets, C windows asked for, N shards, S inputs of a window.
 """
 
+import hashlib
 import logging
 import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from threading import Lock
 
 import numpy as np
@@ -105,6 +107,15 @@ class Dataset(Closing):
     def digest(self) -> bytes:
         """Digest of the dataset, 32 bytes: of the manifest, and through it of every file."""
         return self.manifest.digest
+
+    def bucket_digests(self) -> tuple[str, ...]:
+        """Return the digest of each bucket, hexadecimal: of all its windows, in their order."""
+        digests = self.manifest.sha256[:, 3]
+        bounds = np.searchsorted(self.manifest.bucket, np.arange(len(self.num_windows) + 1))
+        return tuple(
+            hashlib.sha256(digests[start:end].tobytes()).hexdigest()
+            for start, end in pairwise(bounds.tolist())
+        )
 
     def require_tokenizer(self, sha256: str) -> None:
         """Check that the ids are those of a tokenizer.

@@ -134,7 +134,8 @@ class Curriculum:
     Any other is missed."""
 
     def __post_init__(self) -> None:
-        if not self.stages or min((self.max_epochs, *self.max_epochs_by_domain.values())) <= 0:
+        caps = (self.max_epochs, *self.max_epochs_by_domain.values())
+        if not self.stages or not all(cap > 0 for cap in caps):
             raise ValueError("a curriculum needs a stage, and caps above 0 epochs")
 
     @property

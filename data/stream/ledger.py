@@ -49,6 +49,8 @@ class Entry:
     """Plan: what comes from `first_batch` on, to the end of the run."""
     buckets: tuple[Bucket, ...] = ()
     """Plan: what the windows are of."""
+    contents: tuple[str, ...] = ()
+    """Plan: digest of each bucket's windows, hexadecimal: a bucket in use never changes."""
     dataset: str = ""
     """Plan: digest of the dataset's manifest, hexadecimal."""
     curriculum: str = ""
@@ -62,7 +64,8 @@ class Entry:
         fits = {
             "skip": self.num_batches > 0,
             "plan": bool(self.segments and self.windows)
-            and len(self.buckets) in (0, len(self.windows)),
+            and len(self.buckets) in (0, len(self.windows))
+            and len(self.contents) in (0, len(self.windows)),
             "replace": min(self.bucket, self.window) >= 0,
         }[self.kind]
         if self.first_batch < 0 or not self.reason.strip() or not fits:
@@ -119,8 +122,9 @@ class Ledger:
                 said = values.pop("digest")
                 segments = tuple(_segment(**segment) for segment in values.pop("segments"))
                 windows = tuple(values.pop("windows"))
-                buckets = tuple(Bucket(**bucket) for bucket in values.pop("buckets"))
-                entry = Entry(**values, windows=windows, segments=segments, buckets=buckets)
+                values["buckets"] = tuple(Bucket(**bucket) for bucket in values["buckets"])
+                values["contents"] = tuple(values["contents"])
+                entry = Entry(**values, windows=windows, segments=segments)
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{source}: entry {number} is no ledger entry: {error}") from error
             digest = _chained(digest, entry)
@@ -229,7 +233,12 @@ class Ledger:
 
 
 def begin_ledger(
-    windows: dict[Bucket, int], segments: Sequence[Segment], *, dataset: str, curriculum: str
+    windows: dict[Bucket, int],
+    segments: Sequence[Segment],
+    *,
+    dataset: str,
+    curriculum: str,
+    contents: Sequence[str] = (),
 ) -> Ledger:
     """Return the ledger of a run that begins with these segments.
 
@@ -238,6 +247,7 @@ def begin_ledger(
         segments: of the whole run.
         dataset: digest of the dataset's manifest, hexadecimal.
         curriculum: digest of the curriculum, hexadecimal.
+        contents: digest of each bucket's windows, hexadecimal; empty: not known.
     """
     return Ledger(
         (
@@ -248,6 +258,7 @@ def begin_ledger(
                 windows=tuple(windows.values()),
                 segments=tuple(segments),
                 buckets=tuple(windows),
+                contents=tuple(contents),
                 dataset=dataset,
                 curriculum=curriculum,
             ),

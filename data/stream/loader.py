@@ -58,8 +58,9 @@ class Reading:
 
     depth: int = 2
     """Batches read ahead."""
-    timeout_s: float = 600.0
-    """How long a step waits for its windows before the run stops."""
+    timeout_s: float = 300.0
+    """How long a step waits for its windows before the run stops; less than the ten minutes after
+    which the other ranks give up waiting for this one."""
     on_damage: OnDamage = "stop"
     """What becomes of a window that is not what was written: the run stops, or the next window of
     its bucket takes its place, then and ever after, by an entry of the ledger."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from data.corpus.manifest import TOKENIZER_NAME, CorpusManifest, dataset_path, file_sha256
 from data.indexed.closing import Closing
 from data.indexed.dataset import Dataset, open_dataset
+from data.indexed.dataset_manifest import Bucket
 from data.indexed.format import DataError
 from data.stream.ledger import Entry, Ledger, begin_ledger, read_ledger
 from data.stream.plan import check_epochs, plan_from
@@ -221,6 +222,14 @@ def _new_plan(ledger: Ledger, run: Run, train: Dataset, *, batch: int) -> Entry:
             f"{train.manifest.path} lacks buckets that the run reads: {', '.join(missing[:5])}; new"
             " text is added to a dataset, and nothing is taken away"
         )
+    contents = _contents(train)
+    said = zip(old, ledger.last_plan.contents, strict=True)
+    if others := [bucket.name for bucket, digest in said if contents[bucket] != digest]:
+        raise CheckpointError(
+            f"{train.manifest.path} has other windows in buckets that the run reads:"
+            f" {', '.join(others[:5])}; what was read of them would come again or never: add new"
+            " text as buckets of its own"
+        )
     windows = {bucket: held[bucket] for bucket in (*old, *sorted(set(held) - set(old)))}
     entry = Entry(
         kind="plan",
@@ -229,6 +238,7 @@ def _new_plan(ledger: Ledger, run: Run, train: Dataset, *, batch: int) -> Entry:
         windows=tuple(windows.values()),
         segments=plan_from(run.curriculum, windows, tokens=ledger.timetable().tokens_before(batch)),
         buckets=tuple(windows),
+        contents=tuple(contents[bucket] for bucket in windows),
         dataset=train.digest.hex(),
         curriculum=run.curriculum.digest,
     )
@@ -236,12 +246,18 @@ def _new_plan(ledger: Ledger, run: Run, train: Dataset, *, batch: int) -> Entry:
     return entry
 
 
+def _contents(train: Dataset) -> dict[Bucket, str]:
+    return dict(zip(train.header.buckets, train.bucket_digests(), strict=True))
+
+
 def _new_ledger(run: Run, train: Dataset) -> Ledger:
     windows = dict(zip(train.header.buckets, train.num_windows.tolist(), strict=True))
     held = dict(sorted(windows.items()))
+    contents = _contents(train)
     return begin_ledger(
         held,
         plan_from(run.curriculum, held, tokens=0),
         dataset=train.digest.hex(),
         curriculum=run.curriculum.digest,
+        contents=[contents[bucket] for bucket in held],
     )

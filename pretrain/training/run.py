@@ -211,8 +211,11 @@ class Change:
     def __post_init__(self) -> None:
         for text in self.skip:
             skip_range(text)
-        if self.skip and not self.reason.strip():
-            raise ValueError(f"change.skip={list(self.skip)} given without change.reason: say why")
+        if bool(self.skip or self.reason) and not self.reason.strip():
+            raise ValueError(
+                f"change.skip={list(self.skip)}, change.reason={self.reason!r} given: say why in"
+                " change.reason"
+            )
 
 
 def skip_range(text: str) -> range:

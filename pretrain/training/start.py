@@ -200,7 +200,8 @@ def starts_again(run: Run, *, newest: Manifest) -> bool:
     """Return whether a run that is finished with its newest checkpoint is to be trained anew."""
     if run.when_finished != "start_again":
         return False
-    return newest.step >= stored_ledger(run, newest).num_steps
+    # without a ledger it cannot be gone on with, finished or not
+    return not newest.ledger or newest.step >= stored_ledger(run, newest).num_steps
 
 
 def move_aside(folder: Path) -> Path:

@@ -324,3 +324,39 @@ def test_text_that_was_taken_away_is_refused(run: Run, saved: Manifest, tmp_path
     )
     with pytest.raises((CheckpointError, DataError), match="lacks buckets that the run reads"):
         follow(less, saved)
+
+
+def test_other_windows_in_a_bucket_that_is_read_are_refused(
+    run: Run, saved: Manifest, tmp_path: Path
+) -> None:
+    """As many windows as before, of the same domains, in another order."""
+    old = read_manifest(dataset_path(run.data.corpus, "train"))
+    shards = [
+        ShardEntry(
+            path=str(old.prefix(number)),
+            bucket=int(old.bucket[number]),
+            written=read_shard(str(old.prefix(number))),
+        )
+        for number in range(old.num_shards)
+    ]
+    first = shards[0].written.header
+    rng = np.random.default_rng(1)
+    with WindowWriter(
+        tmp_path / "other",
+        window_tokens=first.window_tokens,
+        vocab_size=first.vocab_size,
+        padding_id=first.padding_id,
+    ) as writer:
+        for number in range(first.num_windows):
+            ids = rng.integers(0, first.vocab_size, size=first.window_tokens + 1)
+            writer.add(ids, piece_lengths=[len(ids)], document_ids=[number], piece_offsets=[0])
+        written = writer.finish()
+    other = [replace(shards[0], path="other", written=written), *shards[1:]]
+    write_manifest(tmp_path / "other.manifest", header=old.header, shards=other)
+    changed = replace(
+        run,
+        data=replace(run.data, train=str(tmp_path / "other.manifest")),
+        change=Change(reason="mended"),
+    )
+    with pytest.raises(CheckpointError, match="has other windows in buckets that the run reads"):
+        follow(changed, saved)
