@@ -110,7 +110,7 @@ def test_there_and_back_no_bit_changes(
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == same
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.slow), "fp32"])
 def test_transformers_finds_nothing_missing_and_nothing_unexpected(
     imported: Path, tmp_path: Path, command: Command, dtype: str
 ) -> None:
@@ -191,6 +191,7 @@ def test_an_export_that_is_not_the_model_is_no_success(
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_export_goes_on(imported: Path, tmp_path: Path) -> None:
     output, writing = tmp_path / "hf", tmp_path / ".writing_hf"
     places = [f"checkpoint={imported}", f"output={output}", "shard_bytes=100_000"]

@@ -153,19 +153,6 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-def test_damaged_windows_end_a_run_with_2_at_their_first_touch(
-    words: list[str], own_corpus: Path, tmp_path: Path
-) -> None:
-    for damaged in (own_corpus / "train").glob("*.64.0.bin"):
-        damaged.write_bytes(bytes(damaged.stat().st_size))
-    code, output = finish(launch("pretrain.py", *words, f"data.corpus={own_corpus}"))
-    assert code == 2, output
-    record = json.loads((tmp_path / "runs" / "t" / "exit.json").read_text(encoding="utf-8"))
-    assert "the window is damaged" in record["reason"]
-    assert ".64.0.bin: window " in record["reason"]
-    assert f"error: {record['reason']}" in output
-
-
 def test_a_window_that_one_rank_finds_damaged_is_named_in_exit_json(
     words: list[str], own_corpus: Path, tmp_path: Path
 ) -> None:

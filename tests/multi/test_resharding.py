@@ -109,9 +109,8 @@ def stored(run: Run) -> dict[str, Tensor]:
         }
 
 
-@pytest.mark.parametrize(
-    "bf16", [pytest.param(False, marks=pytest.mark.slow), True], ids=["fp32", "bf16"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_another_layout_gives_back_every_bit(bf16: bool, tiny_run: MakeRun, run_on: RunOn) -> None:
     """dp 2 in many buckets, read and written again by other layouts without a step between."""
     run = tiny_run(Layout(num_ranks=2), bf16=bf16, bias=True, overlap=True)

@@ -40,7 +40,9 @@ def whole(tiny_run: MakeRun, one_rank: object) -> Curve:
     return loss_curve(tiny_run(curriculum=TWO_STAGES), num_steps=NUM_STEPS)
 
 
-@pytest.mark.parametrize("killed_after", [2, 5, 6])  # in a stage, at its end, in the next
+@pytest.mark.parametrize(  # in a stage, at its end, in the next
+    "killed_after", [pytest.param(2, marks=pytest.mark.slow), 5, 6]
+)
 def test_one_rank_becomes_two_replicas_in_any_stage(
     killed_after: int, whole: Curve, tiny_run: MakeRun, one_rank: object, two_ranks: RankPool
 ) -> None:
@@ -58,9 +60,9 @@ def test_one_rank_becomes_two_replicas_in_any_stage(
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(num_ranks=2, pp=2),
+        pytest.param(Layout(num_ranks=2, pp=2), marks=pytest.mark.slow),
         Layout(num_ranks=2, cp=2),
-        Layout(num_ranks=2, tp=2, ep=2),
+        pytest.param(Layout(num_ranks=2, tp=2, ep=2), marks=pytest.mark.slow),
         Layout(num_ranks=2, pp=2, vp=2),
     ],
     ids=str,
