@@ -57,7 +57,7 @@ def summarise(
         elapsed_s=elapsed_s,
         memory_peak_bytes=observer.memory_peak_bytes,
         places=_places(run),
-        next_commands=_next_commands(run),
+        next_commands=_next_commands(run, last_step=max(0, trainer.position.step - 1)),
     )
 
 
@@ -118,9 +118,10 @@ def _places(run: Run) -> dict[str, str]:
     return {label: str(run.folder / name) for label, name in names.items()}
 
 
-def _next_commands(run: Run) -> list[str]:
+def _next_commands(run: Run, *, last_step: int) -> list[str]:
     return [
         f"python launch/generate.py checkpoint={run.folder} prompt='\"def main(\"'",
+        f"python launch/inspect_data.py action=explain run={run.folder} step={last_step} rank=0",
         f"torchrun --nproc-per-node 2 launch/pretrain.py name={run.name}_pp2 layout.ep=1"
         f" layout.pp=2",
         f"python launch/pretrain.py -m name={run.name}_lr optimizer.lr=1e-3,2e-3",
