@@ -90,6 +90,36 @@ def test_any_replicas_read_the_same_batch_and_add_up_to_the_same_digest(
     assert total & MASK == steps_digest(order, small_ledger, first_step=0, last_step=10)
 
 
+def pieces(dataset: Dataset, batch: ReplicaBatch) -> list[tuple[str, int, int, int]]:
+    """Return source, document, offset and length of every piece of a replica's windows."""
+    found: list[tuple[str, int, int, int]] = []
+    for window in batch.windows.stored:
+        rows = zip(window.document_ids, window.piece_offsets, window.piece_lengths, strict=True)
+        for document, offset, length in rows:
+            source, number = dataset.source_of(int(document))
+            found.append((source.name, number, int(offset), int(length)))
+    return found
+
+
+@pytest.mark.parametrize("killed_at", range(0, NUM_STEPS + 1, 3))
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3), (3, 1), (3, 6)])
+def test_killed_at_any_step_other_replicas_consume_the_same_documents(
+    killed_at: int, before: int, after: int, small_dataset: Path, small_ledger: Ledger
+) -> None:
+    def consumed(dataset: Dataset, replicas: int, steps: range) -> list[list[Any]]:
+        by_step: list[list[Any]] = [[] for _ in steps]
+        for replica in range(replicas):
+            with reader(dataset, small_ledger, replicas=replicas, replica=replica) as read:
+                for place, step in enumerate(steps):
+                    by_step[place] += pieces(dataset, read.read(step))
+        return [sorted(step) for step in by_step]
+
+    with open_dataset(small_dataset) as dataset:
+        whole = consumed(dataset, 1, range(NUM_STEPS))
+        first = consumed(dataset, before, range(killed_at))
+        assert first + consumed(dataset, after, range(killed_at, NUM_STEPS)) == whole
+
+
 def test_a_digest_tells_a_window_read_twice_in_another_slot_or_not_at_all(
     small_dataset: Path, small_ledger: Ledger
 ) -> None:
