@@ -346,6 +346,7 @@ def test_a_bad_batch_is_not_scored(
     assert all(word in str(refusal.value) for word in named), refusal.value
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_its_export_score_alike(
     hub: Path, imported: Path, tmp_path: Path, command: Command
 ) -> None:

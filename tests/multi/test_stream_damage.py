@@ -73,7 +73,7 @@ def test_replacements_of_all_replicas_count_against_the_limit(
         two_ranks.run(loss_curve, run, num_steps=3, save_after=3)
 
 
-@pytest.mark.parametrize("damaged_rank", [0, 1])
+@pytest.mark.parametrize("damaged_rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_stages_that_read_unlike_windows_stop_the_run(
     damaged_rank: int, tiny_run: MakeRun, two_ranks: RankPool, tmp_path: Path
 ) -> None:
