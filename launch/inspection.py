@@ -29,7 +29,7 @@ from data.stream.plan import Plan, plan
 from data.tokenizer.codec import Codec
 from launch.compose import from_yaml
 from pretrain.training.corpus import LEDGER_NAME, open_run_corpus
-from pretrain.training.run import Run
+from pretrain.training.run import Run, range_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,9 +79,7 @@ class Inspection:
                 f"ranks={self.ranks}, micro_batch={self.micro_batch}, characters={self.characters},"
                 f" replicas={list(self.replicas)} given; at least 1 is allowed"
             )
-        first, colon, last = self.steps.partition(":")
-        if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-            raise ValueError(f"steps={self.steps} given; first:last with first < last is allowed")
+        _ = self.step_range  # made once, so that it refuses what it refuses now
         given = {"run": self.run, "corpus": self.corpus, "dataset": self.dataset}
         named = [f"{name}={value}" for name, value in given.items() if value is not None]
         if len(named) > 1:
@@ -106,8 +104,7 @@ class Inspection:
     @property
     def step_range(self) -> range:
         """The steps asked for."""
-        first, _, last = self.steps.partition(":")
-        return range(int(first), int(last))
+        return range_of(self.steps, key="steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

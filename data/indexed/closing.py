@@ -3,16 +3,17 @@
 Readers, writers and streams own files: `with` closes them, and so does `close`.
 """
 
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
 
-class Closing:
+class Closing(ABC):
     """A context manager that closes itself at its end."""
 
+    @abstractmethod
     def close(self) -> None:
         """Close what is owned; closing twice is allowed."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         """Return itself."""

@@ -10,7 +10,7 @@ from data.indexed.format import DataError
 from data.stream.ledger import Entry, Ledger, begin_ledger, read_ledger
 from data.stream.plan import check_epochs, plan_from
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
-from pretrain.training.run import Run, skip_range
+from pretrain.training.run import Run, range_of
 
 LEDGER_NAME = "ledger.jsonl"
 
@@ -164,7 +164,7 @@ def changed_ledger(ledger: Ledger, run: Run, corpus: Corpus, *, step: int) -> Le
     if (said.curriculum, said.dataset) != (now["curriculum"], now["dataset"]):
         ledger = ledger.with_entry(_new_plan(ledger, run, corpus.train, batch=batch))
     for text in run.change.skip:
-        wanted = skip_range(text)
+        wanted = range_of(text, key="change.skip")
         if any(wanted[0] in held and wanted[-1] in held for held in ledger.skipped()):
             continue
         if wanted.stop > (num_batches := ledger.timetable().num_batches):

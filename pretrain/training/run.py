@@ -210,7 +210,7 @@ class Change:
 
     def __post_init__(self) -> None:
         for text in self.skip:
-            skip_range(text)
+            range_of(text, key="change.skip")
         if bool(self.skip or self.reason) and not self.reason.strip():
             raise ValueError(
                 f"change.skip={list(self.skip)}, change.reason={self.reason!r} given: say why in"
@@ -218,15 +218,19 @@ class Change:
             )
 
 
-def skip_range(text: str) -> range:
-    """Return the batches that `first:last` means.
+def range_of(text: str, *, key: str) -> range:
+    """Return the numbers that `first:last` means, the last not included.
+
+    Args:
+        text: as a user wrote it.
+        key: of the configuration, for the message.
 
     Raises:
         ValueError: if it is no such range.
     """
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise ValueError(f"change.skip: {text!r} given; first:last with first < last is allowed")
+        raise ValueError(f"{key}={text} given; first:last with first < last is allowed")
     return range(int(first), int(last))
 
 

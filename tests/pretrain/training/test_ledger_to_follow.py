@@ -15,6 +15,7 @@ from data.indexed.dataset_manifest import (
     read_manifest,
     write_manifest,
 )
+from data.indexed.dataset_manifest import Manifest as DatasetManifest
 from data.indexed.format import DataError
 from data.indexed.packing import pack
 from data.indexed.shard_check import read_shard
@@ -236,6 +237,18 @@ def test_a_run_without_a_checkpoint_begins_anew(run: Run) -> None:
     assert ledger.last_plan.curriculum == run.curriculum.digest
 
 
+def shards_of(old: DatasetManifest) -> list[ShardEntry]:
+    """Return the shards of a dataset, for another manifest."""
+    return [
+        ShardEntry(
+            path=str(old.prefix(number)),
+            bucket=int(old.bucket[number]),
+            written=read_shard(str(old.prefix(number))),
+        )
+        for number in range(old.num_shards)
+    ]
+
+
 def with_new_text(corpus: Corpus, folder: Path) -> Path:
     """Write a dataset of the corpus's shards and one of a new domain; return its manifest."""
     old = read_manifest(corpus.train.manifest.path)
@@ -250,14 +263,7 @@ def with_new_text(corpus: Corpus, folder: Path) -> Path:
     ) as writer:
         write_packed(writer, documents, packing=packing, document_ids=np.arange(300) + 10**6)
         written = writer.finish()
-    shards = [
-        ShardEntry(
-            path=str(old.prefix(number)),
-            bucket=int(old.bucket[number]),
-            written=read_shard(str(old.prefix(number))),
-        )
-        for number in range(old.num_shards)
-    ]
+    shards = shards_of(old)
     new = Bucket(domain="a_new", language="", quality_tier=0, difficulty_tier=0, window_tokens=64)
     source = Source(name="a_new", first_document_id=10**6, num_documents=300)
     buckets = (new, *old.header.buckets)  # in front: the manifest sorts, the ledger appends
@@ -331,14 +337,7 @@ def test_other_windows_in_a_bucket_that_is_read_are_refused(
 ) -> None:
     """As many windows as before, of the same domains, in another order."""
     old = read_manifest(dataset_path(run.data.corpus, "train"))
-    shards = [
-        ShardEntry(
-            path=str(old.prefix(number)),
-            bucket=int(old.bucket[number]),
-            written=read_shard(str(old.prefix(number))),
-        )
-        for number in range(old.num_shards)
-    ]
+    shards = shards_of(old)
     first = shards[0].written.header
     rng = np.random.default_rng(1)
     with WindowWriter(

@@ -107,7 +107,7 @@ def test_a_yarn_context_that_context_ranks_cannot_cut_is_refused_by_key(tiny_run
         (AdamW, {"lr": 1e-3, "weight_decay": -0.1}, "optimizer.weight_decay=-0.1"),
         (Reading, {"depth": -1}, "depth=-1"),
         (Reading, {"timeout_s": 0.0}, "timeout_s=0.0"),
-        (Change, {"skip": ("5:5",), "reason": "x"}, "change.skip: '5:5'"),
+        (Change, {"skip": ("5:5",), "reason": "x"}, "change.skip=5:5"),
         (Change, {"skip": ("5:6",)}, "say why in change.reason"),
         (Change, {"reason": " "}, "say why in change.reason"),
         (
