@@ -117,16 +117,6 @@ def check_epochs(curriculum: Curriculum, windows: Mapping[Bucket, int], order: O
         )
 
 
-def tokens_by_label(plan: Plan, label: str) -> Mapping[str, int]:
-    """Return the planned tokens of each value of a label, such as `domain`, over the whole run."""
-    given = plan.order.given(plan.order.num_batches).tolist()
-    tokens: dict[str, int] = {}
-    for bucket, windows in zip(plan.buckets, given, strict=True):
-        value = str(getattr(bucket, label))
-        tokens[value] = tokens.get(value, 0) + windows * bucket.window_tokens
-    return tokens
-
-
 def _segments(curriculum: Curriculum, windows: Mapping[Bucket, int]) -> tuple[Segment, ...]:
     """Return the segments of all stages: one for each stretch of one mixture and batch size."""
     optional = curriculum.optional_domains

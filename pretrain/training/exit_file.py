@@ -4,9 +4,8 @@ torchrun turns every failure into 1, so a batch script reads the trainer's own c
 whole or not at all.
 
 Codes: 0 finished, 1 failed (a traceback was printed), 2 wrong configuration or data (the user can
-    mend it), 75 asked to
-stop: saved, run the same command to go on. Source: docs/decisions/0008; BSD sysexits (75,
-    EX_TEMPFAIL).
+mend it), 75 asked to stop: saved, run the same command to go on. Source: docs/decisions/0008; BSD
+sysexits (75, EX_TEMPFAIL).
 """
 
 import json

@@ -9,7 +9,7 @@ import pytest
 from data.indexed.dataset_manifest import Bucket
 from data.stream.curriculum import Curriculum, Mixture, Stage
 from data.stream.order import Order
-from data.stream.plan import Plan, plan, tokens_by_label
+from data.stream.plan import Plan, plan
 from data.stream.report import address_table, plan_report, plan_text, scaled
 
 WEB = Mixture(domains={"web": 3.0, "code": 1.0})
@@ -48,7 +48,11 @@ def planned(*stages: Stage, **changes: Any) -> Plan:
 
 
 def shares(given: Plan, label: str) -> dict[str, float]:
-    tokens = tokens_by_label(given, label)
+    tokens: dict[str, int] = {}
+    read = given.order.given(given.order.num_batches).tolist()
+    for bucket, windows in zip(given.buckets, read, strict=True):
+        name = str(getattr(bucket, label))
+        tokens[name] = tokens.get(name, 0) + windows * bucket.window_tokens
     return {name: number / sum(tokens.values()) for name, number in tokens.items() if number}
 
 
