@@ -3,9 +3,19 @@
 torchrun turns every failure into 1, so a batch script reads the trainer's own code here. Written
 whole or not at all.
 
-Codes: 0 finished, 1 failed (a traceback was printed), 2 wrong configuration or data (the user can
-mend it), 75 asked to stop: saved, run the same command to go on. Source: docs/decisions/0008; BSD
-sysexits (75, EX_TEMPFAIL).
+Codes, and what a chain of jobs does with them:
+
+    0   finished, or was finished already                     stop
+    1   failed: an error of the program, a traceback          go on from the newest checkpoint
+    2   wrong configuration, corpus or checkpoint             stop, the user mends it
+    16  a device is suspected of computing wrongly            go on without its node
+    17  validation failed: the model is not worth going on    stop, a person decides
+    75  asked to stop: saved                                  go on
+    85  infrastructure: a rank died, hung or lost the others  go on
+    93  do not requeue: no progress, lease lost, budget spent stop
+
+Source: docs/decisions/0008; BSD sysexits (75, EX_TEMPFAIL); megatron-core (16, 17); NVIDIA's
+resiliency extension (93).
 """
 
 import json
@@ -13,7 +23,11 @@ import os
 import time
 from pathlib import Path
 
-FINISHED, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 75
+FINISHED, FAILED, WRONG_INPUT = 0, 1, 2
+SUSPECT_HARDWARE, VALIDATION_FAILED = 16, 17
+INTERRUPTED, INFRASTRUCTURE, DO_NOT_REQUEUE = 75, 85, 93
+STOPS_CHAIN = frozenset({FINISHED, WRONG_INPUT, VALIDATION_FAILED, DO_NOT_REQUEUE})
+"""After these codes a job that waits to go on has nothing to do."""
 
 
 def write_exit(folder: Path, *, code: int, reason: str, step: int | None = None) -> None:
