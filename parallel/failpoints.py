@@ -94,6 +94,13 @@ def _read_fault(text: str) -> Fault:
 
 
 _faults = read_faults(os.environ.get("FAULTS", ""))
+_step = -1
+
+
+def at_step(step: int) -> None:
+    """Say which step the training thread is in: the optimizer steps done before it."""
+    global _step
+    _step = step
 
 
 def is_armed(point: str) -> bool:
@@ -101,18 +108,18 @@ def is_armed(point: str) -> bool:
     return any(fault.point == point for fault in _faults)
 
 
-def failpoint(point: str, *, step: int = -1) -> str:
+def failpoint(point: str, *, step: int | None = None) -> str:
     """Do what is planted here, nothing in a real run.
 
     Args:
         point: one of POINTS.
-        step: optimizer steps done.
+        step: optimizer steps done; None: where the training thread is.
 
     Returns:
         The action that the caller has to take itself (`flip`, `nan`), or "".
     """
     for fault in _faults:
-        if fault.point != point or fault.step not in (None, step):
+        if fault.point != point or fault.step not in (None, _step if step is None else step):
             continue
         if fault.rank not in (None, int(os.environ.get("RANK", "0"))):
             continue

@@ -32,6 +32,10 @@ class LeaseError(RuntimeError):
     """The run is another job's, or gets nowhere: started again as it is, it would end so again."""
 
 
+class HeldError(LeaseError):
+    """Another process holds the run and lives."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Owner:
     """The process that holds a lease."""
@@ -147,6 +151,11 @@ class Lease:
         """Of this attempt."""
         return self._attempt.number
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the last beat found the run taken over."""
+        return bool(self._lost)
+
     def why_lost(self) -> str:
         """Return who has taken the run over, looking now; "" if nobody has."""
         if not self._lost:
@@ -209,7 +218,7 @@ def take_lease(
         wait: how to wait.
 
     Raises:
-        LeaseError: if another process holds the run and lives; names it.
+        HeldError: if another process holds the run and lives; names it.
         OSError: if the file system refuses.
     """
     root = folder / ATTEMPTS_NAME
@@ -248,7 +257,7 @@ def _wait_until_gone(
     """Return when attempt `number` has ended or is gone.
 
     Raises:
-        LeaseError: if it lives.
+        HeldError: if it lives.
     """
     before = _read(_path(root, number))
     deadline = time.monotonic() + lease_s
@@ -257,7 +266,7 @@ def _wait_until_gone(
         if now is None or now.code is not None or now.owner.is_certainly_gone:
             return
         if before is not None and now.beat != before.beat:
-            raise LeaseError(
+            raise HeldError(
                 f"{root.parent} is held by {now.owner} (attempt {number}), which is running: one"
                 " job writes into a run's folder. Stop it first, or choose another name"
             )
@@ -265,6 +274,11 @@ def _wait_until_gone(
             log.warning("%s: %s has not been seen for %.0f s", root, now.owner, lease_s)
             return
         wait(min(1.0, lease_s / 10))
+
+
+def incident_mark(folder: Path, number: int) -> Path:
+    """Return the file that says of an attempt that its end is recorded as an incident."""
+    return folder / ATTEMPTS_NAME / f"{number:08d}.incident"
 
 
 def _path(root: Path, number: int) -> Path:

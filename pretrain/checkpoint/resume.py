@@ -37,10 +37,14 @@ _EXTENDED = ("init_std", "max_context_tokens", "rope")
 """Keys of the model that may change where only weights are taken over."""
 
 
-def find_newest(root: Path) -> tuple[Path, Manifest] | None:
+def find_newest(root: Path, *, digests: bool = True) -> tuple[Path, Manifest] | None:
     """Return the newest whole checkpoint below `root` with its manifest, None if there is none.
 
-    Reads every byte of the checkpoint it returns (digests).
+    For one process; ranks find it together (sharded.agree_on_newest).
+
+    Args:
+        root: folder of a run's checkpoints.
+        digests: read every byte of the checkpoint that is returned, not only sizes.
 
     Raises:
         CheckpointError: if there are checkpoints and all of them are damaged.
@@ -49,7 +53,7 @@ def find_newest(root: Path) -> tuple[Path, Manifest] | None:
     for folder in reversed(folders):
         try:
             manifest = read_manifest(folder)
-            damage = find_damage(folder, manifest, digests=True)
+            damage = find_damage(folder, manifest, digests=digests)
         except CheckpointError as error:
             damage = [str(error)]
         else:

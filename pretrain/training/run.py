@@ -239,6 +239,30 @@ def range_of(text: str, *, key: str) -> range:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Restarts:
+    """What becomes of a run whose ranks die.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    in_job: int = 3
+    """How often `python launch/pretrain.py` starts its ranks again after one has died, since the
+    last checkpoint; under torchrun its --max-restarts says it."""
+    without_progress: int = 3
+    """After so many starts in a row that committed no checkpoint the run is not started again."""
+    lease_s: float = 60.0
+    """How long another job of the run may be silent before it counts as gone."""
+
+    def __post_init__(self) -> None:
+        if self.in_job < 0 or self.without_progress < 1 or not self.lease_s > 0:
+            raise ValueError(
+                f"restarts.in_job={self.in_job}, without_progress={self.without_progress},"
+                f" lease_s={self.lease_s} given; at least 0, at least 1 and above 0 are allowed"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """Everything that defines a run.
 
@@ -283,6 +307,8 @@ class Run:
     ends; start_again moves the folder aside (name.1, name.2, ...) and trains anew."""
     change: Change = field(default_factory=Change)
     """What is read differently from here on."""
+    restarts: Restarts = field(default_factory=Restarts)
+    """What becomes of it when ranks die."""
     cluster: Cluster | None = None
     """The machines it is meant for; null: whatever it is started on."""
 

@@ -7,6 +7,7 @@ end of a run or of a job the last step is saved, and tried again if storage refu
 
 import logging
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -28,8 +29,21 @@ class StorageError(RuntimeError):
 class Saves:
     """Begins the saves of a run and hears how they went."""
 
-    def __init__(self, trainer: Trainer, observer: Observer) -> None:
-        """Take the step that the run stands at as saved: it is new, or comes from a checkpoint."""
+    def __init__(
+        self,
+        trainer: Trainer,
+        observer: Observer,
+        *,
+        committed: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Take the step that the run stands at as saved: it is new, or comes from a checkpoint.
+
+        Args:
+            trainer: whose steps are saved.
+            observer: told of every save.
+            committed: told of the step of every commit.
+        """
+        self._committed = committed
         self._trainer = trainer
         self._observer = observer
         self._committed_step = trainer.position.step
@@ -90,6 +104,7 @@ class Saves:
             return None
         if not outcome.problem:
             self._committed_step = outcome.step
+            self._committed(outcome.step)
             self._observer.saved(outcome)
         elif torch.distributed.get_rank() == 0:
             record_incident(

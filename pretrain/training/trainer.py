@@ -25,6 +25,7 @@ from data.stream.order import Segment
 from parallel import groups
 from parallel.agreement import from_first_rank
 from parallel.device import Device
+from parallel.failpoints import at_step, failpoint
 from parallel.reduce import max_over_all, sum_over_data
 from parallel.schedule import MicroBatch
 from parallel.seeds import seed_ranks
@@ -39,6 +40,7 @@ from pretrain.model.transformer_config import transformer_config
 from pretrain.training.corpus import LEDGER_NAME, Corpus, validation_window_tokens
 from pretrain.training.evaluate import ValidationLoss, validation_loss
 from pretrain.training.lr_schedule import step_lr
+from pretrain.training.model_failpoints import plant_in_model
 from pretrain.training.optimizer import make_optimizer, set_coefficients, wrap_chunks
 from pretrain.training.replaced_windows import ReplacedWindows
 from pretrain.training.run import Run, as_json
@@ -68,6 +70,7 @@ class Trainer:
         *,
         device: Device,
         corpus: Corpus,
+        number: int = 0,
         is_fenced: Callable[[], str] = lambda: "",
     ) -> None:
         """Build this rank's part of the model with its first weights.
@@ -76,6 +79,7 @@ class Trainer:
             run: the whole configuration.
             device: what this rank computes on.
             corpus: training and validation windows, and the ledger of the run.
+            number: of this start of the run; names what its unfinished saves are called.
             is_fenced: asked before a checkpoint is committed; see Saver.
 
         Collective: every rank calls it; starts the layout's groups.
@@ -111,6 +115,7 @@ class Trainer:
         )
         self.modules = build_modules(run, device)
         initialise_weights(self.modules, std=run.model.init_std, seed=run.seed)
+        plant_in_model(self.modules)
         self.chunks = wrap_chunks(self.modules, config=self.modules[0].config, adamw=run.optimizer)
         self.optimizer = make_optimizer(self.chunks, adamw=run.optimizer, precision=run.precision)
         self.saver = Saver(
@@ -118,7 +123,7 @@ class Trainer:
                 root=run.folder / "checkpoints",
                 keep=run.checkpoints.keep,
                 read_back=run.checkpoints.read_back,
-                token=str(from_first_rank(secrets.token_hex(4))),
+                token=f"{number:08d}" if number else str(from_first_rank(secrets.token_hex(4))),
             ),
             device=self.device,
             is_fenced=is_fenced,
@@ -151,6 +156,7 @@ class Trainer:
             DataError: if a window is damaged or cannot be read.
         """
         started = time.monotonic()
+        failpoint("data.fetch")
         found = self.reader.read(self.position.step)
         self.consumed = (self.consumed + found.digest) & MASK
         within = self.run.data.document_attention
@@ -366,6 +372,8 @@ def fit(
     Collective: every rank calls it.
     """
     while not trainer.is_finished:
+        at_step(trainer.position.step)
+        failpoint("step.begin")
         num_sequences = trainer.segment.global_sequences
         batch = trainer.next_batch()
         result = trainer.step(batch)
