@@ -4,4 +4,4 @@ from parallel.spawn import silence_expected_warnings
 
 silence_expected_warnings()  # before the imports that warn
 
-import parallel.groups  # noqa: E402, F401  after the line above; for its imports
+import parallel.groups as _  # noqa: E402, F401  after the line above; for its imports

@@ -154,33 +154,39 @@ def _check_names(names: Mapping[str, object]) -> None:
 
 
 def find_damage(
-    folder: Path, manifest: Manifest, *, digests: bool, share: tuple[int, int] = (0, 1)
-) -> list[str]:
-    """Return what is wrong with the files of a checkpoint, empty if nothing.
+    folder: Path, manifest: Manifest, *, digests: bool, names: Sequence[str] | None = None
+) -> dict[str, str]:
+    """Return what is wrong with the files of a checkpoint, by name; empty if nothing.
 
     Args:
         folder: the checkpoint.
         manifest: its manifest.
         digests: compare SHA-256 as well as sizes (reads every byte).
-        share: which of how many shares of the files to look at; ranks divide the work so.
+        names: of the files to look at; None: all.
     """
-    damage: list[str] = []
-    first, num_shares = share
-    # largest first and dealt out in turn, so that shares take about as long
-    names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size_bytes, name))
-    for name in names[first::num_shares]:
+    damage: dict[str, str] = {}
+    for name in manifest.files if names is None else names:
         path, record = folder / name, manifest.files[name]
         try:
             size = path.stat().st_size if path.is_file() else None
             if size is None:
-                damage.append(f"{path} is missing")
+                damage[name] = f"{path} is missing"
             elif size != record.size_bytes:
-                damage.append(f"{path} has {size} bytes, {record.size_bytes} were written")
+                damage[name] = f"{path} has {size} bytes, {record.size_bytes} were written"
             elif digests and digest_file(path).sha256 != record.sha256:
-                damage.append(f"{path} has another SHA-256 than when it was written")
+                damage[name] = f"{path} has another SHA-256 than when it was written"
         except OSError as error:
-            damage.append(f"{path} cannot be read: {error}")
+            damage[name] = f"{path} cannot be read: {error}"
     return damage
+
+
+def share_of_files(manifest: Manifest, *, rank: int, num_ranks: int) -> list[str]:
+    """Return the files that one rank reads when all ranks verify a checkpoint together.
+
+    Largest first and dealt out in turn, so that all take about as long.
+    """
+    names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size_bytes, name))
+    return names[rank::num_ranks]
 
 
 def sync_folder(folder: Path) -> None:

@@ -53,7 +53,7 @@ def find_newest(root: Path, *, digests: bool = True) -> tuple[Path, Manifest] | 
     for folder in reversed(folders):
         try:
             manifest = read_manifest(folder)
-            damage = find_damage(folder, manifest, digests=digests)
+            damage = list(find_damage(folder, manifest, digests=digests).values())
         except CheckpointError as error:
             damage = [str(error)]
         else:
@@ -83,7 +83,7 @@ def open_checkpoint(path: Path) -> tuple[Path, Manifest]:
     manifest = read_manifest(path)
     damage = find_damage(path, manifest, digests=True)
     if damage:
-        raise CheckpointError("; ".join(damage))
+        raise CheckpointError("; ".join(damage.values()))
     return path, manifest
 
 

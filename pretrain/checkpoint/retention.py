@@ -15,14 +15,20 @@ import torch
 from parallel.agreement import all_gather_json, from_first_rank
 from parallel.failpoints import failpoint
 from pretrain.checkpoint.manifest import (
+    MANIFEST_NAME,
     CheckpointError,
+    Manifest,
+    content_digest,
     find_damage,
     list_checkpoints,
     read_manifest,
+    share_of_files,
 )
 
 log = logging.getLogger(__name__)
 
+_MOST_SIZES = 64
+"""Files whose size every rank looks at; at 1,536 ranks all sizes would be two million calls."""
 _DEBRIS = (".writing_*", ".deleting_*")
 
 
@@ -76,11 +82,7 @@ class Retention:
 
     def _verify(self, name: str) -> bool:
         """Return whether a checkpoint is as it was written; each rank reads a share of it."""
-        damage = verify_share(self._root / name)
-        everyone = all_gather_json(damage, purpose=self._purpose)
-        found = [line for said in everyone for line in said]
-        if found:
-            log.warning("%s is damaged: %s", self._root / name, "; ".join(found[:3]))
+        if find_damage_together(self._root / name, purpose=self._purpose):
             return False
         self.trust(self._root / name)
         return True
@@ -95,13 +97,49 @@ class Retention:
         remove_debris(self._root)
 
 
-def verify_share(folder: Path) -> list[str]:
-    """Return what this rank finds wrong with its share of a checkpoint's files."""
-    share = (torch.distributed.get_rank(), torch.distributed.get_world_size())
+def find_damage_together(folder: Path, *, purpose: str) -> list[str]:
+    """Return what is wrong with a checkpoint, the same on every rank; each reads a share of it.
+
+    Rank 0 reads again what any rank complains of: a file that is whole there, and not elsewhere, is
+    no damage but another file.
+
+    Args:
+        folder: the checkpoint.
+        purpose: whose group ranks agree over.
+
+    Raises:
+        CheckpointError: on every rank, if ranks see unlike files.
+
+    Collective: every rank calls it.
+    """
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    own: dict[str, str] = {}
+    manifest: Manifest | None = None
     try:
-        return find_damage(folder, read_manifest(folder), digests=True, share=share)
+        manifest = read_manifest(folder)
+        shared = share_of_files(manifest, rank=rank, num_ranks=num_ranks)
+        looked_at = [*manifest.files][:_MOST_SIZES]
+        own = find_damage(folder, manifest, digests=False, names=looked_at)
+        own |= find_damage(folder, manifest, digests=True, names=shared)
     except CheckpointError as error:
-        return [str(error)]
+        own = {MANIFEST_NAME: str(error)}
+    digest = "" if manifest is None else content_digest((folder / MANIFEST_NAME).read_bytes())
+    everyone = all_gather_json([digest, own], purpose=purpose)
+    names = sorted({name for _, damage in everyone for name in damage})
+    confirmed = [own[MANIFEST_NAME]] if manifest is None else []
+    if manifest is not None and rank == 0:
+        again = [name for name in names if name in manifest.files]
+        confirmed = [*find_damage(folder, manifest, digests=True, names=again).values()]
+    confirmed = from_first_rank(confirmed, purpose=purpose)
+    digests = {digest for digest, _ in everyone}
+    if not confirmed and (names or len(digests) > 1):
+        others = [r for r, said in enumerate(everyone) if said != [everyone[0][0], {}]]
+        said = next((t for _, damage in everyone for t in damage.values()), "another manifest")
+        raise CheckpointError(
+            f"ranks {others[:8]} of {num_ranks} see other files of {folder} than rank 0: {said};"
+            " all ranks must see the same files"
+        )
+    return confirmed
 
 
 def set_aside(folder: Path) -> Path | None:

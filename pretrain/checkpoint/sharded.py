@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from parallel.agreement import all_gather_json, from_first_rank
+from parallel.agreement import from_first_rank
 from parallel.failpoints import failpoint
 from pretrain.checkpoint.boxes import boxes
 from pretrain.checkpoint.manifest import CheckpointError, Manifest, list_checkpoints, read_manifest
 from pretrain.checkpoint.optimizer_state import load_state
 from pretrain.checkpoint.pieces import restore_extra_pieces, restore_random_pieces
-from pretrain.checkpoint.retention import set_aside, verify_share
+from pretrain.checkpoint.retention import find_damage_together, set_aside
 from pretrain.checkpoint.stored import StoredTensors
 
 log = logging.getLogger(__name__)
@@ -36,14 +36,15 @@ def agree_on_newest(
         on_damage: told on rank 0 of each damaged checkpoint, and what is wrong with it.
 
     Raises:
-        CheckpointError: if there are checkpoints and all of them are damaged.
+        CheckpointError: if there are checkpoints and all of them are damaged; if ranks see unlike
+            files.
 
     Collective: every rank calls it.
     """
     names: list[str] = from_first_rank([folder.name for folder in list_checkpoints(root)])
     for name in reversed(names):
         folder = root / name
-        damage = [line for said in all_gather_json(verify_share(folder)) for line in said]
+        damage = find_damage_together(folder, purpose="agreement")
         if not damage:
             return folder, read_manifest(folder)
         if torch.distributed.get_rank() == 0:

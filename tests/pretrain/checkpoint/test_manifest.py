@@ -17,6 +17,7 @@ from pretrain.checkpoint.manifest import (
     find_damage,
     list_checkpoints,
     read_manifest,
+    share_of_files,
     step_folder,
     write_manifest,
 )
@@ -54,19 +55,19 @@ def test_a_file_is_recorded_by_size_and_sha256(tmp_path: Path) -> None:
 
 
 def test_an_untouched_folder_has_no_damage(manifest: Manifest, tmp_path: Path) -> None:
-    assert find_damage(tmp_path, manifest, digests=True) == []
+    assert find_damage(tmp_path, manifest, digests=True) == {}
 
 
 def test_a_cut_file_is_named_with_both_sizes(manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / "common.pt").write_bytes(TEXT[:-1])
-    (line,) = find_damage(tmp_path, manifest, digests=False)
+    (line,) = find_damage(tmp_path, manifest, digests=False).values()
     assert line == f"{tmp_path / 'common.pt'} has 18 bytes, 19 were written"
 
 
 def test_a_flipped_byte_is_seen_by_the_digest_only(manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / "common.pt").write_bytes(b"W" + TEXT[1:])
-    assert find_damage(tmp_path, manifest, digests=False) == []
-    (line,) = find_damage(tmp_path, manifest, digests=True)
+    assert find_damage(tmp_path, manifest, digests=False) == {}
+    (line,) = find_damage(tmp_path, manifest, digests=True).values()
     assert line == f"{tmp_path / 'common.pt'} has another SHA-256 than when it was written"
 
 
@@ -74,7 +75,7 @@ def test_every_missing_file_is_named(manifest: Manifest, tmp_path: Path) -> None
     for name in manifest.files:
         (tmp_path / name).unlink()
     damage = find_damage(tmp_path, manifest, digests=True)
-    assert damage == [f"{tmp_path / name} is missing" for name in manifest.files]
+    assert damage == {name: f"{tmp_path / name} is missing" for name in manifest.files}
 
 
 def write_text(folder: Path, text: str) -> None:
@@ -139,15 +140,9 @@ def test_files_outside_the_folder_are_refused(
         read_manifest(tmp_path)
 
 
-def test_shares_together_look_at_every_file_once(manifest: Manifest, tmp_path: Path) -> None:
-    for name in manifest.files:
-        (tmp_path / name).unlink()
-    shares = [
-        find_damage(tmp_path, manifest, digests=True, share=(number, 3)) for number in range(3)
-    ]
-    assert sorted(line for share in shares for line in share) == [
-        f"{tmp_path / name} is missing" for name in manifest.files
-    ]
+def test_shares_together_are_every_file_once(manifest: Manifest) -> None:
+    shares = [share_of_files(manifest, rank=rank, num_ranks=3) for rank in range(3)]
+    assert sorted(name for share in shares for name in share) == sorted(manifest.files)
 
 
 def test_only_committed_folders_are_checkpoints_oldest_first(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from parallel import failpoints
 from parallel.failpoints import read_faults
 from parallel.layout import Layout
 from parallel.spawn import RankPool
+from pretrain.checkpoint import manifest as manifest_module
 from pretrain.checkpoint import saver as saver_module
 from pretrain.checkpoint import staging as staging_module
 from pretrain.checkpoint.manifest import (
@@ -25,7 +26,7 @@ from pretrain.checkpoint.manifest import (
     write_manifest,
 )
 from pretrain.checkpoint.resume import find_newest
-from pretrain.checkpoint.retention import verify_share
+from pretrain.checkpoint.retention import find_damage_together
 from pretrain.checkpoint.sharded import agree_on_newest
 from pretrain.training.run import CheckpointPolicy, Run
 from pretrain.training.trainer import Trainer
@@ -283,18 +284,36 @@ def test_one_rank_that_cannot_write_fails_the_save_on_all(
         assert owners == "[0, 1]"
 
 
+def count_read_bytes(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the damage that all ranks agree on, and the files whose every byte this rank read."""
+    read: list[str] = []
+    whole = manifest_module.digest_file
+
+    def digest(path: Path, **words: Any) -> Any:
+        read.append(path.name)
+        return whole(path, **words)
+
+    manifest_module.digest_file = digest
+    try:
+        return find_damage_together(folder, purpose="agreement"), read
+    finally:
+        manifest_module.digest_file = whole
+
+
 def test_ranks_verify_a_checkpoint_together(tiny_run: MakeRun, two_ranks: RankPool) -> None:
     run = tiny_run(Layout(num_ranks=2))
     two_ranks.run(loss_curve, run, num_steps=2, save_after=1)
     folder = list_checkpoints(run.folder / "checkpoints")[0]
+    (damage, first), (_, second) = two_ranks.run(count_read_bytes, folder)
+    assert damage == []
+    assert sorted(first + second) == sorted(read_manifest(folder).files)
     for name in ("__0_0.distcp", "__1_0.distcp"):
         path = folder / name
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        damage = two_ranks.run(verify_share, folder)
-        assert [len(lines) for lines in damage].count(1) == 1  # one rank looked, and found it
+        for damage, _ in two_ranks.run(count_read_bytes, folder):
+            assert damage == [f"{path} has another SHA-256 than when it was written"]
         path.write_bytes(whole)
-    assert two_ranks.run(verify_share, folder) == [[], []]
 
 
 def test_a_manifest_of_another_run_is_not_trusted(trainer: Trainer) -> None:
