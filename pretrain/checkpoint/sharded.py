@@ -6,7 +6,6 @@ launch script again, 4 to 13 s for a toy. The optimizer's state goes with them, 
 parameter (optimizer_state.py), so that every layout reads what any other wrote.
 """
 
-import importlib.metadata
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_in_proces
 
 from parallel.seeds import random_state, restore_random_state
 from pretrain.checkpoint.boxes import model_state, unwrap
+from pretrain.checkpoint.environment import running_versions
 from pretrain.checkpoint.manifest import (
     CheckpointError,
     FileRecord,
@@ -47,8 +47,6 @@ from pretrain.checkpoint.optimizer_state import (
     num_updates,
     state_to_store,
 )
-
-_VERSIONED = ("torch", "megatron-core", "numpy")
 
 
 class _Planner(MCoreSavePlanner):
@@ -128,15 +126,14 @@ def save_checkpoint(
     except CheckpointException as error:  # raised on every rank if writing failed on one
         raise CheckpointError(f"{final} could not be written: {_reason(error)}") from error
     files = _digest_own_files(writing)
-    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
-    whole = replace(manifest, files=files, versions=versions)
+    whole = replace(manifest, files=files)
     _on_first_rank(lambda: _commit(writing, final, whole), path=final)
     return final
 
 
 def _commit(writing: Path, final: Path, manifest: Manifest) -> None:
     """Write the manifest, and give the folder its name once everything is on disk."""
-    write_manifest(writing, manifest)
+    write_manifest(writing, replace(manifest, versions=running_versions()))
     sync_folder(writing)
     if final.exists():
         shutil.rmtree(final)  # the same step of this run, written again after a rewind

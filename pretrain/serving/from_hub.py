@@ -7,7 +7,6 @@ files beside the tensors are kept as they came, so that an export gives them bac
 """
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from data.indexed.atomic import write_bytes
 from kernels.fp8_blocks import BLOCK_SIZE
+from pretrain.checkpoint.environment import running_versions
 from pretrain.checkpoint.manifest import Manifest, digest_file, write_manifest
 from pretrain.checkpoint.stored import WrittenChunk, finish_folder, write_chunks
 from pretrain.serving import hf_format
@@ -42,7 +42,6 @@ _BESIDE = (
     "chat_template.jinja",
     "LICENSE",
 )
-_VERSIONED = ("torch", "megatron-core", "numpy")
 
 
 def import_hub(
@@ -186,7 +185,7 @@ def _finish_manifest(folder: Path, trained: TrainedModel, tokenizer_digest: str)
                 "mtp_loss_weight": trained.mtp_loss_weight,
                 "sequence_tokens": trained.sequence_tokens,
             },
-            versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+            versions=running_versions(),
             files={n: digest_file(folder / n) for n in names if n != PLAN_NAME},
         ),
     )

@@ -27,6 +27,7 @@ from pretrain.monitor.telemetry import Telemetry, open_telemetry
 from pretrain.training.closing import draw_curves, summarise, write_summary
 from pretrain.training.corpus import LEDGER_NAME, ledger_to_follow, open_run_corpus
 from pretrain.training.exit_file import FAILED, FINISHED, INTERRUPTED, WRONG_INPUT, write_exit
+from pretrain.training.going_on import record_going_on
 from pretrain.training.observe import Observer, Score, make_throughput
 from pretrain.training.run import Run, as_json
 from pretrain.training.start import USER_ERRORS, move_aside, starts_again
@@ -112,6 +113,8 @@ def _train(run: Run, config_yaml: str, device: Device, stop: StopRequest) -> tup
     trainer = Trainer(run, device=device, corpus=corpus)
     if found is not None:
         trainer.load(*found)
+        if _is_first():
+            record_going_on(run, found[1])
         _say(f"going on from {found[0]}: step {trainer.position.step} of {trainer.total_steps}")
     elif run.initial_weights is not None:
         folder, manifest = open_checkpoint(run.initial_weights)
