@@ -130,6 +130,31 @@ def test_an_allowance_is_used_up_by_the_first_checkpoint_under_the_new_value(
         check(saved, config)  # the old value is a change now
 
 
+@pytest.mark.parametrize(
+    ("key", "which"),
+    [
+        ("seed", "identity"),
+        ("model.vocab_size", "identity"),
+        ("model.num_layers", "identity"),
+        ("precision.kind", "identity"),
+        ("load_balance.kind", "identity"),
+        ("data.document_attention", "identity"),
+        ("optimizer.lr", "schedule"),
+        ("optimizer.clip_norm", "schedule"),
+        ("lr_schedule.decay_tokens", "schedule"),
+        ("mtp_loss_weight", "schedule"),
+        ("curriculum.stages", "ledger"),
+        ("data.train", "ledger"),
+        ("layout.pp", "run-time"),
+        ("exchange.dispatcher", "run-time"),
+        ("checkpoints.interval_steps", "run-time"),
+        ("data.reading.depth", "run-time"),
+    ],
+)
+def test_keys_are_in_the_class_that_people_would_look_for_them(key: str, which: str) -> None:
+    assert KEY_CLASS[key] == which
+
+
 def test_all_keys_of_a_schedule_that_differ_are_named_at_once(config: dict[str, Any]) -> None:
     given = changed(changed(config, "optimizer.lr"), "mtp_loss_weight")
     with pytest.raises(CheckpointError, match=r"change\.allow=\[mtp_loss_weight,optimizer\.lr\]"):
