@@ -40,7 +40,7 @@ MEGATRON = """
     pretrain/model/expert_load.py pretrain/model/experts.py pretrain/model/extra_losses.py
     pretrain/model/initialise.py pretrain/model/router.py pretrain/model/transformer_config.py
     pretrain/checkpoint/boxes.py
-    pretrain/checkpoint/sharded.py
+    pretrain/checkpoint/pieces.py
     pretrain/training/optimizer.py pretrain/training/train_step.py
 """
 

@@ -102,13 +102,15 @@ def _is_group(key: str) -> bool:
 
 
 def check_schema(root: Path) -> None:
-    """Refuse checkpoints that newer code wrote; they are not damaged, and not to be passed over.
+    """Refuse to go on where other code wrote the newest checkpoint in another form.
+
+    It is not damaged: passing over it, or setting it aside, would train its steps again.
 
     Args:
         root: folder of the run's checkpoints.
 
     Raises:
-        CheckpointError: names the newest such checkpoint.
+        CheckpointError: names the checkpoint and both schemas.
     """
     for folder in reversed(list_checkpoints(root)):
         try:
@@ -116,11 +118,13 @@ def check_schema(root: Path) -> None:
             version = int(record["schema_version"])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damage, which whoever looks for the newest whole one names
-        if version > SCHEMA_VERSION:
-            raise CheckpointError(
-                f"{folder} has schema {version}, this code reads up to {SCHEMA_VERSION}: use newer"
-                " code, or move it away to train again from an older checkpoint"
-            )
+        if version == SCHEMA_VERSION:
+            return
+        code = "newer code" if version > SCHEMA_VERSION else "the code that wrote it"
+        raise CheckpointError(
+            f"{folder} has schema {version}, this code reads {SCHEMA_VERSION}: use {code}, or move"
+            " the checkpoint away to train again from an older one"
+        )
 
 
 def tokenizers_text(*, corpus: str, windows: str, checkpoint: str) -> str:

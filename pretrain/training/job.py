@@ -13,15 +13,19 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import FrameType
 
 import torch
 
 from data.stream.ledger import write_ledger
 from parallel import groups
+from parallel.agreement import require_same_on_all
 from parallel.device import Device
-from parallel.reduce import require_same_on_all
-from pretrain.checkpoint.resume import find_newest, open_checkpoint
+from pretrain.checkpoint.resume import open_checkpoint
+from pretrain.checkpoint.sharded import agree_on_newest
+from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.monitor.summary import summary_table
 from pretrain.monitor.telemetry import Telemetry, open_telemetry
 from pretrain.training.closing import draw_curves, summarise, write_summary
@@ -30,6 +34,7 @@ from pretrain.training.exit_file import FAILED, FINISHED, INTERRUPTED, WRONG_INP
 from pretrain.training.going_on import record_going_on
 from pretrain.training.observe import Observer, Score, make_throughput
 from pretrain.training.run import Run, as_json
+from pretrain.training.saves import Saves
 from pretrain.training.start import USER_ERRORS, move_aside, starts_again
 from pretrain.training.train_step import StepResult
 from pretrain.training.trainer import Trainer, fit
@@ -96,9 +101,7 @@ def train(run: Run, config_yaml: str) -> int:
 
 
 def _train(run: Run, config_yaml: str, device: Device, stop: StopRequest) -> tuple[int, str, int]:
-    found = find_newest(run.folder / "checkpoints")
-    # one that a rank cannot read is passed over there: no digest of the ledger would tell
-    require_same_on_all("newest checkpoint", "none" if found is None else found[0].name)
+    found = agree_on_newest(run.folder / "checkpoints", on_damage=partial(_damaged, run))
     if found is not None and starts_again(run, newest=found[1]):
         found = None
         torch.distributed.barrier()  # nobody reads the folder any more
@@ -130,6 +133,13 @@ def _train(run: Run, config_yaml: str, device: Device, stop: StopRequest) -> tup
         corpus.close()
 
 
+def _damaged(run: Run, folder: Path, damage: list[str]) -> None:
+    text = f"{folder.name} is damaged and set aside; the run goes on from the one before"
+    record_incident(
+        run.folder, Incident(kind="damaged_checkpoint", text=text, detail={"files": damage[:20]})
+    )
+
+
 def _open_telemetry(run: Run, trainer: Trainer, config_yaml: str) -> Telemetry:
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
@@ -150,7 +160,6 @@ def _fit(
     started = time.monotonic()
     throughput = make_throughput(run, device)
     observer = Observer(trainer, device=device, throughput=throughput, telemetry=telemetry)
-    saved_step = trainer.position.step
 
     def monitor(result: StepResult, num_sequences: int) -> None:
         observer.step_done(result, num_sequences=num_sequences)
@@ -159,26 +168,12 @@ def _fit(
             with throughput.pause():
                 _validate(trainer, observer, windows_per_domain=run.evaluation.windows_per_domain)
 
-    def save() -> None:
-        nonlocal saved_step
-        if saved_step == trainer.position.step:
-            return
-        with throughput.pause():
-            begun = time.monotonic()
-            trainer.save()
-            observer.saved(duration_s=time.monotonic() - begun)
-        saved_step = trainer.position.step
-
-    def checkpoint() -> None:
-        interval = run.checkpoints.interval_steps
-        if interval and trainer.position.step % interval == 0:
-            save()
-
+    saves = Saves(trainer, observer)
     throughput.start()
-    finished = fit(trainer, monitor=monitor, checkpoint=checkpoint, should_stop=stop)
+    finished = fit(trainer, monitor=monitor, checkpoint=saves.after_step, should_stop=stop)
     step = trainer.position.step
     if not finished:
-        save()
+        saves.finish()
         _say(
             f"\nasked to stop ({stop.received or 'another rank'}): saved step {step} of"
             f" {trainer.total_steps}; run the same command to go on"
@@ -188,7 +183,7 @@ def _fit(
         scores = _validate(
             trainer, observer, windows_per_domain=run.evaluation.final_windows_per_domain
         )
-    save()
+    saves.finish()
     if _is_first():
         elapsed_s = time.monotonic() - started
         draw_curves(run, trainer.corpus)

@@ -185,8 +185,12 @@ class CheckpointPolicy:
     """Every so many steps, and at the end; 0: at the end only."""
     keep: int
     """Newest whole checkpoints that stay."""
+    read_back: float = 1 / 16
+    """Share of what was written that is read back from the disk and compared, 0 to 1."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.read_back <= 1:
+            raise ValueError(f"checkpoints.read_back={self.read_back} given, 0 to 1 is allowed")
         if self.interval_steps < 0 or self.keep < 1:
             raise ValueError(
                 f"checkpoints.interval_steps={self.interval_steps}, keep={self.keep} given; 0 or"

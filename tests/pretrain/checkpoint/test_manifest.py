@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import random
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,25 +77,77 @@ def test_every_missing_file_is_named(manifest: Manifest, tmp_path: Path) -> None
     assert damage == [f"{tmp_path / name} is missing" for name in manifest.files]
 
 
+def write_text(folder: Path, text: str) -> None:
+    """Write a manifest with its digest, whatever it says."""
+    (folder / "manifest.json").write_text(text)
+    line = f"{hashlib.sha256(text.encode()).hexdigest()}  manifest.json\n"
+    (folder / "manifest.sha256").write_text(line)
+
+
 @pytest.mark.parametrize(
     "text", ["", '{"step": 7, "files": {', "[]", "{}", '{"files": {"a": {"bytes": 1}}}']
 )
 def test_what_cannot_be_read_as_a_manifest_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(text)
+    write_text(tmp_path, text)
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read as a manifest"):
         read_manifest(tmp_path)
 
 
-def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is not a checkpoint: manifest\.json is missing"):
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
+def test_a_folder_without_manifest_is_no_checkpoint(
+    name: str, manifest: Manifest, tmp_path: Path
+) -> None:
+    (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"is not a checkpoint: {name} is missing"):
         read_manifest(tmp_path)
 
 
-def test_a_newer_schema_is_refused(manifest: Manifest, tmp_path: Path) -> None:
+def test_the_digest_is_one_that_sha256sum_checks(manifest: Manifest, tmp_path: Path) -> None:
+    command = ["sha256sum", "--check", "--strict", "manifest.sha256"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
+def test_every_flipped_bit_of_a_manifest_is_found(
+    name: str, manifest: Manifest, tmp_path: Path
+) -> None:
+    path, draw = tmp_path / name, random.Random(0)
+    whole = path.read_bytes()
+    for _ in range(200):
+        content = bytearray(whole)
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"manifest\.json or manifest\.sha256"):
+            read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("version", [1, 99])
+def test_another_schema_is_refused(version: int, manifest: Manifest, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps({**record, "schema_version": 99}))
-    with pytest.raises(CheckpointError, match=r"schema 99.*use newer code"):
+    write_text(tmp_path, json.dumps({**record, "schema_version": version}))
+    with pytest.raises(CheckpointError, match=rf"schema {version}, this code reads 2"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "a/../../b", ""])
+def test_files_outside_the_folder_are_refused(
+    name: str, manifest: Manifest, tmp_path: Path
+) -> None:
+    record = FileRecord(size_bytes=1, sha256="0")
+    write_manifest(tmp_path, replace(manifest, files={name: record}))
+    with pytest.raises(CheckpointError, match="is no file of a checkpoint's folder"):
+        read_manifest(tmp_path)
+
+
+def test_shares_together_look_at_every_file_once(manifest: Manifest, tmp_path: Path) -> None:
+    for name in manifest.files:
+        (tmp_path / name).unlink()
+    shares = [
+        find_damage(tmp_path, manifest, digests=True, share=(number, 3)) for number in range(3)
+    ]
+    assert sorted(line for share in shares for line in share) == [
+        f"{tmp_path / name} is missing" for name in manifest.files
+    ]
 
 
 def test_only_committed_folders_are_checkpoints_oldest_first(tmp_path: Path) -> None:

@@ -168,14 +168,16 @@ def test_another_environment_is_refused_where_the_user_asks_for_it(run: Run) -> 
     assert read_incidents(run.folder) == []
 
 
-def test_a_checkpoint_of_a_newer_schema_is_refused_and_not_passed_over(run: Run) -> None:
+@pytest.mark.parametrize(("version", "said"), [(99, "use newer code"), (1, "the code that wrote")])
+def test_a_checkpoint_of_another_schema_is_refused_and_stays_where_it_is(
+    version: int, said: str, run: Run
+) -> None:
     save(run, step=1)
     folder = save(run, step=2)
-    path = folder / "manifest.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**record, "schema_version": 99}), encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"step_00000002 has schema 99, .*use newer code"):
+    write_manifest(folder, replace(read_manifest(folder), schema_version=version))
+    with pytest.raises(CheckpointError, match=rf"step_00000002 has schema {version}, .*{said}"):
         start(run, config_yaml="", environment={})
+    assert folder.is_dir()
 
 
 def test_windows_of_another_tokenizer_are_refused_with_three_digests(
@@ -207,10 +209,9 @@ def test_windows_of_another_tokenizer_are_refused_with_three_digests(
 
 def test_a_checkpoint_of_another_tokenizer_is_refused_with_three_digests(run: Run) -> None:
     folder = save(run, step=2)
-    path = folder / "manifest.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    own = record["tokenizer_digest"][:12]
-    path.write_text(json.dumps({**record, "tokenizer_digest": "f" * 64}), encoding="utf-8")
+    manifest = read_manifest(folder)
+    own = manifest.tokenizer_digest[:12]
+    write_manifest(folder, replace(manifest, tokenizer_digest="f" * 64))
     with pytest.raises(CheckpointError) as refusal:
         start(run, config_yaml="", environment={})
     assert (
