@@ -24,7 +24,8 @@ FLOORS = {
     "pretrain.model": "kernels parallel",
     "pretrain.checkpoint": "kernels parallel",
     "pretrain.planner": "pretrain.model.spec pretrain.model.count parallel.layout parallel.stages",
-    "pretrain.monitor": "pretrain.model.count data.stream parallel.reduce",
+    "pretrain.monitor": "pretrain.model.count data.stream parallel.reduce"
+    " pretrain.checkpoint.environment",
     "pretrain.training": f"{BELOW_TRAINING} pretrain.planner",
     "pretrain.serving": f"{BELOW_TRAINING} pretrain.planner pretrain.training",
     "pretrain.think_fusion": f"{BELOW_TRAINING} pretrain.training pretrain.serving",

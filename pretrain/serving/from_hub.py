@@ -7,7 +7,6 @@ files beside the tensors are kept as they came, so that an export gives them bac
 """
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from data.indexed.atomic import write_bytes
 from kernels.fp8_blocks import BLOCK_SIZE
 from pretrain.checkpoint.chunk_files import finish_folder, write_chunks
 from pretrain.checkpoint.chunks import Chunk, decode_chunk, encode_chunk
+from pretrain.checkpoint.environment import running_versions
 from pretrain.checkpoint.manifest import Manifest, digest_file, write_manifest
 from pretrain.serving import hf_format
 from pretrain.serving.hub import CONFIG_NAME
@@ -43,7 +43,6 @@ _BESIDE = (
     "chat_template.jinja",
     "LICENSE",
 )
-_VERSIONED = ("torch", "megatron-core", "numpy")
 
 
 def import_hub(
@@ -183,7 +182,7 @@ def _finish_manifest(folder: Path, trained: TrainedModel, tokenizer_digest: str)
                 "mtp_loss_weight": trained.mtp_loss_weight,
                 "sequence_tokens": trained.sequence_tokens,
             },
-            versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+            versions=running_versions(),
             files={n: digest_file(folder / n) for n in names if n != PLAN_NAME},
         ),
     )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from parallel.agreement import from_first_rank
+from pretrain.checkpoint.environment import running_versions
 from pretrain.checkpoint.lease import (
     Attempt,
     HeldError,
@@ -26,7 +27,6 @@ from pretrain.checkpoint.lease import (
     take_lease,
 )
 from pretrain.monitor.incidents import Incident, record_incident
-from pretrain.monitor.provenance import provenance
 from pretrain.training.exit_file import FINISHED, INTERRUPTED, WRONG_INPUT, clear_exit
 from pretrain.training.run import Run, as_json
 
@@ -114,7 +114,7 @@ def _claim(run: Run) -> Lease:
 
 def _digest(run: Run) -> str:
     """Return the digest of what decides how a start goes: configuration and code."""
-    content = json.dumps([as_json(run), provenance().get("commit")], sort_keys=True, default=str)
+    content = json.dumps([as_json(run), running_versions()], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

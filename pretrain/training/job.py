@@ -41,6 +41,7 @@ from pretrain.training.exit_file import (
     INTERRUPTED,
     write_exit,
 )
+from pretrain.training.going_on import record_going_on
 from pretrain.training.observe import Observer, Score, make_throughput
 from pretrain.training.run import Run, as_json
 from pretrain.training.saves import Saves
@@ -191,6 +192,8 @@ def _train(
     )
     if found is not None:
         trainer.load(*found)
+        if _is_first():
+            record_going_on(run, found[1])
         _say(f"going on from {found[0]}: step {trainer.position.step} of {trainer.total_steps}")
     elif run.initial_weights is not None:
         folder, manifest = open_checkpoint(run.initial_weights)

@@ -16,14 +16,11 @@ from kernels.backend import has_transformer_engine
 from parallel.agent import Death, run_ranks
 from parallel.cluster import Cluster
 from parallel.spawn import find_function, usable_cores
+from pretrain.checkpoint.continuity import check_same_model, check_same_run, check_schema
+from pretrain.checkpoint.environment import check_same_environment
 from pretrain.checkpoint.lease import incident_mark, read_attempts
 from pretrain.checkpoint.manifest import CheckpointError, Manifest, list_checkpoints
-from pretrain.checkpoint.resume import (
-    check_same_model,
-    check_same_run,
-    find_newest,
-    open_checkpoint,
-)
+from pretrain.checkpoint.resume import find_newest, open_checkpoint
 from pretrain.model.cuts import check_cuts
 from pretrain.model.exchange import check_exchange_available
 from pretrain.model.precision import check_available
@@ -243,6 +240,7 @@ def _check_checkpoint(run: Run, corpus: Corpus) -> int | None:
             f"resume=never given, but {root} has checkpoints: set resume=auto to go on from"
             " them, choose another name, or move the folder away"
         )
+    check_schema(root)
     digest = corpus.manifest.tokenizer_digest
     found = find_newest(root, digests=False)  # the ranks read every byte, together
     if found is None or starts_again(run, newest=found[1]):
@@ -252,9 +250,19 @@ def _check_checkpoint(run: Run, corpus: Corpus) -> int | None:
         ledger_to_follow(run, corpus, newest=None)
         return None
     folder, manifest = found
-    check_same_run(manifest, folder=folder, config=as_json(run), tokenizer_digest=digest)
+    check_same_run(
+        manifest,
+        folder=folder,
+        config=as_json(run),
+        tokenizer_digest=digest,
+        windows_digest=corpus.train.header.tokenizer_sha256,
+    )
     ledger = ledger_to_follow(run, corpus, newest=manifest)
-    return manifest.step if manifest.step >= ledger.num_steps else None
+    if manifest.step >= ledger.num_steps:
+        return manifest.step
+    if run.on_other_environment == "refuse":
+        check_same_environment(manifest, folder=folder)
+    return None
 
 
 def starts_again(run: Run, *, newest: Manifest) -> bool:

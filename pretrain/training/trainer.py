@@ -5,7 +5,6 @@ parts of a rank together before it and takes leave after it. The state of a run 
 is one integer, the steps done; with the ledger and the seed it decides which windows come next.
 """
 
-import importlib.metadata
 import logging
 import secrets
 import time
@@ -29,6 +28,7 @@ from parallel.failpoints import at_step, failpoint
 from parallel.reduce import max_over_all, sum_over_data
 from parallel.schedule import MicroBatch
 from parallel.seeds import seed_ranks
+from pretrain.checkpoint.environment import running_versions
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.checkpoint.optimizer_state import num_updates
 from pretrain.checkpoint.pieces import pieces_of_rank
@@ -47,8 +47,6 @@ from pretrain.training.run import Run, as_json
 from pretrain.training.train_step import StepResult, micro_batches, train_step
 
 log = logging.getLogger(__name__)
-
-_VERSIONED = ("torch", "megatron-core", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -283,7 +281,7 @@ class Trainer:
             tokens=self.tokens,
             tokenizer_digest=self.corpus.manifest.tokenizer_digest,
             config=as_json(self.run),
-            versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+            versions=running_versions() if torch.distributed.get_rank() == 0 else {},
             files={},
             ledger=self.ledger.as_json(),
             updates=num_updates(self.optimizer),
