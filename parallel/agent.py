@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from parallel.failpoints import arm
 from parallel.spawn import enter_rank, find_function, prepare_environment, threads_per_rank
 
 _FORK_SERVER = multiprocessing.get_context("forkserver")
@@ -148,7 +149,7 @@ def _run_once(
         processes: list[BaseProcess] = [
             _FORK_SERVER.Process(
                 target=_rank_main,
-                args=(rank, num_ranks, store, threads, target, args),
+                args=(rank, num_ranks, store, threads, target, args, dict(os.environ)),
                 name=f"rank-{rank}",
             )
             for rank in range(num_ranks)
@@ -164,8 +165,17 @@ def _run_once(
 
 
 def _rank_main(
-    rank: int, num_ranks: int, store_path: str, threads: int, target: str, args: tuple[Any, ...]
+    rank: int,
+    num_ranks: int,
+    store_path: str,
+    threads: int,
+    target: str,
+    args: tuple[Any, ...],
+    environment: dict[str, str],
 ) -> None:
+    os.environ.clear()  # a fork has the environment of the process that it was forked from
+    os.environ.update(environment)
+    arm()
     _end_with_parent()
     enter_rank(rank, num_ranks, store_path, threads)
     code = find_function(target)(*args)

@@ -97,6 +97,12 @@ _faults = read_faults(os.environ.get("FAULTS", ""))
 _step = -1
 
 
+def arm() -> None:
+    """Take the faults of the environment as it is now; a forked rank has another."""
+    global _faults
+    _faults = read_faults(os.environ.get("FAULTS", ""))
+
+
 def at_step(step: int) -> None:
     """Say which step the training thread is in: the optimizer steps done before it."""
     global _step

@@ -148,18 +148,20 @@ class JsonLinesSink:
     memory, up to 10,000 of them, and is written with the next one that gets through.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, attempt: int = 0) -> None:
         """Open the file for appending and begin the next attempt.
 
         Args:
             path: a metrics.jsonl; its folder is created if missing.
+            attempt: number of this start, where the run keeps count of starts that wrote nothing,
+                too; 0: the next after those in the file.
 
         Raises:
             OSError: if the file cannot be opened. At the start a run can still be mended.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._attempt = find_next_attempt(path)
+        self._attempt = max(attempt, find_next_attempt(path))
         self._pending: deque[bytes] = deque()
         self._num_lost = 0
         self._refused = False

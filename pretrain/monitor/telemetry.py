@@ -347,6 +347,7 @@ def open_telemetry(
     total_steps: int,
     vocabulary_size: int | None = None,
     run_config: Mapping[str, object] | None = None,
+    attempt: int = 0,
 ) -> Telemetry:
     """Return the telemetry of a run: metrics.jsonl, then the console, then wandb.
 
@@ -359,6 +360,7 @@ def open_telemetry(
         total_steps: last step of the run; >= 1.
         vocabulary_size: tokens in the vocabulary, to put validation losses in proportion.
         run_config: what wandb shows as the configuration of the run; JSON values.
+        attempt: see JsonLinesSink.
 
     Raises:
         OSError: if metrics.jsonl cannot be opened.
@@ -370,6 +372,6 @@ def open_telemetry(
         interval_steps=config.console_interval_steps,
         vocabulary_size=vocabulary_size,
     )
-    records = JsonLinesSink(run_dir / "metrics.jsonl")
+    records = JsonLinesSink(run_dir / "metrics.jsonl", attempt=attempt)
     mirror = WandbSink(run_dir, config, run_config=run_config)
     return Telemetry([records, console, mirror], attempt=records.attempt)

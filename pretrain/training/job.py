@@ -201,7 +201,7 @@ def _train(
         _say(f"starting from the weights of {folder}, step {manifest.step}")
     attempt.note(from_step=trainer.position.step)
     progress.has_begun, progress.step = True, trainer.position.step
-    telemetry = _open_telemetry(run, trainer, config_yaml) if _is_first() else None
+    telemetry = _open_telemetry(run, trainer, config_yaml, attempt) if _is_first() else None
     try:
         return _fit(run, trainer, device, stop, telemetry, progress)
     finally:
@@ -218,7 +218,7 @@ def _damaged(run: Run, folder: Path, damage: list[str]) -> None:
     )
 
 
-def _open_telemetry(run: Run, trainer: Trainer, config_yaml: str) -> Telemetry:
+def _open_telemetry(run: Run, trainer: Trainer, config_yaml: str, attempt: RunAttempt) -> Telemetry:
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
     write_ledger(run.folder / LEDGER_NAME, trainer.ledger)
@@ -229,6 +229,7 @@ def _open_telemetry(run: Run, trainer: Trainer, config_yaml: str) -> Telemetry:
         total_steps=trainer.total_steps,
         vocabulary_size=run.model.vocab_size,
         run_config=as_json(run),
+        attempt=attempt.number,
     )
 
 
