@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -11,9 +10,6 @@ from typing import Any
 
 import pytest
 
-from data.corpus.prepare import prepare
-from data.corpus.prepare_config import PrepareConfig
-from data.corpus.sources import SourceConfig
 from data.stream.curriculum import Curriculum, Stage
 from parallel.layout import Layout
 from parallel.spawn import RankPool, silence_expected_warnings
@@ -23,6 +19,7 @@ from pretrain.model.spec import ModelSpec
 from pretrain.monitor.telemetry import TelemetryConfig
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.run import AdamW, CheckpointPolicy, Data, Evaluation, Run
+from tests.tiny_corpus import write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,9 +66,6 @@ TINY_MODEL: Mapping[str, int | float] = {
     "num_mtp_layers": 1,
     "init_std": 0.02,
 }
-SUBJECTS = ["The rank", "A gradient", "Every expert", "One token", "The router", "This layer"]
-VERBS = ["waits for", "sends", "counts", "adds up", "forgets", "divides"]
-OBJECTS = ["windows of text", "bytes on the wire", "weights of a matrix", "steps of the run"]
 
 
 @pytest.fixture(autouse=True)
@@ -96,56 +90,10 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none here"))
 
 
-def _program(draw: random.Random) -> str:
-    """Return some functions of no meaning."""
-    names = ["rank", "tokens", "weight", "expert", "layer", "scale", "window", "offset"]
-    lines: list[str] = []
-    for _ in range(12):
-        first, second = draw.sample(names, 2)
-        lines += [
-            f"def {draw.choice(['count', 'find', 'merge'])}_{first}({first}, {second}=None):",
-            f'    """Return {first} {draw.choice(["of", "beside", "without"])} {second}."""',
-            f"    for {second}_idx in range({draw.randrange(2, 64)}):",
-            f"        {first} = {first} {draw.choice('+-*')} {draw.randrange(1000)}",
-            f"    return {first} if {second} is None else {second}",
-            "",
-        ]
-    return "\n".join(lines)
-
-
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a prepared corpus of two domains, sentences and programs, drawn from a seed.
-
-    Nothing of it is our own text: an edit of the code must not move a loss curve.
-    """
-    texts = tmp_path_factory.mktemp("texts")
-    draw = random.Random(2)
-    for number in range(120):
-        sentences = [
-            f"{draw.choice(SUBJECTS)} {draw.choice(VERBS)} {draw.randrange(1000)} "
-            f"{draw.choice(OBJECTS)}."
-            for _ in range(40)
-        ]
-        (texts / f"{number:03d}.txt").write_text(" ".join(sentences), encoding="utf-8")
-    code = tmp_path_factory.mktemp("code")
-    for number in range(120):
-        (code / f"{number:03d}.py").write_text(_program(draw), encoding="utf-8")
-    sources = {
-        "sentences": SourceConfig(kind="text_folder", path=str(texts)),
-        "code": SourceConfig(kind="text_folder", path=str(code), glob="**/*.py", domain="code"),
-    }
-    folder = tmp_path_factory.mktemp("corpus")
-    config = PrepareConfig(
-        output=str(folder),
-        sources=sources,
-        vocab_size=512,
-        validation_fraction=0.2,
-        window_tokens={"64": 0.8, "128": 0.2},
-        validation_window_tokens=64,
-    )
-    prepare(config, progress=lambda *_: None)
-    return folder
+    """Return a prepared corpus of two domains (tests/tiny_corpus.py)."""
+    return write_corpus(tmp_path_factory.mktemp("corpora"))
 
 
 def tiny_curriculum(tokens: int = 1_000_000, *, sequences: int = 8, **changes: Any) -> Curriculum:

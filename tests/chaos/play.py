@@ -7,7 +7,7 @@ errors and real damage to files. Between two starts a scene may change what lies
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from pretrain.training.exit_file import STOPS_CHAIN
 from pretrain.training.run import Run
 from pretrain.training.start import USER_ERRORS, start
 
-Between = Callable[[Run], None]
-_MOST_STARTS = 12
+Between = Callable[[Run, int], None]
+_MOST_STARTS = 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ def play(
     run: Run,
     faults: Sequence[str] = (),
     *,
-    between: Mapping[int, Between] | None = None,
+    between: Between = lambda _run, _number: None,
     environment: Environment | None = None,
 ) -> Played:
     """Start a run, again and again until its chain would end, while faults strike.
@@ -67,7 +67,8 @@ def play(
     Args:
         run: the configuration; its folder may exist.
         faults: as FAULTS names them, each strikes once.
-        between: number of a start, from 1 -> what is done to the disk before it.
+        between: called before each start but the first with the number of starts before it; may
+            change what lies on the disk.
         environment: taken before anything was started; None: leftovers are not looked for.
     """
     started, codes = time.monotonic(), list[int]()
@@ -78,8 +79,8 @@ def play(
         os.environ.update(FAULTS=";".join(faults), FAULTS_FOLDER=marks, WANDB_MODE="disabled")
         try:
             while not codes or codes[-1] not in STOPS_CHAIN:
-                if between and len(codes) in between:
-                    between[len(codes)](run)
+                if codes:
+                    between(run, len(codes))
                 codes.append(_start(run))
                 assert len(codes) < _MOST_STARTS, f"it never ends: {codes}"
         finally:

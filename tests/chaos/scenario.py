@@ -54,7 +54,8 @@ class Scenario:
     """Of LAYOUTS."""
     in_job: int = 0
     """Restarts by the command itself; 0: whoever started it starts it again, as a batch system."""
-    num_steps: int = NUM_STEPS
+    without_progress: int = 3
+    """Starts in vain before the run gives up."""
 
     def run(self, output_root: Path, *, corpus: Path, name: str) -> Run:
         """Return its configuration.
@@ -84,5 +85,7 @@ class Scenario:
             ),
             checkpoints=CheckpointPolicy(interval_steps=INTERVAL, keep=KEEP, read_back=1.0),
             telemetry=TelemetryConfig(wandb="disabled", console_interval_steps=3),
-            restarts=Restarts(in_job=self.in_job, lease_s=5.0),
+            restarts=Restarts(
+                in_job=self.in_job, without_progress=self.without_progress, lease_s=5.0
+            ),
         )

@@ -1,0 +1,135 @@
+"""Which faults can strike a run, and what must be seen of each?"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from parallel.failpoints import POINTS
+from tests.chaos.scenario import INTERVAL, KEEP
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """One kind of fault."""
+
+    action: str
+    """As FAULTS names it."""
+    points: tuple[str, ...]
+    """Where it may strike."""
+    incident: str
+    """Kind of the record it must leave; empty: none."""
+    ends_start: bool
+    """Whether the start of the run ends by it."""
+
+
+_STEP = (*(point for point in POINTS if point.startswith("step.")), "data.fetch")
+_SAVE = ("save.begin", "save.staged", "save.half_file", "save.file_written")
+_COMMIT = ("save.before_manifest", "save.before_commit", "save.committed", "save.retention")
+_ON_RANK_0 = frozenset(_COMMIT)
+KINDS = (
+    Kind(action="kill", points=_STEP, incident="rank_died", ends_start=True),
+    Kind(action="kill", points=_SAVE + _COMMIT, incident="rank_died", ends_start=True),
+    Kind(action="kill", points=("evaluation.begin",), incident="rank_died", ends_start=True),
+    Kind(action="kill", points=("load.begin", "load.half"), incident="rank_died", ends_start=True),
+    Kind(action="raise", points=_STEP, incident="failure", ends_start=True),
+    Kind(action="exit=85", points=_STEP, incident="rank_died", ends_start=True),
+    Kind(
+        action="full",
+        points=("save.half_file", "save.file_written", "save.before_manifest"),
+        incident="save_failed",
+        ends_start=False,
+    ),
+    Kind(
+        action="eio", points=("save.half_file", "save.file_written"), incident="", ends_start=False
+    ),
+    Kind(action="flip", points=("save.half_file",), incident="save_failed", ends_start=False),
+    Kind(action="term", points=_STEP + _SAVE, incident="", ends_start=True),
+    Kind(action="sleep=0.3", points=_STEP + _SAVE, incident="", ends_start=False),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planted:
+    """One fault of a run."""
+
+    kind: Kind
+    text: str
+    """As FAULTS names it."""
+
+
+def draw_faults(
+    draw: random.Random, *, num_faults: int, num_ranks: int, num_steps: int
+) -> list[Planted]:
+    """Return faults for one run, at steps that are not the same.
+
+    A fault while loading comes with one that ends the start before it: else nothing is loaded.
+    """
+    steps = draw.sample(range(1, num_steps), k=num_faults)
+    found: list[Planted] = []
+    for step in sorted(steps):
+        kind = draw.choice(KINDS)
+        found.append(Planted(kind=kind, text=_place(draw, kind, step=step, num_ranks=num_ranks)))
+    return found
+
+
+def _place(draw: random.Random, kind: Kind, *, step: int, num_ranks: int) -> str:
+    point = draw.choice(kind.points)
+    rank = 0 if point in _ON_RANK_0 else draw.randrange(num_ranks)
+    if point == "save.retention":
+        step = INTERVAL * draw.randrange(KEEP + 1, 6)  # there is something to remove
+    elif point.startswith("save."):
+        step = INTERVAL * draw.randrange(1, 6)
+    elif point == "evaluation.begin":
+        step = 6 * draw.randrange(1, 4) - 1
+    where = f":rank={rank}"
+    if not point.startswith("load."):
+        where += f":step={step}"
+    return f"{point}:{kind.action}{where}"
+
+
+ENDS = frozenset({"rank_died", "failure"})
+"""Kinds of incidents that end a start."""
+
+
+def wrong_incidents(
+    kinds: Counter[str], *, codes: Sequence[int], planted: Sequence[Planted], num_damaged: int
+) -> list[str]:
+    """Return what does not fit between the faults of a run and its records.
+
+    A start that ends by a fault has one record, whichever of two faults at once was first; a save
+    that fails has one, if the run lived long enough to hear of it.
+
+    Args:
+        kinds: of the incidents, counted.
+        codes: exit codes of the starts.
+        planted: the faults that struck.
+        num_damaged: checkpoints that were damaged between starts.
+    """
+    found: list[str] = []
+    num_ended = sum(code in (1, 85) for code in codes)
+    if sum(kinds[kind] for kind in ENDS) != num_ended:
+        found.append(f"incidents: {num_ended} starts ended by a fault, recorded are {dict(kinds)}")
+    failed = sum(fault.kind.incident == "save_failed" for fault in planted)
+    if kinds["save_failed"] > failed:
+        found.append(f"incidents: {failed} saves were made to fail, recorded are {dict(kinds)}")
+    if kinds["damaged_checkpoint"] != num_damaged:
+        found.append(f"incidents: {num_damaged} checkpoints damaged, recorded are {dict(kinds)}")
+    strange = kinds.keys() - ENDS - {"save_failed", "damaged_checkpoint"}
+    found += [f"incidents: {kind} was not planted" for kind in sorted(strange)]
+    return found
+
+
+def damage(folder: Path, draw: random.Random) -> str:
+    """Damage one file of a checkpoint and return what was done."""
+    path = draw.choice(sorted(path for path in folder.iterdir() if path.is_file()))
+    content = bytearray(path.read_bytes())
+    how = draw.choice(("flipped", "cut", "emptied", "removed"))
+    if how == "removed":
+        path.unlink()
+        return f"{how} {path.name}"
+    if how == "flipped":
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes({"flipped": content, "cut": content[: len(content) * 3 // 4]}.get(how, b""))
+    return f"{how} {path.name}"
