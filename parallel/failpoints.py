@@ -10,14 +10,15 @@ not in a later start of the run: the mark is a file in FAULTS_FOLDER. `every` st
 Used by tests/chaos; nothing else sets the variables. No torch.
 
 Actions: `kill` SIGKILL, `stop` SIGSTOP, `term` SIGTERM, `raise` an exception, `full` ENOSPC, `eio`
-EIO, `sleep=SECONDS`, `hold=SECONDS` (the interpreter's lock is kept), `exit=CODE`. What a fault
-cannot do by itself (flip a byte of a buffer, make a NaN) the point does: `failpoint` returns the
-action's name.
+EIO, `sleep=SECONDS`, `hold=SECONDS` (the interpreter's lock is kept), `exit=CODE`, `limit=BYTES`
+(no file of this process grows beyond: EFBIG). What a fault cannot do by itself (flip a byte of a
+buffer, make a NaN) the point does: `failpoint` returns the action's name.
 """
 
 import ctypes
 import errno
 import os
+import resource
 import signal
 import time
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ POINTS = (
     "step.before_optimizer",
     "step.after_optimizer",
     "data.fetch",
+    "data.read",
     "evaluation.begin",
     "save.begin",
     "save.staged",
@@ -162,5 +164,8 @@ def _strike(fault: Fault) -> None:
         ctypes.PyDLL(None).usleep(int(fault.value * 1e6))
     elif fault.action == "exit":
         os._exit(int(fault.value))
+    elif fault.action == "limit":
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.value), hard))
     else:
         raise ValueError(f"FAULTS: action {fault.action!r} is not known")

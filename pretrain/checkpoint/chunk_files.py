@@ -55,13 +55,18 @@ class _DigestingFile(io.RawIOBase):
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._sha256, self.num_bytes = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
         self._sha256.update(data)
-        count = self._file.write(data)
+        try:
+            count = self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.num_bytes += count
         return count
 
@@ -90,7 +95,10 @@ def write_chunks(path: Path, boxes: Iterator[Box]) -> tuple[list[Chunk], FileRec
             item_at = file.num_bytes
             if values.untyped_storage().nbytes() != values.nbytes:
                 values = values.clone()  # torch.save would write the whole storage
-            torch.save(values, file)  # pyright: ignore[reportArgumentType]  it only writes
+            try:
+                torch.save(values, file)  # pyright: ignore[reportArgumentType]  it only writes
+            except RuntimeError as error:  # torch's, of a file that is not as long as it should be
+                raise file.error or error from error
             chunks.append(
                 Chunk(
                     key=key,

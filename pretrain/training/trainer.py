@@ -324,6 +324,7 @@ class Trainer:
 
 def _host_memory(shape: tuple[int, int], *, pinned: bool) -> Any:
     """Return int32 memory that windows are read into, pinned where a device copies from it."""
+    failpoint("data.read")  # in the thread that reads ahead
     return torch.empty(shape, dtype=torch.int32, pin_memory=pinned).numpy()
 
 

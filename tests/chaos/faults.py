@@ -34,6 +34,8 @@ KINDS = (
     Kind(action="kill", points=("evaluation.begin",), incident="rank_died", ends_start=True),
     Kind(action="kill", points=("load.begin", "load.half"), incident="rank_died", ends_start=True),
     Kind(action="raise", points=_STEP, incident="failure", ends_start=True),
+    Kind(action="raise", points=_SAVE, incident="failure", ends_start=True),
+    Kind(action="raise", points=("data.read",), incident="failure", ends_start=True),
     Kind(action="exit=85", points=_STEP, incident="rank_died", ends_start=True),
     Kind(
         action="full",
