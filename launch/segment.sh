@@ -6,6 +6,9 @@ umask 027
 unset PYTHONPATH PYTHONHOME LD_PRELOAD
 # --export=NONE is meant for the batch script; the ranks shall see what it sees
 unset SLURM_EXPORT_ENV
+# Ranks that torchrun 2.13 starts again find the addresses of the dead in its agent's store, and none
+# of them joins; with this rank 0 keeps a new store at each start.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 say() { printf '[%s] %s\n' "$(date -u '+%F %T')" "$*"; }
 
