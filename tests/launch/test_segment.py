@@ -1,11 +1,12 @@
 """The script of an element, run by bash: what becomes of signals, codes, nodes and words?"""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ class Element:
         self.root = folder / "runs"
         self.run = self.root / "t"
         self.run.mkdir(parents=True)
+        self.started: list[subprocess.Popen[str]] = []
 
     def ends_with(self, code: int) -> None:
         """Let the run end with a code in exit.json, and torchrun with 1 as it always does."""
@@ -50,10 +52,18 @@ class Element:
             text = chain(run, words or ("name=t",), slurm=slurm, exclude=()).text
         script = self.root / "script.sh"
         script.write_text(text.replace("readonly POLL_S='5'", "readonly POLL_S='0.1'"))
-        return subprocess.Popen(
+        started = subprocess.Popen(
             ["bash", str(script)], env={"HOME": "/", "LC_ALL": "C", **SLURM}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self.root,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self.root, start_new_session=True,
         )  # fmt: skip
+        self.started.append(started)
+        return started
+
+    def end(self) -> None:
+        """End what a failed test has left."""
+        for process in self.started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def finish(self, *words: str, options: tuple[str, ...] = ()) -> tuple[int, str]:
         """Run the script to its end and return its code and what it said."""
@@ -63,8 +73,10 @@ class Element:
 
 
 @pytest.fixture
-def element(tmp_path: Path) -> Element:
-    return Element(tmp_path)
+def element(tmp_path: Path) -> Iterator[Element]:
+    element = Element(tmp_path)
+    yield element
+    element.end()
 
 
 def wait_for(holds: Callable[[], bool]) -> None:
