@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data.corpus.prepare import prepare
 from data.corpus.prepare_config import PrepareConfig
@@ -115,6 +114,14 @@ class Chain:
         found = re.search(r"the run ended with (\d+)", self.said(array, element))
         return int(found[1]) if found else None
 
+    def saved_step(self, array: str, element: int) -> int:
+        """Return the step that an element that was asked to stop has saved; 0 if none.
+
+        From its output: the next element removes exit.json as soon as it starts.
+        """
+        found = re.search(r"saved step (\d+)", self.said(array, element))
+        return int(found[1]) if found else 0
+
     def codes(self, array: str) -> list[int]:
         """Return the codes of all elements that have ended."""
         found: list[int] = []
@@ -140,10 +147,6 @@ class Chain:
             seconds=seconds,
             what=f"{self.name} does step {steps}",
         )
-
-    def verdict(self) -> dict[str, Any]:
-        """Return exit.json."""
-        return json.loads((self.folder / "exit.json").read_text(encoding="utf-8"))
 
     def waiting(self) -> int:
         """Return how many elements of every chain of this run wait or run."""
