@@ -326,6 +326,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="checks whose name has this word")
     asked = parser.parse_args()
     begun = time.monotonic()
+    # so that what was started is ended, too, when this is
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         ensure_installed()
         with tempfile.TemporaryDirectory(prefix="slurm-runs-") as folder:
