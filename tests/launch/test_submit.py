@@ -17,6 +17,7 @@ from launch.pretrain import main as pretrain
 from launch.slurm_jobs import chain, tasks
 from launch.submission import split_words
 from launch.submit import command
+from pretrain.monitor.node_faults import FaultPolicy
 from pretrain.training.start import USER_ERRORS
 from tests.launch.slurm_fakes import Fakes, asked, composed_run, options
 
@@ -278,6 +279,10 @@ def test_a_list_of_other_commands_is_refused(tmp_path: Path, text: str) -> None:
     (listing := tmp_path / "list").write_text(text)
     with pytest.raises(ConfigError, match=r"tasks=.*list.*allowed"):
         tasks(tmp_path / "t", listing=listing, slurm=asked(CHAIN[0]).slurm)
+
+
+def test_the_values_in_conf_are_those_of_the_decision() -> None:
+    assert asked().slurm.faults == FaultPolicy()
 
 
 def test_multirun_is_a_job_of_its_own() -> None:
