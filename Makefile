@@ -46,7 +46,7 @@ lint: $(STAMP) ## ruff, pyright, and no file above 500 kB
 serve-check: $(STAMP) ## compare a real vLLM with transformers on an exported model (3.5 GB, 7 minutes)
 	$(VENV) tests/serve/serve_check.py $(ARGS)
 
-slurm-check: $(STAMP) ## run chains of jobs on a SLURM of their own (installs it as root; 10 minutes)
+slurm-check: $(STAMP) ## run chains of jobs on a SLURM of their own (installs it as root; 8 minutes)
 	$(VENV) tests/slurm/slurm_check.py $(ARGS)
 
 bench: $(STAMP) ## run each benchmark of tests/bench in turn, one table each
