@@ -166,11 +166,53 @@ def slurm_check_table(record: Mapping[str, Any]) -> str:
     return markdown_table(rows)
 
 
+def goodput_table(record: Mapping[str, Any]) -> str:
+    """Return where the seconds come from, and the ratio under each rate of failures."""
+    parts = [("part", "seconds", "origin", "key")]
+    parts += [
+        (part["name"], f"{part['seconds']:.2f}", part["origin"], f"`goodput.{part['key']}`")
+        for part in record["times"]["parts"]
+    ]
+    rows = [
+        (
+            "failures as",
+            "MTBF",
+            "closed form",
+            "simulated",
+            "if it waited",
+            "best interval",
+            "Young",
+        )
+    ]
+    rows += [
+        (
+            row["name"],
+            f"{row['mtbf_s'] / 3600:.1f} h",
+            f"{row['closed_form']:.4f}",
+            f"{row['simulated']['ettr']:.4f} +- {row['simulated']['standard_error']:.4f}",
+            f"{row['waiting']:.4f}",
+            f"{row['best_interval_s'] / 60:.1f} min",
+            f"{row['young_interval_s'] / 60:.1f} min",
+        )
+        for row in record["rows"]
+    ]
+    saves = (
+        f"{record['state_bytes'] / 1e12:.2f} TB every {record['interval_steps']} steps ="
+        f" {record['times']['interval_s'] / 60:.1f} min; training waits {record['blocking_s']:.1f}"
+        f" s, {record['persist_s']:.0f} s go on beside it; {record['detection_s']:.0f} s to the"
+        f" discovery of a failure, {record['restart_s']:.0f} s to the first new step. 1 % is"
+        f" {record['gpu_hours_of_a_percent']:,.0f} GPU-hours."
+    )
+    tables = [markdown_table(cells).rstrip() for cells in (parts, rows)]
+    return "\n\n".join([saves, *tables]) + "\n"
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "demo": demo_table,
     "bench_step": bench_step_table,
     "bench_export": bench_export_table,
     "bench_stream": bench_stream_table,
+    "goodput": goodput_table,
     "slurm_check": slurm_check_table,
     "verify_2": verify_table,
     "verify_8": verify_table,

@@ -20,7 +20,8 @@ import hydra
 
 from launch.checkpoint import open_trained
 from launch.compose import Composed, build, record_exit_code, run
-from parallel.spawn import find_function, run_ranks
+from parallel.agent import run_ranks
+from parallel.spawn import find_function
 from pretrain.serving.hub import is_hub, open_hub
 from pretrain.serving.request import Scoring
 from pretrain.training.start import USER_ERRORS

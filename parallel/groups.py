@@ -26,6 +26,7 @@ TIMEOUT = datetime.timedelta(minutes=10)
 has."""
 
 _groups: dict[tuple[int, ...], Any] = {}
+_cpu_groups: dict[str, Any] = {}
 _DESTROYED_BY_MEGATRON = (
     "_DATA_PARALLEL_GROUP_GLOO",
     "_DATA_PARALLEL_GROUP_WITH_CP_GLOO",
@@ -66,6 +67,7 @@ def leave_world() -> None:
     """Stop torch.distributed and forget every group; the last thing a rank does."""
     stop_groups()
     _groups.clear()
+    _cpu_groups.clear()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -105,6 +107,20 @@ def stop_groups() -> None:
         for name in _DESTROYED_BY_MEGATRON:
             setattr(parallel_state, name, None)
     parallel_state.destroy_model_parallel()
+
+
+def cpu_group(purpose: str) -> Any:
+    """Return the gloo group of all ranks that is kept for one purpose, on any device.
+
+    Two threads must not share a group: their messages would meet. Made at the first call, which is
+    collective: every rank makes its groups in the same order, from its main thread.
+
+    Args:
+        purpose: any word.
+    """
+    if purpose not in _cpu_groups:
+        _cpu_groups[purpose] = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
+    return _cpu_groups[purpose]
 
 
 @contextmanager

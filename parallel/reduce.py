@@ -38,23 +38,3 @@ def max_over_all(values: Tensor) -> Tensor:
     values = values.clone()
     torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     return values
-
-
-def require_same_on_all(name: str, value: str) -> None:
-    """Refuse to go on where ranks hold different values; collective over all.
-
-    Args:
-        name: what the value is of, for the message.
-        value: for instance a digest; compared with rank 0's.
-
-    Raises:
-        ValueError: on every rank, names the ranks that differ.
-    """
-    found: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
-    others = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
-    if others:
-        raise ValueError(
-            f"{name}: ranks {others[:8]} of {len(found)} have another one than rank 0:"
-            f" {found[others[0]]}, {found[0]} there; all ranks must see the same files"
-        )

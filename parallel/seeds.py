@@ -7,10 +7,12 @@ training step draws nothing. The states are kept all the same, for every axis, s
 dropout resumes exactly.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from torch import Tensor
 
 
 def seed_ranks(seed: int) -> None:
@@ -25,15 +27,19 @@ def seed_ranks(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def random_state() -> dict[str, Any]:
-    """Return this rank's random state: torch's and every one of megatron's, as uint8 tensors."""
-    return {"torch": torch.get_rng_state(), "tracker": dict(_tracker().get_states())}
+def random_state() -> dict[str, Tensor]:
+    """Return this rank's random states by name: torch's and every one of megatron's, as bytes."""
+    states = {"torch": torch.get_rng_state()}
+    return states | {f"tracker.{name}": s for name, s in _tracker().get_states().items()}
 
 
-def restore_random_state(state: dict[str, Any]) -> None:
+def restore_random_state(state: Mapping[str, Tensor]) -> None:
     """Put back what `random_state` returned."""
     torch.set_rng_state(state["torch"])
-    _tracker().set_states(dict(state["tracker"]))
+    prefix = "tracker."
+    _tracker().set_states(
+        {name.removeprefix(prefix): s for name, s in state.items() if name.startswith(prefix)}
+    )
 
 
 def _tracker() -> Any:

@@ -1,10 +1,8 @@
-"""How does one command start its own local ranks?
+"""How does a process become a local rank, and how do N of them stay alive between calls?
 
-Two uses. `run_ranks` starts N processes, runs one function in each, forwards signals and returns
-the exit codes: `python launch/pretrain.py` without torchrun. `RankPool` keeps N ranks alive and
-runs one function after another in
-them: a fresh start costs 8 to 15 s (imports and rendezvous), a test or a layout check should not
-    pay it each time.
+`RankPool` keeps N ranks alive and runs one function after another in them: a fresh start costs 8 to
+15 s (imports and rendezvous), a test or a layout check should not pay it each time. A command that
+runs one function and ends starts its ranks with agent.py.
 
 Ranks meet through a file in a temporary folder, not a TCP port: nothing listens, nothing collides.
 """
@@ -23,15 +21,11 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from parallel.stacks import collect_stacks, describe, write_stack_on_signal
 
 _SPAWN = multiprocessing.get_context("spawn")
-_GRACE_S = 60.0
-"""How long the other ranks may take to end after one has failed: gloo notices a dead peer at
-once."""
 _NUM_FRAMES = 8
 """Of each stack, in the message on ranks that hang."""
 
@@ -43,17 +37,32 @@ class RankError(RuntimeError):
     """
 
 
-def _enter_rank(rank: int, num_ranks: int, store_path: str, threads: int) -> None:
+def prepare_environment() -> None:
+    """Set what torch reads when it is imported; in the process that imports it, before."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # 2 s less for each rank
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+
+
+def enter_rank(rank: int, num_ranks: int, store_path: str, threads: int) -> None:
+    """Make this process a rank of a local run.
+
+    Args:
+        rank: 0 <= rank < num_ranks.
+        num_ranks: of the run.
+        store_path: the file through which the ranks meet.
+        threads: of torch.
+
+    Collective: all ranks of the run call it.
+    """
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(num_ranks),
         LOCAL_WORLD_SIZE=str(num_ranks),
         OMP_NUM_THREADS=str(threads),
-        TORCHDYNAMO_DISABLE="1",  # must stand before torch is imported: 2 s less for each rank
     )
+    prepare_environment()
     silence_expected_warnings()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     # Imported here because the parent starts ranks without paying for torch.
     torch = importlib.import_module("torch")
     groups = importlib.import_module("parallel.groups")
@@ -111,88 +120,12 @@ def call_with_own(target: str, values: Sequence[Any]) -> Any:
     return find_function(target)(values[int(os.environ["RANK"])])
 
 
-def _rank_main(
-    rank: int, num_ranks: int, store_path: str, threads: int, target: str, args: tuple[Any, ...]
-) -> None:
-    _enter_rank(rank, num_ranks, store_path, threads)
-    code = find_function(target)(*args)
-    importlib.import_module("parallel.groups").leave_world()
-    sys.exit(code)
-
-
-def run_ranks(target: str, args: tuple[Any, ...] = (), *, num_ranks: int) -> int:
-    """Run a function in each of `num_ranks` new processes and return the run's exit code.
-
-    SIGTERM and SIGINT are passed on to the ranks, which decide what to do; the parent only waits.
-    When a rank fails, the others get 60 s to end and are then killed.
-
-    Args:
-        target: `module:function`, a function that returns its exit code; only the ranks import it.
-        args: picklable arguments, the same for every rank.
-        num_ranks: processes to start, at least 1.
-
-    Returns:
-        0 if every rank returned 0, else the first nonzero code any of them ended with (1 if killed
-        by a signal).
-    """
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        store = str(Path(folder) / "store")
-        threads = threads_per_rank(num_ranks)
-        processes: list[BaseProcess] = [
-            _SPAWN.Process(
-                target=_rank_main,
-                args=(rank, num_ranks, store, threads, target, args),
-                name=f"rank-{rank}",
-            )
-            for rank in range(num_ranks)
-        ]
-
-        received: list[int] = []
-
-        def pass_on(signum: int, _frame: FrameType | None) -> None:
-            received.append(signum)
-            for process in processes:
-                if process.is_alive() and process.pid:
-                    os.kill(process.pid, signum)
-
-        previous = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            for process in processes:
-                process.start()
-                for signum in received:  # it came before this rank was there to get it
-                    os.kill(process.pid or 0, signum)
-            return _wait_for_all(processes)
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
-
-
-def _wait_for_all(processes: Sequence[BaseProcess]) -> int:
-    first_failure = 0
-    deadline = float("inf")
-    alive = list(processes)
-    while alive:
-        timeout = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
-        ready = wait([process.sentinel for process in alive], timeout)
-        for process in [p for p in alive if p.sentinel in ready]:
-            process.join()
-            alive.remove(process)
-            code = process.exitcode or 0
-            if code and not first_failure:
-                first_failure = code if code > 0 else 1
-                deadline = time.monotonic() + _GRACE_S
-        if not ready:
-            for process in alive:
-                process.kill()
-    return first_failure
-
-
 def _pool_main(rank: int, num_ranks: int, store_path: str, threads: int, link: Connection) -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C is the parent's to handle; it closes the links
     write_stack_on_signal(Path(store_path).parent, rank=rank)
-    _enter_rank(rank, num_ranks, store_path, threads)
+    enter_rank(rank, num_ranks, store_path, threads)
     while True:
         try:
             function, args, kwargs = pickle.loads(link.recv_bytes())

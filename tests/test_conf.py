@@ -6,8 +6,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from launch.compose import build
-from launch.dry_run import OWN
+from launch.dry_run import OWN as OF_DRY_RUN
 from launch.inspection import Inspection
+from launch.plan import OWN as OF_PLAN
 from pretrain.model.spec import ModelSpec
 from pretrain.training.batch import check_divisible
 from pretrain.training.run import Run
@@ -65,10 +66,13 @@ def test_every_cluster_is_the_full_model_in_fp8_on_its_ranks(cluster: str) -> No
 
 
 @pytest.mark.parametrize("overrides", [[], *([f"+cluster={name}"] for name in CLUSTERS)], ids=str)
-def test_a_dry_run_is_of_the_run_that_the_same_words_would_train(overrides: list[str]) -> None:
+@pytest.mark.parametrize(("command", "own"), [("dry_run", OF_DRY_RUN), ("plan", OF_PLAN)])
+def test_a_dry_run_or_plan_is_of_the_run_that_the_same_words_would_train(
+    command: str, own: tuple[str, ...], overrides: list[str]
+) -> None:
     with initialize_config_dir(str(CONF), version_base=None):
-        cfg = compose("dry_run", overrides)
-    run = build(Run, {str(key): cfg[key] for key in cfg if key not in OWN})
+        cfg = compose(command, overrides)
+    run = build(Run, {str(key): cfg[key] for key in cfg if key not in own})
     assert run == composed(*overrides)
 
 

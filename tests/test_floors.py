@@ -24,7 +24,8 @@ FLOORS = {
     "pretrain.model": "kernels parallel",
     "pretrain.checkpoint": "kernels parallel",
     "pretrain.planner": "pretrain.model.spec pretrain.model.count parallel.layout parallel.stages",
-    "pretrain.monitor": "pretrain.model.count data.stream parallel.reduce",
+    "pretrain.monitor": "pretrain.model.count data.stream parallel.reduce"
+    " pretrain.checkpoint.environment",
     "pretrain.training": f"{BELOW_TRAINING} pretrain.planner",
     "pretrain.serving": f"{BELOW_TRAINING} pretrain.planner pretrain.training",
     "pretrain.think_fusion": f"{BELOW_TRAINING} pretrain.training pretrain.serving",
@@ -39,7 +40,7 @@ MEGATRON = """
     pretrain/model/expert_load.py pretrain/model/experts.py pretrain/model/extra_losses.py
     pretrain/model/initialise.py pretrain/model/router.py pretrain/model/transformer_config.py
     pretrain/checkpoint/boxes.py
-    pretrain/checkpoint/sharded.py
+    pretrain/checkpoint/pieces.py
     pretrain/training/optimizer.py pretrain/training/train_step.py
 """
 

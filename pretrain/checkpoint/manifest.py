@@ -1,10 +1,9 @@
 """When is a checkpoint whole, and what is in it?
 
 A checkpoint is a folder `step_00000100`. It is written under another name, its manifest last,
-synced to disk, and then
-renamed: a folder with the right name is complete or damaged later, never half written. The manifest
-    lists every file with its size and SHA-256, which are checked before anything in them is parsed.
-    No torch.
+synced to disk, and then renamed: a folder with the right name is complete or damaged later, never
+half written. The manifest lists every file with its size and SHA-256, which are checked before
+anything in them is parsed; its own SHA-256 stands beside it, as `sha256sum` writes it. No torch.
 
 Source: our choice, docs/decisions/0008.
 """
@@ -15,11 +14,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION = 1
+DIGEST_NAME = "manifest.sha256"
+SCHEMA_VERSION = 2
 _STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
@@ -33,6 +33,8 @@ class FileRecord:
 
     size_bytes: int
     sha256: str
+    owner: int | None = None
+    """The rank that wrote it; None: what belongs to all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +59,10 @@ class Manifest:
     ledger: Sequence[Mapping[str, Any]] = ()
     """What decides the order of the data (data/stream/ledger.py); empty where weights came from
     elsewhere."""
+    updates: int = 0
+    """Updates that the optimizer has made; steps without those that were skipped."""
+    written_by: str = ""
+    """The attempt that wrote it: its lease's epoch, or a number drawn at its start."""
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -74,67 +80,113 @@ def list_checkpoints(root: Path) -> list[Path]:
     return sorted(folders)
 
 
-def digest_file(path: Path) -> FileRecord:
+def digest_file(path: Path, *, owner: int | None = None) -> FileRecord:
     """Return size and SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(size_bytes=path.stat().st_size, sha256=digest)
+    return FileRecord(size_bytes=path.stat().st_size, sha256=digest, owner=owner)
+
+
+def digest_bytes(content: bytes) -> tuple[int, str]:
+    """Return size and SHA-256 of a file's content."""
+    return len(content), hashlib.sha256(content).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest into `folder` and sync it to disk."""
-    with (folder / MANIFEST_NAME).open("w", encoding="utf-8") as file:
-        json.dump(asdict(manifest), file, indent=1, default=str)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write the manifest and its digest into `folder`, synced to disk."""
+    content = (json.dumps(asdict(manifest), indent=1, default=str) + "\n").encode()
+    for name, data in ((MANIFEST_NAME, content), (DIGEST_NAME, _digest_line(content))):
+        with (folder / name).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _digest_line(content: bytes) -> bytes:
+    return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST_NAME}\n".encode()
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: if it is missing, unreadable, or of a newer schema.
+        CheckpointError: if it is missing, not as it was written, or of another schema.
     """
     path = folder / MANIFEST_NAME
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        files = {name: FileRecord(**entry) for name, entry in record.pop("files").items()}
-        ledger = tuple(record.pop("ledger", ()))
-        manifest = Manifest(files=files, ledger=ledger, **record)
+        content, line = path.read_bytes(), (folder / DIGEST_NAME).read_bytes()
     except FileNotFoundError as error:
+        name = Path(error.filename).name
+        raise CheckpointError(f"{folder} is not a checkpoint: {name} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if line != _digest_line(content):
         raise CheckpointError(
-            f"{folder} is not a checkpoint: {MANIFEST_NAME} is missing"
-        ) from error
+            f"{path} or {DIGEST_NAME} is not as it was written: {content_digest(content)} found"
+        )
+    try:
+        record = json.loads(content)
+        version = record["schema_version"]
+        if version == SCHEMA_VERSION:
+            files = {name: FileRecord(**entry) for name, entry in record.pop("files").items()}
+            ledger = tuple(record.pop("ledger", ()))
+            manifest = Manifest(files=files, ledger=ledger, **record)
+            _check_names(manifest.files)
+            return manifest
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read as a manifest: {error}") from error
-    if manifest.schema_version > SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{path} has schema {manifest.schema_version}, this code reads up to"
-            f" {SCHEMA_VERSION}: use newer code"
-        )
-    return manifest
+    raise CheckpointError(
+        f"{path} has schema {version}, this code reads {SCHEMA_VERSION}: use the code that wrote it"
+    )
 
 
-def find_damage(folder: Path, manifest: Manifest, *, digests: bool) -> list[str]:
-    """Return what is wrong with the files of a checkpoint, empty if nothing.
+def content_digest(content: bytes) -> str:
+    """Return the first digits of a SHA-256, for messages."""
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def _check_names(names: Mapping[str, object]) -> None:
+    """Refuse names that lead out of the folder."""
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ValueError(f"{name!r} is no file of a checkpoint's folder")
+
+
+def find_damage(
+    folder: Path, manifest: Manifest, *, digests: bool, names: Sequence[str] | None = None
+) -> dict[str, str]:
+    """Return what is wrong with the files of a checkpoint, by name; empty if nothing.
 
     Args:
         folder: the checkpoint.
         manifest: its manifest.
         digests: compare SHA-256 as well as sizes (reads every byte).
+        names: of the files to look at; None: all.
     """
-    damage: list[str] = []
-    for name, record in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            damage.append(f"{path} is missing")
-            continue
-        size = path.stat().st_size
-        if size != record.size_bytes:
-            damage.append(f"{path} has {size} bytes, {record.size_bytes} were written")
-        elif digests and digest_file(path).sha256 != record.sha256:
-            damage.append(f"{path} has another SHA-256 than when it was written")
+    damage: dict[str, str] = {}
+    for name in manifest.files if names is None else names:
+        path, record = folder / name, manifest.files[name]
+        try:
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                damage[name] = f"{path} is missing"
+            elif size != record.size_bytes:
+                damage[name] = f"{path} has {size} bytes, {record.size_bytes} were written"
+            elif digests and digest_file(path).sha256 != record.sha256:
+                damage[name] = f"{path} has another SHA-256 than when it was written"
+        except OSError as error:
+            damage[name] = f"{path} cannot be read: {error}"
     return damage
+
+
+def share_of_files(manifest: Manifest, *, rank: int, num_ranks: int) -> list[str]:
+    """Return the files that one rank reads when all ranks verify a checkpoint together.
+
+    Largest first and dealt out in turn, so that all take about as long.
+    """
+    names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size_bytes, name))
+    return names[rank::num_ranks]
 
 
 def sync_folder(folder: Path) -> None:

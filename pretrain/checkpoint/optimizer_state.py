@@ -14,17 +14,10 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from pretrain.checkpoint.boxes import Box, boxes
 from pretrain.checkpoint.manifest import CheckpointError
@@ -170,48 +163,13 @@ def _boxes_by_parameter(chunks: Sequence[Any]) -> dict[torch.nn.Parameter, dict[
     return found
 
 
-class StoredState:
-    """The boxes of one stored tensor that a rank writes."""
-
-    def __init__(self, parts: Sequence[StateBox]) -> None:
-        """Take the boxes; they have one key."""
-        self._parts = {torch.Size(part.start): part for part in parts}
-
-    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        """Return one item for each box; torch's planners call it (_checkpointable.py)."""
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, start),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(start, torch.Size(part.size)),
-                    properties=TensorProperties(dtype=part.values.dtype),
-                    size=torch.Size(part.whole),
-                ),
-            )
-            for start, part in self._parts.items()
-        ]
-
-    def values_at(self, index: MetadataIndex) -> Tensor:
-        """Return the values of one of these items."""
-        assert index.offset is not None
-        return self._parts[index.offset].values
-
-
-def state_to_store(chunks: Sequence[Any], optimizer: Any) -> dict[str, StoredState]:
-    """Return what this rank writes, by key, for torch's distributed checkpoint; collective."""
-    parts: dict[str, list[StateBox]] = {}
-    for box in state_boxes(chunks, optimizer):
-        if box.is_owner:
-            parts.setdefault(box.key, []).append(box)
-    return {key: StoredState(found) for key, found in parts.items()}
-
-
-def load_state(folder: Path, *, chunks: Sequence[Any], optimizer: Any, updates: int) -> None:
+def load_state(
+    stored: StoredTensors, *, chunks: Sequence[Any], optimizer: Any, updates: int
+) -> None:
     """Put a checkpoint's optimizer state in place, whatever layout it was written from.
 
     Args:
-        folder: a verified checkpoint.
+        stored: the tensors of a verified checkpoint.
         chunks: this rank's wrapped model chunks.
         optimizer: megatron's ChainedOptimizer over them.
         updates: how many it had made.
@@ -227,13 +185,12 @@ def load_state(folder: Path, *, chunks: Sequence[Any], optimizer: Any, updates: 
             for group in state["optimizer"]["param_groups"]:
                 group["step"] = updates
             part.load_state_dict(state)  # makes room for the moments
-    with StoredTensors(folder) as stored:
-        for box in state_boxes(chunks, optimizer):
-            found = stored.tensors.get(box.key)
-            if found is None or found.shape != box.whole:
-                shape = "is missing" if found is None else f"has shape {found.shape}"
-                raise CheckpointError(
-                    f"{folder} does not hold this optimizer: {box.key} {shape}, {box.whole} is"
-                    " wanted"
-                )
-            box.values.copy_(stored.read(box.key, box.start, box.size))
+    for box in state_boxes(chunks, optimizer):
+        found = stored.tensors.get(box.key)
+        if found is None or found.shape != box.whole:
+            shape = "is missing" if found is None else f"has shape {found.shape}"
+            raise CheckpointError(
+                f"{stored.folder} does not hold this optimizer: {box.key} {shape}, {box.whole} is"
+                " wanted"
+            )
+        box.values.copy_(stored.read(box.key, box.start, box.size))

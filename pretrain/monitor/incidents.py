@@ -59,13 +59,16 @@ def this_node() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def record_incident(folder: Path, incident: Incident) -> None:
+def record_incident(folder: Path, incident: Incident, *, mark: Path | None = None) -> None:
     """Append an incident to a run's `incidents.jsonl`; a disk that refuses is only warned of.
 
     Args:
         folder: the run's; made if missing.
         incident: what happened.
+        mark: a file that who records first creates; if it is there, this is old news.
     """
+    if mark is not None and not _is_news(mark):
+        return
     job = "_".join(
         os.environ[name]
         for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
@@ -88,6 +91,17 @@ def record_incident(folder: Path, incident: Incident) -> None:
             os.close(descriptor)
     except OSError as error:
         log.warning("%s: incident not recorded: %s", folder / INCIDENTS_NAME, error)
+
+
+def _is_news(mark: Path) -> bool:
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o640))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        log.warning("%s: %s", mark, error)
+    return True
 
 
 def read_incidents(folder: Path) -> list[dict[str, object]]:

@@ -308,7 +308,14 @@ METRICS: tuple[Metric, ...] = (
         name="checkpoint_save_s",
         unit="s",
         reduction="max",
-        description="time one checkpoint held up training; an asynchronous write is not counted",
+        description="time from the begin of a checkpoint to its commit",
+        interval="checkpoint",
+    ),
+    Metric(
+        name="checkpoint_blocking_s",
+        unit="s",
+        reduction="max",
+        description="time that training stood still for a checkpoint, on the slowest rank",
         interval="checkpoint",
     ),
 )

@@ -7,7 +7,6 @@ files beside the tensors are kept as they came, so that an export gives them bac
 """
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,8 +19,10 @@ from torch import Tensor
 
 from data.indexed.atomic import write_bytes
 from kernels.fp8_blocks import BLOCK_SIZE
+from pretrain.checkpoint.chunk_files import finish_folder, write_chunks
+from pretrain.checkpoint.chunks import Chunk, decode_chunk, encode_chunk
+from pretrain.checkpoint.environment import running_versions
 from pretrain.checkpoint.manifest import Manifest, digest_file, write_manifest
-from pretrain.checkpoint.stored import WrittenChunk, finish_folder, write_chunks
 from pretrain.serving import hf_format
 from pretrain.serving.hub import CONFIG_NAME
 from pretrain.serving.hub_files import HubTensors
@@ -42,7 +43,6 @@ _BESIDE = (
     "chat_template.jinja",
     "LICENSE",
 )
-_VERSIONED = ("torch", "megatron-core", "numpy")
 
 
 def import_hub(
@@ -81,8 +81,8 @@ def import_hub(
             "dtype": request.dtype,
         }
         writing, _ = open_unfinished(request.output, plan)
-        files = _write_files(writing, table, hub=hub, dtype=request.dtype, progress=progress)
-    finish_folder(writing, stored_shapes(table), files)
+        chunks = _write_files(writing, table, hub=hub, dtype=request.dtype, progress=progress)
+    finish_folder(writing, stored_shapes(table), chunks)
     (writing / HUGGING_FACE).mkdir(exist_ok=True)
     for name, path in kept.items():
         write_bytes(writing / HUGGING_FACE / name, path.read_bytes())
@@ -112,8 +112,8 @@ def _write_files(
     hub: HubTensors,
     dtype: str,
     progress: Progress,
-) -> dict[str, list[WrittenChunk]]:
-    """Write what is not there yet; return what every file holds."""
+) -> list[Chunk]:
+    """Write what is not there yet; return what all files hold."""
     parts: dict[str, list[Row]] = {}
     for row in table:
         parts.setdefault(_part(row), []).append(row)
@@ -127,29 +127,25 @@ def _write_files(
             done += hub.tensors[row.hub].num_bytes
             progress("write", done, total)
 
-    files: dict[str, list[WrittenChunk]] = {}
+    chunks: list[Chunk] = []
     for number, rows in enumerate(parts.values()):
         name = f"__0_{number}.distcp"
         record = folder / f".tmp_{name}.json"
         if record.is_file():  # written after its file was on disk
-            files[name] = [_chunk(entry) for entry in json.loads(record.read_text("utf-8"))]
+            chunks += [decode_chunk(entry) for entry in json.loads(record.read_text("utf-8"))]
             done += sum(hub.tensors[row.hub].num_bytes for row in rows)
             progress("write", done, total)
         else:
-            files[name] = write_chunks(folder / name, values(rows))
-            entries = [asdict(chunk) for chunk in files[name]]
+            written, _ = write_chunks(folder / name, values(rows))
+            entries = [encode_chunk(chunk) for chunk in written]
             write_bytes(record, json.dumps(entries).encode())
-    return files
+            chunks += written
+    return chunks
 
 
 def _part(row: Row) -> str:
     """Return which file a tensor goes into: one for each layer, one for each end of the model."""
     return ".".join(row.megatron.split(".")[:3]) if ".layers." in row.megatron else row.megatron
-
-
-def _chunk(entry: dict[str, Any]) -> WrittenChunk:
-    places: dict[str, Any] = {name: tuple(entry[name]) for name in ("start", "size")}
-    return WrittenChunk(**{**entry, **places})
 
 
 def _chunks(row: Row, hub: HubTensors, dtype: str) -> Iterator[tuple[str, Sequence[int], Tensor]]:
@@ -186,7 +182,7 @@ def _finish_manifest(folder: Path, trained: TrainedModel, tokenizer_digest: str)
                 "mtp_loss_weight": trained.mtp_loss_weight,
                 "sequence_tokens": trained.sequence_tokens,
             },
-            versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+            versions=running_versions(),
             files={n: digest_file(folder / n) for n in names if n != PLAN_NAME},
         ),
     )

@@ -9,7 +9,13 @@ from data.indexed.dataset_manifest import Bucket
 from data.indexed.format import DataError
 from data.stream.ledger import Entry, Ledger, begin_ledger, read_ledger
 from data.stream.plan import check_epochs, plan_from
-from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.checkpoint.continuity import tokenizers_text
+from pretrain.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    list_checkpoints,
+    read_manifest,
+)
 from pretrain.training.run import Run, range_of
 
 LEDGER_NAME = "ledger.jsonl"
@@ -73,12 +79,29 @@ def open_run_corpus(run: Run) -> Corpus:
         open_dataset(place, patience=storage.patience, cache=storage.cache) for place in places
     )
     for dataset in (train, validation):
-        dataset.require_tokenizer(digest)
+        if (found := dataset.header.tokenizer_sha256) != digest:
+            said = tokenizers_text(corpus=digest, windows=found, checkpoint=_of_checkpoint(run))
+            raise DataError(
+                f"{dataset.manifest.path} has ids of another tokenizer than {folder} ({said}): a"
+                " model trained on them learns noise; point data.corpus and data.train at text of"
+                " one tokenizer"
+            )
     if not validation.num_windows.sum():
         raise DataError(f"{folder}: split 'validation' is empty; prepare it from more text")
     return Corpus(
         manifest=manifest, train=train, validation=validation, ledger=_new_ledger(run, train)
     )
+
+
+def _of_checkpoint(run: Run) -> str:
+    """Return the tokenizer's digest of the run's newest checkpoint, or why there is none."""
+    folders = list_checkpoints(run.folder / "checkpoints")
+    if not folders:
+        return "none"
+    try:
+        return read_manifest(folders[-1]).tokenizer_digest
+    except CheckpointError:
+        return "unreadable"
 
 
 def validation_window_tokens(corpus: Corpus) -> int:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.stream.windows import read_windows, spread_windows
+from parallel.failpoints import failpoint
 from parallel.groups import data_rank, is_last_stage
 from parallel.layout import Layout
 from parallel.reduce import from_last_stage, sum_over_data
@@ -59,6 +60,7 @@ def validation_loss(
 
     Collective: every rank calls it.
     """
+    failpoint("evaluation.begin")
     buckets, windows = spread_windows(corpus.validation, per_domain=windows_per_domain)
     num_windows, share = len(buckets), micro_sequences * layout.dp
     num_batches = -(-num_windows // share)

@@ -27,6 +27,18 @@ from pathlib import Path
 FINISHED, FAILED, WRONG_INPUT = 0, 1, 2
 SUSPECT_HARDWARE, VALIDATION_FAILED = 16, 17
 INTERRUPTED, INFRASTRUCTURE, DO_NOT_REQUEUE = 75, 85, 93
+SEVERITY = (
+    WRONG_INPUT,
+    DO_NOT_REQUEUE,
+    VALIDATION_FAILED,
+    SUSPECT_HARDWARE,
+    FAILED,
+    INFRASTRUCTURE,
+    INTERRUPTED,
+)
+"""Of ranks that end with unlike codes, the one that says most."""
+RESTARTED = frozenset({SUSPECT_HARDWARE, INFRASTRUCTURE})
+"""After these codes local ranks are started again."""
 STOPS_CHAIN = frozenset({FINISHED, WRONG_INPUT, VALIDATION_FAILED, DO_NOT_REQUEUE})
 """After these codes a job that waits to go on has nothing to do."""
 
@@ -63,7 +75,7 @@ def write_exit(folder: Path, *, code: int, reason: str, step: int | None = None)
         reason: one sentence.
         step: optimizer steps done, if known.
     """
-    if code == FAILED and (folder / "exit.json").exists():
+    if code in (FAILED, INFRASTRUCTURE) and (folder / "exit.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     record = {"code": code, "reason": reason, "step": step, "time_unix_s": round(time.time(), 3)}

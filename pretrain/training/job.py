@@ -10,28 +10,47 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from data.stream.ledger import write_ledger
 from parallel import groups
+from parallel.agreement import from_first_rank, require_same_on_all
 from parallel.device import Device
-from parallel.reduce import require_same_on_all
-from pretrain.checkpoint.resume import find_newest, open_checkpoint
+from pretrain.checkpoint.lease import HeldError, LeaseError, incident_mark
+from pretrain.checkpoint.manifest import Manifest
+from pretrain.checkpoint.resume import open_checkpoint
+from pretrain.checkpoint.sharded import agree_on_newest
+from pretrain.monitor.incidents import Incident, record_incident, this_node
 from pretrain.monitor.summary import summary_table
 from pretrain.monitor.telemetry import Telemetry, open_telemetry
+from pretrain.training.attempt import RunAttempt, begin_attempt
 from pretrain.training.closing import draw_curves, summarise, write_summary
 from pretrain.training.corpus import LEDGER_NAME, ledger_to_follow, open_run_corpus
-from pretrain.training.exit_file import FAILED, FINISHED, INTERRUPTED, WRONG_INPUT, write_exit
+from pretrain.training.ending import Ending, ending_of, last_call, require_finite
+from pretrain.training.exit_file import (
+    DO_NOT_REQUEUE,
+    FINISHED,
+    INFRASTRUCTURE,
+    INTERRUPTED,
+    write_exit,
+)
+from pretrain.training.going_on import record_going_on
 from pretrain.training.observe import Observer, Score, make_throughput
 from pretrain.training.run import Run, as_json
-from pretrain.training.start import USER_ERRORS, move_aside, starts_again
+from pretrain.training.saves import Saves
+from pretrain.training.start import move_aside, starts_again
 from pretrain.training.stop_request import StopRequest, remove_request, working_time_s
 from pretrain.training.train_step import StepResult
 from pretrain.training.trainer import Trainer, fit
 
 log = logging.getLogger(__name__)
+
+_FIRST_WORD_S = 3.0
+"""How long a rank that has lost its neighbours leaves it to others to say why."""
 
 
 def train(run: Run, config_yaml: str) -> int:
@@ -47,6 +66,7 @@ def train(run: Run, config_yaml: str) -> int:
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format=f"[rank {rank}] %(levelname)s %(message)s")
     logging.getLogger("pretrain").setLevel(level)
+    progress = Progress()
     try:
         stop = StopRequest(
             run.folder,
@@ -54,51 +74,122 @@ def train(run: Run, config_yaml: str) -> int:
             polls_file=rank == 0,
         )
         device = groups.join_world()
-        code, reason, step = _train(run, config_yaml, device, stop)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code, reason, step = WRONG_INPUT, str(error), None
+        code, reason = _train(run, config_yaml, device, stop, progress)
     except Exception as error:  # the boundary of the process: say it, record it, end
-        traceback.print_exc()
-        code, reason, step = FAILED, f"{type(error).__name__}: {error}", None
-    if rank == 0 or code not in (FINISHED, INTERRUPTED):
-        write_exit(run.folder, code=code, reason=reason, step=step)
+        ending = ending_of(error, has_begun=progress.has_begun)
+        _report(run, error, ending, progress=progress, rank=rank)
+        code, reason = ending.code, ending.reason
+        if isinstance(error, HeldError):
+            return code  # the folder is another job's
+    if rank == 0 or code not in (FINISHED, INTERRUPTED, DO_NOT_REQUEUE):
+        write_exit(run.folder, code=code, reason=reason, step=progress.step)
+    if progress.attempt is not None:
+        progress.attempt.end(code=code, reason=reason)
     if rank == 0 and code == INTERRUPTED:
         remove_request(run.folder)
     return code
 
 
-def _train(run: Run, config_yaml: str, device: Device, stop: StopRequest) -> tuple[int, str, int]:
-    found = find_newest(run.folder / "checkpoints")
-    # one that a rank cannot read is passed over there: no digest of the ledger would tell
-    require_same_on_all("newest checkpoint", "none" if found is None else found[0].name)
-    if found is not None and starts_again(run, newest=found[1]):
-        found = None
-        torch.distributed.barrier()  # nobody reads the folder any more
-        if _is_first():
-            _say(f"the finished run {run.name} is kept in {move_aside(run.folder)}; training anew")
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """How far a rank has come, for whoever says why it ended."""
+
+    attempt: RunAttempt | None = None
+    """This start, once the run's folder is ours."""
+    has_begun: bool = False
+    """Whether training began; before it, what is wrong is what was given."""
+    step: int | None = None
+    """Optimizer steps done."""
+
+
+def _report(run: Run, error: Exception, ending: Ending, *, progress: Progress, rank: int) -> None:
+    """Say why this rank ends: to the person, and once for all ranks as an incident."""
+    if ending.is_ours:
+        traceback.print_exception(error)
+    else:
+        print(f"error: {ending.reason}", file=sys.stderr, flush=True)
+    attempt, step = progress.attempt, progress.step
+    if attempt is None or (ending.kind is None and ending.code != INFRASTRUCTURE):
+        return
+    mark = incident_mark(run.folder, attempt.number)
+    if ending.kind is not None:
+        detail = {"error": ending.reason, "raised_in": last_call(error)}
+        text = f"rank {rank} failed: {ending.reason[:500]}"
+        incident = Incident(
+            kind=ending.kind,
+            text=text,
+            step=step,
+            rank=rank,
+            node=this_node(),
+            attempt=attempt.number,
+            detail=detail,
+        )
+        record_incident(run.folder, incident, mark=mark)
+        return
+    # whoever knows why the neighbour went has the first word
+    deadline = time.monotonic() + _FIRST_WORD_S
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    text = f"rank {rank} lost the others: one of them ended without a word"
+    incident = Incident(kind="rank_died", text=text, step=step, attempt=attempt.number)
+    record_incident(run.folder, incident, mark=mark)
+
+
+def _claim(run: Run, progress: Progress) -> tuple[Path, Manifest] | None:
+    """Make the run's folder this start's and return where it goes on from; collective."""
+    progress.attempt = begin_attempt(run)
+    found = agree_on_newest(run.folder / "checkpoints", on_damage=partial(_damaged, run))
+    if found is None or not starts_again(run, newest=found[1]):
+        return found
+    progress.attempt.end(code=FINISHED, reason="starts anew")
+    torch.distributed.barrier()  # nobody reads the folder any more
+    if _is_first():
+        _say(f"the finished run {run.name} is kept in {move_aside(run.folder)}; training anew")
     torch.distributed.barrier()
+    progress.attempt = begin_attempt(run)
+    return None
+
+
+def _train(
+    run: Run, config_yaml: str, device: Device, stop: StopRequest, progress: Progress
+) -> tuple[int, str]:
+    found = _claim(run, progress)
+    attempt = progress.attempt
+    assert attempt is not None, "it was claimed"
     corpus = open_run_corpus(run)
     ledger = ledger_to_follow(run, corpus, newest=None if found is None else found[1])
     require_same_on_all("ledger", ledger.digest)
     require_same_on_all("validation windows", corpus.validation.digest.hex())
     corpus = replace(corpus, ledger=ledger)
-    trainer = Trainer(run, device=device, corpus=corpus)
+    trainer = Trainer(
+        run, device=device, corpus=corpus, number=attempt.number, is_fenced=attempt.why_lost
+    )
     if found is not None:
         trainer.load(*found)
+        if _is_first():
+            record_going_on(run, found[1])
         _say(f"going on from {found[0]}: step {trainer.position.step} of {trainer.total_steps}")
     elif run.initial_weights is not None:
         folder, manifest = open_checkpoint(run.initial_weights)
         trainer.start_from(folder)
         _say(f"starting from the weights of {folder}, step {manifest.step}")
+    attempt.note(from_step=trainer.position.step)
+    progress.has_begun, progress.step = True, trainer.position.step
     telemetry = _open_telemetry(run, trainer, config_yaml) if _is_first() else None
     try:
-        return _fit(run, trainer, device, stop, telemetry)
+        return _fit(run, trainer, device, stop, telemetry, progress)
     finally:
         if telemetry is not None:
             telemetry.close()
         trainer.close()
         corpus.close()
+
+
+def _damaged(run: Run, folder: Path, damage: list[str]) -> None:
+    text = f"{folder.name} is damaged and set aside; the run goes on from the one before"
+    record_incident(
+        run.folder, Incident(kind="damaged_checkpoint", text=text, detail={"files": damage[:20]})
+    )
 
 
 def _open_telemetry(run: Run, trainer: Trainer, config_yaml: str) -> Telemetry:
@@ -116,57 +207,58 @@ def _open_telemetry(run: Run, trainer: Trainer, config_yaml: str) -> Telemetry:
 
 
 def _fit(
-    run: Run, trainer: Trainer, device: Device, stop: StopRequest, telemetry: Telemetry | None
-) -> tuple[int, str, int]:
+    run: Run,
+    trainer: Trainer,
+    device: Device,
+    stop: StopRequest,
+    telemetry: Telemetry | None,
+    progress: Progress,
+) -> tuple[int, str]:
     started = time.monotonic()
     throughput = make_throughput(run, device)
     observer = Observer(trainer, device=device, throughput=throughput, telemetry=telemetry)
-    saved_step = trainer.position.step
+    attempt = progress.attempt
+    assert attempt is not None, "it was claimed"
 
     def monitor(result: StepResult, num_sequences: int) -> None:
+        progress.step = trainer.position.step
         observer.step_done(result, num_sequences=num_sequences)
         interval = run.evaluation.interval_steps
         if interval and trainer.position.step % interval == 0 and not trainer.is_finished:
             with throughput.pause():
                 _validate(trainer, observer, windows_per_domain=run.evaluation.windows_per_domain)
 
-    def save() -> None:
-        nonlocal saved_step
-        if saved_step == trainer.position.step:
-            return
-        with throughput.pause():
-            begun = time.monotonic()
-            trainer.save()
-            observer.saved(duration_s=time.monotonic() - begun)
-        saved_step = trainer.position.step
-
-    def checkpoint() -> None:
-        interval = run.checkpoints.interval_steps
-        if interval and trainer.position.step % interval == 0:
-            save()
-
+    saves = Saves(trainer, observer, committed=lambda s: attempt.note(committed_step=s))
     throughput.start()
-    finished = fit(trainer, monitor=monitor, checkpoint=checkpoint, should_stop=stop)
-    step = trainer.position.step
+    finished = fit(
+        trainer,
+        monitor=monitor,
+        checkpoint=saves.after_step,
+        should_stop=lambda: stop() or attempt.is_lost,
+    )
+    lost = from_first_rank(attempt.why_lost())
+    if lost:
+        raise LeaseError(lost)
     if not finished:
-        save()
+        saves.finish()
         _say(
-            f"\nasked to stop ({stop.received or 'another rank'}): saved step {step} of"
+            f"\nasked to stop ({stop.received or 'another rank'}): saved step {progress.step} of"
             f" {trainer.total_steps}; run the same command to go on"
         )
-        return INTERRUPTED, "asked to stop, saved", step
+        return INTERRUPTED, "asked to stop, saved"
     with throughput.pause():
         scores = _validate(
             trainer, observer, windows_per_domain=run.evaluation.final_windows_per_domain
         )
-    save()
+    saves.finish()
+    require_finite(scores["all"].loss, step=trainer.position.step)
     if _is_first():
         elapsed_s = time.monotonic() - started
         draw_curves(run, trainer.corpus)
         summary = summarise(trainer, observer, throughput, scores, elapsed_s=elapsed_s)
         write_summary(summary, run.folder)
         _say("\n" + summary_table(summary))
-    return FINISHED, "trained on every token", step
+    return FINISHED, "trained on every token"
 
 
 def _validate(

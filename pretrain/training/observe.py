@@ -16,6 +16,7 @@ import torch
 from data.corpus.manifest import CorpusManifest
 from parallel.device import Device
 from parallel.reduce import max_over_all, sum_over_all
+from pretrain.checkpoint.saver import Outcome
 from pretrain.model.count import flop_per_token
 from pretrain.model.expert_load import ExpertLoad
 from pretrain.model.extra_losses import take_aux_loss, take_mtp_loss
@@ -71,7 +72,8 @@ class Observer:
         num_layers = run.model.num_layers + run.model.num_mtp_layers
         self._trainer = trainer
         self._device = device
-        self._throughput = throughput
+        self.throughput = throughput
+        """The clock; paused for what is no training."""
         self._telemetry = telemetry
         self._load = ExpertLoad(
             trainer.modules, num_layers=num_layers, num_experts=run.model.num_routed_experts
@@ -92,7 +94,7 @@ class Observer:
         trainer, run = self._trainer, self._trainer.run
         segment = trainer.timetable.segment_at(trainer.ledger.batch_of(trainer.position.step - 1))
         flop = flop_per_token(run.model, sequence_tokens=segment.window_tokens)
-        self._throughput.finish_step(segment.batch_tokens, flop_per_token=flop)
+        self.throughput.finish_step(segment.batch_tokens, flop_per_token=flop)
         self._microbatches_unread += num_sequences // (
             run.micro_sequences(segment.window_tokens) * run.layout.dp
         )
@@ -108,7 +110,7 @@ class Observer:
             "window_tokens": segment.window_tokens,
             "global_sequences": segment.global_sequences,
             "data_wait_s": trainer.data_wait_s,
-            **self._throughput.metrics(tokens_left=trainer.timetable.num_tokens - trainer.tokens),
+            **self.throughput.metrics(tokens_left=trainer.timetable.num_tokens - trainer.tokens),
         }
         if step % run.telemetry.console_interval_steps == 0 or trainer.is_finished:
             trainer.settle_damage()
@@ -153,13 +155,21 @@ class Observer:
         self._write(record)
         return scores
 
-    def saved(self, *, duration_s: float) -> None:
-        """Record a checkpoint, and what was read up to it; collective."""
+    def save_begun(self) -> None:
+        """Record what was read up to the checkpoint that begins; collective."""
         step = self._trainer.position.step
-        record: dict[str, float | int | str] = {"step": step, "checkpoint_save_s": duration_s}
         if self._trainer.consumed_from_step < step:  # the same on all ranks
-            record |= self._consumed()
-        self._write(record)
+            self._write({"step": step, **self._consumed()})
+
+    def saved(self, outcome: Outcome) -> None:
+        """Record a checkpoint that is committed."""
+        self._write(
+            {
+                "step": outcome.step,
+                "checkpoint_save_s": outcome.duration_s,
+                "checkpoint_blocking_s": outcome.blocking_s,
+            }
+        )
 
     def _write(self, record: Mapping[str, float | int | str]) -> None:
         if self._telemetry is not None:

@@ -20,6 +20,7 @@ from data.stream.slots import micro_sequences
 from data.stream.timetable import Timetable
 from parallel.cluster import Cluster
 from parallel.layout import Layout
+from pretrain.checkpoint.key_classes import CLASSES, KEY_CLASS, keys_of
 from pretrain.model.cuts import check_cuts
 from pretrain.model.exchange import Exchange, check_exchange
 from pretrain.model.load_balance import LoadBalance
@@ -29,6 +30,7 @@ from pretrain.model.spec import ModelSpec
 from pretrain.monitor.telemetry import TelemetryConfig
 from pretrain.training.batch import check_divisible, check_interleaved
 from pretrain.training.lr_schedule import LrSchedule
+from pretrain.training.restarts import Restarts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,8 +186,12 @@ class CheckpointPolicy:
     """Every so many steps, and at the end; 0: at the end only."""
     keep: int
     """Newest whole checkpoints that stay."""
+    read_back: float = 1 / 16
+    """Share of what was written that is read back from the disk and compared, 0 to 1."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.read_back <= 1:
+            raise ValueError(f"checkpoints.read_back={self.read_back} given, 0 to 1 is allowed")
         if self.interval_steps < 0 or self.keep < 1:
             raise ValueError(
                 f"checkpoints.interval_steps={self.interval_steps}, keep={self.keep} given; 0 or"
@@ -196,10 +202,12 @@ class CheckpointPolicy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """What a run that goes on reads differently, from its next batch on; kept in its ledger.
+    """What a run that goes on does differently from its next batch on.
+
+    What it reads is kept in its ledger.jsonl, how it trains in its changes.jsonl.
 
     Raises:
-        ValueError: if a range is none, or a change has no reason.
+        ValueError: if a range is none, a key is none of a schedule, or a change has no reason.
     """
 
     reason: str = ""
@@ -207,14 +215,24 @@ class Change:
     with more text, is followed from the next batch on; without it both are refused."""
     skip: tuple[str, ...] = ()
     """Batches to leave out, as `first:last`, the last not included; numbered by the plan."""
+    allow: tuple[str, ...] = ()
+    """Keys of the schedule that may have another value than the checkpoint's, such as
+    optimizer.lr; needed until the run has saved under the new values, and harmless after that."""
 
     def __post_init__(self) -> None:
         for text in self.skip:
             range_of(text, key="change.skip")
-        if bool(self.skip or self.reason) and not self.reason.strip():
+        for key in self.allow:
+            # a key that is not known may be one of the checkpoint's, which other code wrote
+            if (which := KEY_CLASS.get(key, "schedule")) != "schedule":
+                raise ValueError(
+                    f"change.allow={list(self.allow)} given, but {key} is of the class {which}:"
+                    f" {CLASSES[which]}; allowed: {', '.join(keys_of('schedule'))}"
+                )
+        if bool(self.skip or self.allow or self.reason) and not self.reason.strip():
             raise ValueError(
-                f"change.skip={list(self.skip)}, change.reason={self.reason!r} given: say why in"
-                " change.reason"
+                f"change.skip={list(self.skip)}, change.allow={list(self.allow)},"
+                f" change.reason={self.reason!r} given: say why in change.reason"
             )
 
 
@@ -278,7 +296,12 @@ class Run:
     """What a run does whose last token is trained on: stop does nothing, so that a requeued job
     ends; start_again moves the folder aside (name.1, name.2, ...) and trains anew."""
     change: Change = field(default_factory=Change)
-    """What is read differently from here on."""
+    """What is read or trained differently from here on."""
+    on_other_environment: Literal["warn", "refuse"] = "warn"
+    """What a run does whose checkpoint was written by other packages or other code: one incident
+    and a warning, or nothing at all."""
+    restarts: Restarts = field(default_factory=Restarts)
+    """What becomes of it when ranks die."""
     cluster: Cluster | None = None
     """The machines it is meant for; null: whatever it is started on."""
 

@@ -13,19 +13,19 @@ from pathlib import Path
 from data.indexed.format import DataError
 from data.indexed.verify import check_files
 from kernels.backend import has_transformer_engine
+from parallel.agent import Death, run_ranks
 from parallel.cluster import Cluster
-from parallel.spawn import find_function, run_ranks, usable_cores
+from parallel.spawn import find_function, usable_cores
+from pretrain.checkpoint.continuity import check_same_model, check_same_run, check_schema
+from pretrain.checkpoint.environment import check_same_environment
+from pretrain.checkpoint.lease import incident_mark, read_attempts
 from pretrain.checkpoint.manifest import CheckpointError, Manifest, list_checkpoints
-from pretrain.checkpoint.resume import (
-    check_same_model,
-    check_same_run,
-    find_newest,
-    open_checkpoint,
-)
+from pretrain.checkpoint.resume import find_newest, open_checkpoint
 from pretrain.model.cuts import check_cuts
 from pretrain.model.exchange import check_exchange_available
 from pretrain.model.precision import check_available
 from pretrain.model.recompute import check_recompute_available
+from pretrain.monitor.incidents import Incident, record_incident, this_node
 from pretrain.training.corpus import (
     Corpus,
     ledger_to_follow,
@@ -33,7 +33,15 @@ from pretrain.training.corpus import (
     stored_ledger,
     validation_window_tokens,
 )
-from pretrain.training.exit_file import FINISHED, WRONG_INPUT, clear_exit, write_exit
+from pretrain.training.exit_file import (
+    FINISHED,
+    INFRASTRUCTURE,
+    RESTARTED,
+    SEVERITY,
+    WRONG_INPUT,
+    clear_exit,
+    write_exit,
+)
 from pretrain.training.run import Run, as_json, check_data_available
 
 log = logging.getLogger(__name__)
@@ -86,7 +94,57 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
         return FINISHED
     if under_torchrun:
         return int(find_function(RANK_MAIN)(run, config_yaml))
-    return run_ranks(RANK_MAIN, (run, config_yaml), num_ranks=run.layout.num_ranks)
+    return _run_local_ranks(run, config_yaml)
+
+
+def _run_local_ranks(run: Run, config_yaml: str) -> int:
+    """Start the ranks, again and again if one dies, and return the run's exit code."""
+    num_restarts = 0
+
+    def record(death: Death) -> None:
+        attempts = read_attempts(run.folder)
+        number = attempts[-1].number if attempts else 0
+        record_incident(
+            run.folder,
+            Incident(
+                kind="rank_died",
+                text=f"{death}; the run goes on from its newest checkpoint",
+                rank=death.rank,
+                node=this_node(),
+                attempt=number,
+                detail={"signal": death.signal},
+            ),
+            mark=incident_mark(run.folder, number),
+        )
+
+    def may_restart(code: int) -> bool:
+        nonlocal num_restarts
+        if code not in RESTARTED:
+            return False
+        attempts = read_attempts(run.folder)
+        num_restarts = 0 if attempts and attempts[-1].has_progressed else num_restarts
+        if num_restarts == run.restarts.in_job:
+            return False
+        num_restarts += 1
+        log.warning(
+            "starting the ranks of %s again (%d of restarts.in_job=%d)",
+            run.name,
+            num_restarts,
+            run.restarts.in_job,
+        )
+        return True
+
+    code = run_ranks(
+        RANK_MAIN,
+        (run, config_yaml),
+        num_ranks=run.layout.num_ranks,
+        on_death=record,
+        may_restart=may_restart,
+        severity=SEVERITY,
+    )
+    if code == INFRASTRUCTURE:  # perhaps no rank was left to say it
+        write_exit(run.folder, code=code, reason="ranks died; see incidents.jsonl")
+    return code
 
 
 def ranks_of_torchrun(environment: Mapping[str, str]) -> int | None:
@@ -182,8 +240,9 @@ def _check_checkpoint(run: Run, corpus: Corpus) -> int | None:
             f"resume=never given, but {root} has checkpoints: set resume=auto to go on from"
             " them, choose another name, or move the folder away"
         )
+    check_schema(root)
     digest = corpus.manifest.tokenizer_digest
-    found = find_newest(root)
+    found = find_newest(root, digests=False)  # the ranks read every byte, together
     if found is None or starts_again(run, newest=found[1]):
         if run.initial_weights is not None:
             folder, manifest = open_checkpoint(run.initial_weights)
@@ -191,9 +250,19 @@ def _check_checkpoint(run: Run, corpus: Corpus) -> int | None:
         ledger_to_follow(run, corpus, newest=None)
         return None
     folder, manifest = found
-    check_same_run(manifest, folder=folder, config=as_json(run), tokenizer_digest=digest)
+    check_same_run(
+        manifest,
+        folder=folder,
+        config=as_json(run),
+        tokenizer_digest=digest,
+        windows_digest=corpus.train.header.tokenizer_sha256,
+    )
     ledger = ledger_to_follow(run, corpus, newest=manifest)
-    return manifest.step if manifest.step >= ledger.num_steps else None
+    if manifest.step >= ledger.num_steps:
+        return manifest.step
+    if run.on_other_environment == "refuse":
+        check_same_environment(manifest, folder=folder)
+    return None
 
 
 def starts_again(run: Run, *, newest: Manifest) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.failpoints import failpoint
 from parallel.gradients import apply_gradients
 from parallel.groups import is_last_stage
 from parallel.reduce import from_last_stage, sum_over_data
@@ -65,7 +66,9 @@ def train_step(
         read_loss=_sum_and_count,
     )
     set_lr(optimizer, lr)
+    failpoint("step.before_optimizer")
     gradient_norm = apply_gradients(optimizer, clip_norm=clip_norm)
+    failpoint("step.after_optimizer")
     return StepResult(
         loss=_mean_loss(kept, batches[0].loss_mask.device), gradient_norm=gradient_norm, lr=lr
     )

@@ -6,6 +6,7 @@ is one integer, the steps done; with the ledger and the seed it decides which wi
 """
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,24 +22,27 @@ from data.stream.ledger import write_ledger
 from data.stream.loader import BatchReader, Share
 from data.stream.order import Segment
 from parallel import groups
+from parallel.agreement import from_first_rank
 from parallel.device import Device
+from parallel.failpoints import at_step, failpoint
 from parallel.reduce import max_over_all, sum_over_data
 from parallel.schedule import MicroBatch
 from parallel.seeds import seed_ranks
-from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.sharded import (
-    load_checkpoint,
-    load_weights,
-    remove_old,
-    save_checkpoint,
-)
+from pretrain.checkpoint.environment import running_versions
+from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.checkpoint.optimizer_state import num_updates
+from pretrain.checkpoint.pieces import pieces_of_rank
+from pretrain.checkpoint.saver import Saver, SaverConfig
+from pretrain.checkpoint.sharded import load_checkpoint, load_weights
 from pretrain.model.assemble import build_chunks
 from pretrain.model.initialise import initialise_weights
 from pretrain.model.transformer_config import transformer_config
 from pretrain.training.corpus import LEDGER_NAME, Corpus, validation_window_tokens
 from pretrain.training.evaluate import ValidationLoss, validation_loss
 from pretrain.training.lr_schedule import step_lr
+from pretrain.training.model_failpoints import plant_in_model
 from pretrain.training.optimizer import make_optimizer, set_coefficients, wrap_chunks
+from pretrain.training.replaced_windows import ReplacedWindows
 from pretrain.training.run import Run, as_json
 from pretrain.training.train_step import StepResult, micro_batches, train_step
 
@@ -58,13 +62,23 @@ class Position:
 class Trainer:
     """One rank's model, optimizer and place in the data."""
 
-    def __init__(self, run: Run, *, device: Device, corpus: Corpus) -> None:
+    def __init__(
+        self,
+        run: Run,
+        *,
+        device: Device,
+        corpus: Corpus,
+        number: int = 0,
+        is_fenced: Callable[[], str] = lambda: "",
+    ) -> None:
         """Build this rank's part of the model with its first weights.
 
         Args:
             run: the whole configuration.
             device: what this rank computes on.
             corpus: training and validation windows, and the ledger of the run.
+            number: of this start of the run; names what its unfinished saves are called.
+            is_fenced: asked before a checkpoint is committed; see Saver.
 
         Collective: every rank calls it; starts the layout's groups.
         """
@@ -81,7 +95,7 @@ class Trainer:
         self._move_to(0)
         self.consumed = 0  # digest of the windows read since `consumed_from_step`
         self.consumed_from_step = 0
-        self._num_compared = 0  # damaged windows that all ranks of a replica have agreed on
+        self._replaced = ReplacedWindows(device=self.device)
         self.reader = BatchReader(
             corpus.train,
             corpus.ledger,
@@ -99,8 +113,19 @@ class Trainer:
         )
         self.modules = build_modules(run, device)
         initialise_weights(self.modules, std=run.model.init_std, seed=run.seed)
+        plant_in_model(self.modules)
         self.chunks = wrap_chunks(self.modules, config=self.modules[0].config, adamw=run.optimizer)
         self.optimizer = make_optimizer(self.chunks, adamw=run.optimizer, precision=run.precision)
+        self.saver = Saver(
+            SaverConfig(
+                root=run.folder / "checkpoints",
+                keep=run.checkpoints.keep,
+                read_back=run.checkpoints.read_back,
+                token=f"{number:08d}" if number else str(from_first_rank(secrets.token_hex(4))),
+            ),
+            device=self.device,
+            is_fenced=is_fenced,
+        )
 
     @property
     def batch(self) -> int:
@@ -129,6 +154,7 @@ class Trainer:
             DataError: if a window is damaged or cannot be read.
         """
         started = time.monotonic()
+        failpoint("data.fetch")
         found = self.reader.read(self.position.step)
         self.consumed = (self.consumed + found.digest) & MASK
         within = self.run.data.document_attention
@@ -210,52 +236,57 @@ class Trainer:
             DataError: on every rank, if ranks of one replica have found other damage in what they
                 have trained on, or all replicas together more than may be replaced.
         """
-        known, found = self.ledger.replaced(), self.reader.new_damage
-        own = [e for e in found if (e.bucket, e.window) not in known]
-        trained = [(e.bucket, e.window) for e in found if e.first_batch < self.batch]
-        num_open = len(own) + len(trained) - self._num_compared
-        if not max_over_all(torch.tensor(float(num_open), device=self.device)):
+        before = len(self.ledger.replaced())
+        self.ledger = self._replaced.settle(
+            self.ledger, self.reader.new_damage, next_batch=self.batch
+        )
+        num_replaced, most = len(self.ledger.replaced()), self.run.data.reading.max_replaced
+        if num_replaced == before:
             return
-        self._num_compared = len(trained)
-        said: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(said, (groups.data_rank(), sorted(trained), own))
-        _require_same_damage([(replica, windows) for replica, windows, _ in said])
-        new = {(e.bucket, e.window): e for _, _, entries in said for e in entries}
-        for entry in sorted(new.values(), key=lambda e: (e.first_batch, e.bucket, e.window)):
-            self.ledger = self.ledger.with_entry(entry)
         if torch.distributed.get_rank() == 0:
             self.run.folder.mkdir(parents=True, exist_ok=True)
             write_ledger(self.run.folder / LEDGER_NAME, self.ledger)
-        num_replaced, most = len(self.ledger.replaced()), self.run.data.reading.max_replaced
-        if new and num_replaced > most:
+        if num_replaced > most:
             raise DataError(
                 f"{num_replaced} windows are damaged and replaced, data.reading.max_replaced={most}"
                 f" are allowed; they stand in {self.run.folder / LEDGER_NAME}"
             )
 
     def save(self) -> None:
-        """Write a checkpoint of this moment; collective.
+        """Write a checkpoint of this moment and wait until it is committed; collective.
 
         Raises:
-            CheckpointError: see save_checkpoint.
+            CheckpointError: on every rank, if one could not write; what was there before is as it
+                was.
+            DataError: see begin_save.
+        """
+        self.begin_save()
+        self.saver.wait()
+        outcome = self.saver.take_outcome()
+        assert outcome is not None, "it was waited for"
+        if outcome.problem:
+            raise CheckpointError(f"{outcome.folder} could not be written: {outcome.problem}")
+
+    def begin_save(self) -> None:
+        """Begin to write a checkpoint of this moment; collective.
+
+        Raises:
             DataError: see settle_damage; and if the manifest of the training windows is another one
                 than at the start, when the checkpoint is written all the same.
         """
         self.settle_damage()
-        root = self.run.folder / "checkpoints"
         manifest = Manifest(
             step=self.position.step,
             sequences=self.position.sequences,
             tokens=self.tokens,
             tokenizer_digest=self.corpus.manifest.tokenizer_digest,
             config=as_json(self.run),
-            versions={},
+            versions=running_versions() if torch.distributed.get_rank() == 0 else {},
             files={},
             ledger=self.ledger.as_json(),
+            updates=num_updates(self.optimizer),
         )
-        save_checkpoint(root, chunks=self.chunks, optimizer=self.optimizer, manifest=manifest)
-        if torch.distributed.get_rank() == 0:
-            remove_old(root, keep=self.run.checkpoints.keep)
+        self.saver.begin(pieces_of_rank(self.chunks, self.optimizer), manifest)
         self.corpus.train.check_unchanged()
 
     def start_from(self, folder: Path) -> None:
@@ -274,7 +305,14 @@ class Trainer:
             CheckpointError: see load_checkpoint.
         """
         same_ranks = manifest.config["layout"] == as_json(self.run)["layout"]
-        load_checkpoint(folder, chunks=self.chunks, optimizer=self.optimizer, same_ranks=same_ranks)
+        load_checkpoint(
+            folder,
+            manifest,
+            chunks=self.chunks,
+            optimizer=self.optimizer,
+            same_ranks=same_ranks,
+        )
+        self.saver.trust(folder)
         set_coefficients(self.optimizer, self.run.optimizer)
         self._move_to(manifest.step)
         self.consumed_from_step = manifest.step
@@ -282,21 +320,6 @@ class Trainer:
     def close(self) -> None:
         """Stop reading ahead."""
         self.reader.close()
-
-
-def _require_same_damage(said: Sequence[tuple[int, list[tuple[int, int]]]]) -> None:
-    """Refuse ranks of one replica that have replaced other windows, given what each rank says."""
-    first: dict[int, int] = {}
-    for rank, (replica, windows) in enumerate(said):
-        other = first.setdefault(replica, rank)
-        if said[other][1] != windows:
-            unlike = sorted({*windows} ^ {*said[other][1]})
-            raise DataError(
-                f"ranks [{other}, {rank}] read the same slots, and only one of them found damaged"
-                f" (bucket, window) {unlike[:3]}: they see unlike files, and what they trained on"
-                " since the last checkpoint is wrong; go on from it with files that are the same"
-                " on every machine"
-            )
 
 
 def _host_memory(shape: tuple[int, int], *, pinned: bool) -> Any:
@@ -329,7 +352,7 @@ def fit(
     trainer: Trainer,
     *,
     monitor: Callable[[StepResult, int], None],
-    checkpoint: Callable[[], None],
+    checkpoint: Callable[[bool], None],
     should_stop: Callable[[], bool],
 ) -> bool:
     """Train until the last token or until a rank is asked to stop.
@@ -337,7 +360,8 @@ def fit(
     Args:
         trainer: this rank's part of the run.
         monitor: shown each step's result and the sequences of its global batch.
-        checkpoint: called after each step; decides by itself whether to write.
+        checkpoint: called after each step with whether a rank still writes the last checkpoint;
+            decides by itself whether to begin one, on all ranks alike.
         should_stop: whether this rank has been asked to stop; all ranks stop after the same step.
 
     Returns:
@@ -346,11 +370,15 @@ def fit(
     Collective: every rank calls it.
     """
     while not trainer.is_finished:
+        at_step(trainer.position.step)
+        failpoint("step.begin")
         num_sequences = trainer.segment.global_sequences
         batch = trainer.next_batch()
         result = trainer.step(batch)
         monitor(result, num_sequences)
-        checkpoint()
-        if bool(max_over_all(torch.tensor(float(should_stop()), device=trainer.device))):
+        own = torch.tensor([float(should_stop()), float(trainer.saver.is_busy)])
+        stop, is_busy = max_over_all(own.to(trainer.device)).tolist()  # synchronises
+        checkpoint(bool(is_busy))
+        if stop:
             return False
     return True

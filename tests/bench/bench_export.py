@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from data.tokenizer.bpe import BpeConfig, save_tokenizer, train_bpe
+from pretrain.checkpoint.chunk_files import finish_folder, write_chunks
 from pretrain.checkpoint.manifest import (
     Manifest,
     digest_file,
@@ -42,7 +43,6 @@ from pretrain.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from pretrain.checkpoint.stored import finish_folder, write_chunks
 from pretrain.model.count import count_parameters
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
@@ -110,8 +110,8 @@ def make_checkpoint(folder: Path) -> int:
             values = torch.empty(row.size, dtype=torch.bfloat16)
             yield row.stored, row.start, values.normal_(0.0, 0.02, generator=generator)
 
-    files = {"__0_0.distcp": write_chunks(folder / "__0_0.distcp", chunks())}
-    finish_folder(folder, stored_shapes(table), files)
+    written, _ = write_chunks(folder / "__0_0.distcp", chunks())
+    finish_folder(folder, stored_shapes(table), written)
     names = sorted(path.name for path in folder.iterdir())
     manifest = Manifest(
         step=0,

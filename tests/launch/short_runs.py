@@ -47,10 +47,10 @@ def train_some(run: Run, *, save_after: int | None = None, leave_after: int | No
     def monitor(result: StepResult, num_sequences: int) -> None:
         observer.step_done(result, num_sequences=num_sequences)
 
-    def checkpoint() -> None:
+    def checkpoint(_: bool) -> None:
         if trainer.position.step == save_after:
+            observer.save_begun()
             trainer.save()
-            observer.saved(duration_s=0.0)
 
     throughput.start()
     fit(

@@ -1,45 +1,14 @@
-"""Local ranks: exit codes, signals, and a pool that gives the reason and starts again."""
+"""Ranks that stay alive: they answer in order, and a failure carries its reason."""
 
 import math
-import multiprocessing
-import os
-import signal
-import threading
 
 import pytest
 
-from parallel.spawn import RankError, RankPool, call_with_own, find_function, run_ranks
-
-OWN = "parallel.spawn:call_with_own"
+from parallel.spawn import RankError, RankPool, call_with_own, find_function
 
 
 def test_a_function_is_found_by_name() -> None:
     assert find_function("math:sqrt") is math.sqrt
-
-
-def test_the_run_ends_with_the_code_of_the_rank_that_failed() -> None:
-    assert run_ranks(OWN, ("builtins:int", ["0", "2"]), num_ranks=2) == 2
-
-
-def test_ranks_that_succeed_end_with_zero() -> None:
-    assert run_ranks("builtins:int", num_ranks=1) == 0
-
-
-def test_a_request_to_stop_is_passed_on_and_a_rank_killed_by_it_ends_the_run_with_one() -> None:
-    handler = signal.getsignal(signal.SIGTERM)
-    others = set(multiprocessing.active_children())
-
-    def stop_once_a_rank_is_there() -> None:
-        while not set(multiprocessing.active_children()) - others:
-            threading.Event().wait(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    asking = threading.Thread(target=stop_once_a_rank_is_there)
-    asking.start()
-    # The rank would wait for ever, and has no handler: the signal kills it.
-    assert run_ranks("signal:pause", num_ranks=1) == 1
-    asking.join()
-    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_every_rank_gets_its_own_and_answers_in_order(two_ranks: RankPool) -> None:

@@ -12,6 +12,7 @@ import pytest
 from pretrain.checkpoint import optimizer_state
 from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
 from pretrain.checkpoint.optimizer_state import flat_parts, load_state, num_updates, state_boxes
+from pretrain.checkpoint.stored import StoredTensors
 from pretrain.training.run import Run
 from pretrain.training.trainer import Trainer
 from pretrain.training.verify import make_trainer
@@ -96,8 +97,8 @@ def test_the_state_of_another_model_is_refused(
     changes: dict[str, Any], said: str, saved: tuple[Trainer, Path], tiny_run: MakeRun
 ) -> None:
     other = make_trainer(tiny_run(bias=True, **changes))
-    with pytest.raises(CheckpointError, match=said):
-        load_state(saved[1], chunks=other.chunks, optimizer=other.optimizer, updates=1)
+    with StoredTensors(saved[1]) as stored, pytest.raises(CheckpointError, match=said):
+        load_state(stored, chunks=other.chunks, optimizer=other.optimizer, updates=1)
 
 
 def test_before_the_first_update_there_is_nothing_to_store(
@@ -112,4 +113,4 @@ def test_the_manifest_names_every_file_of_the_state(saved: tuple[Trainer, Path])
     _, folder = saved
     files = json.loads((folder / "manifest.json").read_text())["files"]
     on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    assert on_disk == {*files, "manifest.json"}
+    assert on_disk == {*files, "manifest.json", "manifest.sha256"}

@@ -4,6 +4,7 @@ The oracles are torch.distributed.checkpoint, which reads whole tensors, and meg
 """
 
 import io
+import json
 import pickle
 import re
 import shutil
@@ -24,9 +25,11 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from parallel.layout import Layout
 from parallel.spawn import RankPool
 from pretrain.checkpoint.boxes import boxes
+from pretrain.checkpoint.chunk_files import finish_folder, write_chunks
+from pretrain.checkpoint.chunks import Chunk
 from pretrain.checkpoint.manifest import CheckpointError, digest_file, read_manifest, write_manifest
 from pretrain.checkpoint.sharded import load_weights
-from pretrain.checkpoint.stored import StoredTensors, WrittenChunk, finish_folder, write_chunks
+from pretrain.checkpoint.stored import StoredTensors
 from pretrain.training.run import Run
 from pretrain.training.verify import make_trainer
 
@@ -120,7 +123,11 @@ def assert_any_box_is_read(folder: Path) -> None:
 def test_any_box_of_a_checkpoint_of_one_rank_is_what_torch_reads(folder: Path) -> None:
     whole = read_whole(folder)
     assert {tensor.dim() for tensor in whole.values()} == {1, 2, 3}
-    assert {tensor.dtype for tensor in whole.values()} == {torch.bfloat16, torch.float32}
+    assert {tensor.dtype for tensor in whole.values()} == {
+        torch.bfloat16,
+        torch.float32,
+        torch.uint8,
+    }
     assert_any_box_is_read(folder)
 
 
@@ -168,14 +175,14 @@ def odd_chunks(
     return [chunks[i] for i in draw.permutation(len(chunks))]
 
 
-def write_files(
-    folder: Path, chunks: Sequence[tuple[str, tuple[int, ...], Tensor]]
-) -> dict[str, list[WrittenChunk]]:
-    names = [f"__0_{number}.distcp" for number in range(3)]
-    return {
-        name: write_chunks(folder / name, iter(chunks[number::3]))
-        for number, name in enumerate(names)
-    }
+def write_files(folder: Path, chunks: Sequence[tuple[str, tuple[int, ...], Tensor]]) -> list[Chunk]:
+    written: list[Chunk] = []
+    for number in range(3):
+        name = f"__0_{number}.distcp"
+        found, record = write_chunks(folder / name, iter(chunks[number::3]))
+        assert record == digest_file(folder / name)
+        written += found
+    return written
 
 
 def shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -194,8 +201,9 @@ def odd_folder(
 
 
 def sign(folder: Path, *, manifest_of: Path) -> None:
-    """Give a folder a manifest that knows its `.metadata` as it is."""
-    files = {".metadata": digest_file(folder / ".metadata")}
+    """Give a folder a manifest that knows its files as they are."""
+    own = ("manifest.json", "manifest.sha256")
+    files = {p.name: digest_file(p) for p in folder.iterdir() if p.name not in own}
     write_manifest(folder, replace(read_manifest(manifest_of), files=files))
 
 
@@ -235,7 +243,7 @@ def test_a_model_of_another_vocabulary_is_refused(
     odd_folder: Path, tiny_run: MakeRun, one_rank: object
 ) -> None:
     other = make_trainer(tiny_run(spec={"vocab_size": 640}))
-    with pytest.raises(CheckpointError, match=r"of shape \(512, 64\), .* set model.vocab_size=512"):
+    with pytest.raises(CheckpointError, match=r"shape \(512, 64\), .* set model.vocab_size=512"):
         load_weights(odd_folder, chunks=other.chunks)
 
 
@@ -253,7 +261,7 @@ def test_a_folder_that_lacks_a_part_of_a_tensor_is_not_finished(
 
 def test_a_tensor_that_nobody_wrote_is_not_finished(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="lost has 0 of 4 values"):
-        finish_folder(tmp_path, {"lost": (2, 2)}, {})
+        finish_folder(tmp_path, {"lost": (2, 2)}, [])
 
 
 def test_chunks_that_overlap_do_not_make_up_for_a_hole(tmp_path: Path) -> None:
@@ -275,12 +283,12 @@ def test_a_folder_without_a_manifest_is_refused(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("lost_from", ["manifest", "folder"])
-def test_a_folder_without_metadata_is_refused(lost_from: str, copied: Path) -> None:
+def test_a_folder_without_its_table_is_refused(lost_from: str, copied: Path) -> None:
     if lost_from == "manifest":
         write_manifest(copied, replace(read_manifest(copied), files={}))
     else:
-        (copied / ".metadata").unlink()
-    with pytest.raises(CheckpointError, match=r"\.metadata is missing"):
+        (copied / "chunks.json").unlink()
+    with pytest.raises(CheckpointError, match=r"chunks\.json is missing"):
         StoredTensors(copied)
 
 
@@ -294,14 +302,29 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-def test_metadata_that_was_exchanged_is_not_unpickled(copied: Path, tmp_path: Path) -> None:
-    sprung, path = tmp_path / "sprung", copied / ".metadata"
-    path.write_bytes(pickle.dumps(Trap(sprung)))
-    with pytest.raises(CheckpointError, match=r"\.metadata has another SHA-256"):
-        StoredTensors(copied)
+def test_pickles_are_never_opened(copied: Path, tmp_path: Path) -> None:
+    """`.metadata` and torch's items are for other readers; ours opens neither."""
+    sprung = tmp_path / "sprung"
+    for name in (".metadata", "common.pt"):
+        (copied / name).write_bytes(pickle.dumps(Trap(sprung)))
+    sign(copied, manifest_of=copied)
+    read_all(copied)
     assert not sprung.exists()
-    pickle.loads(path.read_bytes())
+    pickle.loads((copied / ".metadata").read_bytes())
     assert sprung.exists()
+
+
+def test_a_table_that_was_exchanged_is_not_parsed(copied: Path) -> None:
+    path = copied / "chunks.json"
+    path.write_bytes(path.read_bytes().replace(b"float32", b"float64"))
+    with pytest.raises(CheckpointError, match=r"chunks\.json has another SHA-256"):
+        StoredTensors(copied)
+
+
+def test_a_table_that_names_files_of_others_is_refused(copied: Path) -> None:
+    change_table(copied, lambda table: table["files"].__setitem__(0, "../../etc/passwd"))
+    with pytest.raises(CheckpointError, match=r"names \.\./\.\./etc/passwd, which the manifest"):
+        StoredTensors(copied)
 
 
 def read_all(folder: Path) -> None:
@@ -334,23 +357,18 @@ def test_a_lost_file_is_named(copied: Path) -> None:
         read_all(copied)
 
 
-def change_metadata(folder: Path, change: Callable[[Metadata], None]) -> None:
-    metadata = read_metadata(folder)
-    change(metadata)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+def change_table(folder: Path, change: Callable[[Any], None]) -> None:
+    table = json.loads((folder / "chunks.json").read_text())
+    change(table)
+    (folder / "chunks.json").write_text(json.dumps(table))
     sign(folder, manifest_of=folder)
 
 
 def test_a_hole_between_chunks_is_named(odd_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(odd_folder, tmp_path / "holed")
-
-    def lose(metadata: Metadata) -> None:
-        lost = next(index for index in metadata.storage_data if index.fqn == EXPERTS)
-        del metadata.storage_data[lost]
-
-    change_metadata(folder, lose)
-    with pytest.raises(CheckpointError, match=rf"the chunks of {re.escape(EXPERTS)} hold \d+ of"):
-        read_all(folder)
+    change_table(folder, lambda table: table["tensors"][EXPERTS]["chunks"].pop())
+    with pytest.raises(CheckpointError, match=rf"{re.escape(EXPERTS)} has \d+ of \d+ values"):
+        StoredTensors(folder)
 
 
 def test_a_box_beyond_the_tensor_is_refused(odd_folder: Path) -> None:
@@ -359,30 +377,6 @@ def test_a_box_beyond_the_tensor_is_refused(odd_folder: Path) -> None:
         pytest.raises(CheckpointError, match="hold 64 of the 128 values"),
     ):
         stored.read(ROUTER, (7, 0), (2, 64))
-
-
-def test_a_chunk_of_another_shape_than_metadata_says_is_named(copied: Path) -> None:
-    def turn(metadata: Metadata) -> None:
-        stored: Any = metadata.state_dict_metadata[ROUTER]
-        (chunk,) = stored.chunks
-        stored.chunks = [replace(chunk, sizes=torch.Size(reversed(chunk.sizes)))]
-        stored.size = torch.Size(reversed(stored.size))
-
-    change_metadata(copied, turn)
-    with pytest.raises(
-        CheckpointError, match=rf"{re.escape(ROUTER)} is torch\.bfloat16 of shape \(8, 64\)"
-    ):
-        read_all(copied)
-
-
-def test_a_chunk_of_another_dtype_than_metadata_says_is_named(copied: Path) -> None:
-    def widen(metadata: Metadata) -> None:
-        stored: Any = metadata.state_dict_metadata[ROUTER]
-        stored.properties.dtype = torch.float32
-
-    change_metadata(copied, widen)
-    with pytest.raises(CheckpointError, match=re.escape(ROUTER)):
-        read_all(copied)
 
 
 class Sluggish(io.FileIO):  # 100 bytes at a time; Linux gives at most 2 GiB

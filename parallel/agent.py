@@ -1,0 +1,233 @@
+"""How does one command start its own local ranks, and start them again when one dies?
+
+`run_ranks` starts N processes, runs one function in each, forwards signals and returns the run's
+exit code: `python launch/pretrain.py` without torchrun, whose agent does the same on a cluster. The
+ranks are forked from a process that has imported everything once: a new set of ranks is there in a
+second, not in ten, and a first start imports once instead of N times. A rank whose parent is gone
+gets SIGTERM, so that none trains on unseen.
+
+Ranks meet through a file in a temporary folder, not a TCP port: nothing listens, nothing collides.
+"""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from parallel.spawn import enter_rank, find_function, prepare_environment, threads_per_rank
+
+_FORK_SERVER = multiprocessing.get_context("forkserver")
+_GRACE_S = 20.0
+"""How long the other ranks may take to end after one has failed: gloo notices a dead peer at
+once."""
+_POLL_S = 0.5
+KILLED = 85
+"""Exit code of a run in which a signal killed a rank: nobody's fault in the program."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Death:
+    """A rank that a signal ended."""
+
+    rank: int
+    signal: int
+
+    def __str__(self) -> str:
+        """Return what happened, as `rank 1 was killed by SIGKILL`."""
+        return f"rank {self.rank} was killed by {signal.Signals(self.signal).name}"
+
+
+class Stopper:
+    """Passes SIGTERM and SIGINT on to the ranks, which decide what to do; the parent only waits."""
+
+    def __init__(self) -> None:
+        """Know of no ranks yet."""
+        self.received: list[int] = []
+        self._processes: list[BaseProcess] = []
+
+    @contextmanager
+    def listening(self) -> Generator[None]:
+        """Take the two signals over for a while."""
+
+        def pass_on(signum: int, _frame: FrameType | None) -> None:
+            self.received.append(signum)
+            self._send(signum)
+
+        previous = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+    def start(self, processes: Sequence[BaseProcess]) -> None:
+        """Start the processes; one that starts after a signal gets it, too."""
+        self._processes = []
+        for process in processes:
+            process.start()
+            self._processes.append(process)
+            for signum in self.received:
+                os.kill(process.pid or 0, signum)
+
+    def _send(self, signum: int) -> None:
+        for process in self._processes:
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, signum)
+
+
+def run_ranks(
+    target: str,
+    args: tuple[Any, ...] = (),
+    *,
+    num_ranks: int,
+    on_death: Callable[[Death], None] = lambda _: None,
+    may_restart: Callable[[int], bool] = lambda _: False,
+    severity: Sequence[int] = (),
+) -> int:
+    """Run a function in each of `num_ranks` new processes and return the run's exit code.
+
+    When a rank fails, the others get 20 s to end and are then killed.
+
+    Args:
+        target: `module:function`, a function that returns its exit code; only the ranks import it.
+        args: picklable arguments, the same for every rank.
+        num_ranks: processes to start, at least 1.
+        on_death: told at once of each rank that a signal has ended.
+        may_restart: asked, with the exit code of ranks that have all ended and were not asked to
+            stop, whether to start them again.
+        severity: exit codes, the one that says most about a run first; of codes that are not there
+            the first to come counts.
+
+    Returns:
+        0 if every rank returned 0, 85 if the worst that happened is that a signal killed one, else
+        the code that says most.
+    """
+    prepare_environment()
+    module = target.partition(":")[0]
+    # the launch file is imported once more in ranks, and brings the configuration's libraries
+    _FORK_SERVER.set_forkserver_preload(["__main__", "parallel.warm", module])
+    stopper = Stopper()
+    with stopper.listening():
+        while True:
+            code = _run_once(
+                target,
+                args,
+                num_ranks=num_ranks,
+                stopper=stopper,
+                on_death=on_death,
+                severity=severity,
+            )
+            if code == 0 or stopper.received or not may_restart(code):
+                return code
+
+
+def _run_once(
+    target: str,
+    args: tuple[Any, ...],
+    *,
+    num_ranks: int,
+    stopper: Stopper,
+    on_death: Callable[[Death], None],
+    severity: Sequence[int],
+) -> int:
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        store = str(Path(folder) / "store")
+        threads = threads_per_rank(num_ranks)
+        processes: list[BaseProcess] = [
+            _FORK_SERVER.Process(
+                target=_rank_main,
+                args=(rank, num_ranks, store, threads, target, args),
+                name=f"rank-{rank}",
+            )
+            for rank in range(num_ranks)
+        ]
+        try:
+            stopper.start(processes)
+            return worst_code(_wait_for_all(processes, on_death=on_death), severity=severity)
+        finally:
+            for process in processes:
+                if process.pid and process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _rank_main(
+    rank: int, num_ranks: int, store_path: str, threads: int, target: str, args: tuple[Any, ...]
+) -> None:
+    _end_with_parent()
+    enter_rank(rank, num_ranks, store_path, threads)
+    code = find_function(target)(*args)
+    importlib.import_module("parallel.groups").leave_world()
+    sys.exit(code)
+
+
+def _end_with_parent() -> None:
+    """Send this process SIGTERM when its parent is gone, so that it saves and ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a rank is started by a parent"
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _wait_for_all(
+    processes: Sequence[BaseProcess], *, on_death: Callable[[Death], None]
+) -> list[int]:
+    """Return the ranks' exit codes in the order in which they ended; negative: by a signal."""
+    codes: list[int] = []
+    deadline = float("inf")
+    alive = dict(enumerate(processes))
+    while alive:
+        wait([process.sentinel for process in alive.values()], _POLL_S)
+        ended = {rank: p for rank, p in alive.items() if p.exitcode is not None}
+        for rank, process in ended.items():
+            process.join()
+            del alive[rank]
+            code = process.exitcode or 0
+            codes.append(code)
+            if code < 0 and time.monotonic() < deadline:
+                on_death(Death(rank=rank, signal=-code))
+            if code and deadline == float("inf"):
+                deadline = time.monotonic() + _GRACE_S
+        for process in alive.values():
+            is_late = time.monotonic() >= deadline
+            if is_late or (deadline != float("inf") and _is_stopped(process.pid)):
+                process.kill()
+    return codes
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Return whether a process was stopped (SIGSTOP) and so will not end by itself."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
+    except OSError:
+        return False
+    return status.rpartition(")")[2].split()[0] in "Tt"
+
+
+def worst_code(codes: Sequence[int], *, severity: Sequence[int]) -> int:
+    """Return the exit code of a run whose ranks ended with `codes`.
+
+    Args:
+        codes: of the ranks in the order in which they ended; negative: by a signal.
+        severity: see run_ranks.
+    """
+    found = [KILLED if code < 0 else code for code in codes if code]
+    if not found:
+        return 0
+    return next((code for code in severity if code in found), found[0])

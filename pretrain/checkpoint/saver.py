@@ -1,0 +1,377 @@
+"""How is a checkpoint written while training goes on, and when does it count?
+
+`begin` copies a rank's state into host memory (staging.py) and returns; a thread writes. The steps,
+on every rank:
+
+1. its values go into a file of its own in a new folder, synced, digested on their way out; some of
+   them are read back from the disk and compared;
+2. all ranks agree over a gloo group that only savers use: rank 0 gets everyone's table of chunks
+   and digests, or the reason why a rank could not write;
+3. rank 0 checks that every value of every tensor was written once, writes tables and manifest,
+   makes sure that the run is still its own, and gives the folder its name: the commit;
+4. all ranks learn how it went. Older checkpoints beyond those to keep are removed.
+
+A save that fails leaves training and the checkpoints before it as they are. At most one is under
+way. A process that is killed anywhere leaves a folder that nobody takes for a checkpoint.
+
+Source: our choice, docs/decisions/0008.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.agreement import from_first_rank, gather_json
+from parallel.failpoints import failpoint
+from parallel.groups import cpu_group
+from pretrain.checkpoint.chunk_files import finish_folder, write_chunks
+from pretrain.checkpoint.chunks import Chunk, decode_chunk, encode_chunk
+from pretrain.checkpoint.manifest import (
+    CheckpointError,
+    FileRecord,
+    Manifest,
+    step_folder,
+    sync_folder,
+    write_manifest,
+)
+from pretrain.checkpoint.pieces import Piece
+from pretrain.checkpoint.retention import Retention
+from pretrain.checkpoint.staging import Staging, live_boxes
+from pretrain.checkpoint.stored import bytes_of
+
+log = logging.getLogger(__name__)
+
+Box = tuple[str, tuple[int, ...], Tensor]
+Boxes = Callable[[], Iterator[Box]]
+
+_PURPOSE = "saver"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_WAITS_S = (1.0, 4.0)
+"""Before a file that storage refused is written again; a full disk is not asked twice."""
+LATEST_NAME = "latest"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a save went; the same on every rank but for its duration and bytes."""
+
+    step: int
+    folder: Path
+    problem: str = ""
+    """Empty: it is committed."""
+    ranks: tuple[int, ...] = ()
+    """Which could not write."""
+    blocking_s: float
+    """Seconds that training stood still, on the slowest rank."""
+    duration_s: float
+    """Seconds from the begin to the commit on this rank."""
+    num_bytes: int
+    """Written by this rank."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaverConfig:
+    """Where and how checkpoints are written."""
+
+    root: Path
+    """Folder of the run's checkpoints."""
+    keep: int
+    """Newest verified checkpoints that stay."""
+    read_back: float
+    """Share of the chunks that are read back from the disk and compared, 0 to 1."""
+    token: str
+    """Of this attempt; names the folders that it is writing."""
+
+
+class Saver:
+    """Writes one rank's part of checkpoints, one at a time."""
+
+    def __init__(
+        self,
+        config: SaverConfig,
+        *,
+        device: torch.device,
+        is_fenced: Callable[[], str] = lambda: "",
+    ) -> None:
+        """Make the savers' own group; collective.
+
+        Args:
+            config: where and how.
+            device: what the state is copied from.
+            is_fenced: asked on rank 0 before a commit; why the run is no longer its own, or "".
+        """
+        cpu_group(_PURPOSE)
+        self._config = config
+        self._staging = Staging(device)
+        self._is_fenced = is_fenced
+        self._retention = Retention(config.root, keep=config.keep, purpose=_PURPOSE)
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank's part of a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def trust(self, folder: Path) -> None:
+        """Count a checkpoint as verified: this attempt has checked its digests."""
+        self._retention.trust(folder)
+
+    def begin(self, pieces: Sequence[Piece], manifest: Manifest) -> None:
+        """Copy the state and start writing it; every rank calls it at the same step.
+
+        Where host memory does not suffice for a copy, the save is done before this returns, and a
+        warning says so.
+
+        Args:
+            pieces: what this rank writes.
+            manifest: all but `files`, `written_by`.
+
+        Raises:
+            AssertionError: if a save is under way.
+        """
+        assert not self.is_busy, "one save at a time"
+        assert self._outcome is None, "the last outcome was not taken"
+        started = time.monotonic()
+        failpoint("save.begin", step=manifest.step)
+        boxes: Boxes
+        try:
+            self._staging.copy(pieces)
+            boxes, waits = self._staging.boxes, False
+        except MemoryError as error:
+            log.warning("step %d is saved while training waits: %s", manifest.step, error)
+            boxes, waits = lambda: live_boxes(pieces), True
+        failpoint("save.staged", step=manifest.step)
+        shapes = {piece.key: piece.whole for piece in pieces}
+        blocking_s = time.monotonic() - started
+
+        def work() -> None:
+            try:
+                self._outcome = self._save(manifest, boxes, shapes, started, blocking_s)
+            except BaseException as error:  # a rank is gone, or our own mistake
+                self._error = error
+
+        self._thread = threading.Thread(target=work, name="saver", daemon=True)
+        self._thread.start()
+        if waits:
+            self._thread.join()
+
+    def wait(self) -> None:
+        """Wait until the save under way has ended, if one is."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def take_outcome(self) -> Outcome | None:
+        """Return how the last save went, once; None while it is under way or if there was none.
+
+        Raises:
+            RuntimeError: what ended the saver's thread, such as a rank that is gone.
+        """
+        if self.is_busy:
+            return None
+        error, self._error = self._error, None
+        if error is not None:
+            raise RuntimeError(f"the saver stopped: {error}") from error
+        outcome, self._outcome = self._outcome, None
+        return outcome
+
+    def _save(
+        self,
+        manifest: Manifest,
+        boxes: Boxes,
+        shapes: Mapping[str, Sequence[int]],
+        started: float,
+        blocking_s: float,
+    ) -> Outcome:
+        """Do the saver's thread's work and say how it went."""
+        config = self._config
+        final = step_folder(config.root, manifest.step)
+        writing = config.root / f".writing_{final.name}.{config.token}"
+        num_bytes = 0
+        try:
+            chunks, record = self._write_own(writing, boxes, step=manifest.step)
+            num_bytes = record.size_bytes
+            said: dict[str, Any] = {
+                "blocking_s": blocking_s,
+                "chunks": [encode_chunk(chunk) for chunk in chunks],
+                "shapes": shapes,
+                "record": asdict(record),
+            }
+        except (OSError, CheckpointError) as error:
+            said = {"blocking_s": blocking_s, "problem": str(error)}
+        everyone = gather_json(said, purpose=_PURPOSE)
+        verdict: dict[str, Any] = {}
+        if everyone is not None:
+            verdict = self._decide(everyone, manifest, writing=writing, final=final)
+        verdict = from_first_rank(verdict, purpose=_PURPOSE)
+        if not verdict["problem"]:
+            self._retention.trust(final)
+            self._retention.remove_old(step=manifest.step)
+        return Outcome(
+            step=manifest.step,
+            folder=final,
+            problem=verdict["problem"],
+            ranks=tuple(verdict["ranks"]),
+            blocking_s=verdict["blocking_s"],
+            duration_s=time.monotonic() - started,
+            num_bytes=num_bytes,
+        )
+
+    def _write_own(
+        self,
+        writing: Path,
+        boxes: Boxes,
+        *,
+        step: int,
+    ) -> tuple[list[Chunk], FileRecord]:
+        """Write this rank's file; storage that hiccups is asked again.
+
+        Raises:
+            OSError: if it keeps refusing.
+            CheckpointError: if the disk gives back something else than was written.
+        """
+        rank = torch.distributed.get_rank()
+        path = writing / f"__{rank}_0.distcp"
+        for wait_s in (*_WAITS_S, None):
+            try:
+                writing.mkdir(parents=True, exist_ok=True)
+                return self._write_file(path, boxes, step=step, rank=rank)
+            except OSError as error:
+                if error.errno in _FULL or wait_s is None:
+                    raise
+                log.warning("%s: %s; written again in %.0f s", path, error, wait_s)
+                time.sleep(wait_s)
+        raise AssertionError("the last try returns or raises")
+
+    def _write_file(
+        self,
+        path: Path,
+        boxes: Boxes,
+        *,
+        step: int,
+        rank: int,
+    ) -> tuple[list[Chunk], FileRecord]:
+        draw = random.Random(f"{step} {rank}")
+        before: dict[tuple[str, tuple[int, ...]], str] = {}
+
+        def digested() -> Iterator[Box]:
+            for number, (key, start, values) in enumerate(boxes()):
+                if draw.random() < self._config.read_back:
+                    before[key, start] = hashlib.sha256(bytes_of(values)).hexdigest()
+                if number == 1 and failpoint("save.half_file", step=step) == "flip":
+                    bytes_of(values)[0] ^= 1
+                yield key, start, values
+
+        chunks, record = write_chunks(path, digested())
+        failpoint("save.file_written", step=step)
+        compare_with_disk(path, chunks, before)
+        return chunks, replace(record, owner=rank)
+
+    def _decide(
+        self,
+        everyone: Sequence[Mapping[str, Any]],
+        manifest: Manifest,
+        *,
+        writing: Path,
+        final: Path,
+    ) -> dict[str, Any]:
+        """Commit, or clear away what was written; return the verdict for all ranks. Rank 0."""
+        refused = [rank for rank, said in enumerate(everyone) if "problem" in said]
+        problem = everyone[refused[0]]["problem"] if refused else ""
+        try:
+            if not problem:
+                self._commit(everyone, manifest, writing=writing, final=final)
+        except (OSError, CheckpointError) as error:
+            problem, refused = str(error), [0]
+        if problem:
+            shutil.rmtree(writing, ignore_errors=True)  # room for the next
+        slowest_s = max(said["blocking_s"] for said in everyone)
+        return {"problem": problem, "ranks": refused, "blocking_s": slowest_s}
+
+    def _commit(
+        self,
+        everyone: Sequence[Mapping[str, Any]],
+        manifest: Manifest,
+        *,
+        writing: Path,
+        final: Path,
+    ) -> None:
+        step = manifest.step
+        failpoint("save.before_manifest", step=step)
+        chunks = [decode_chunk(values) for said in everyone for values in said["chunks"]]
+        shapes: dict[str, Sequence[int]] = {}
+        for said in everyone:
+            for key, shape in said["shapes"].items():
+                if shapes.setdefault(key, shape) != shape:
+                    raise CheckpointError(f"{key} has shape {shape} and {shapes[key]} on two ranks")
+        records = [FileRecord(**said["record"]) for said in everyone]
+        files = {f"__{record.owner}_0.distcp": record for record in records}
+        files |= finish_folder(writing, shapes, chunks)
+        write_manifest(writing, replace(manifest, files=files, written_by=self._config.token))
+        sync_folder(writing)
+        failpoint("save.before_commit", step=step)
+        fenced = self._is_fenced()
+        if fenced:
+            raise CheckpointError(fenced)
+        if final.exists():  # the same step of this run, written again after a rewind
+            aside = final.with_name(f".deleting_{final.name}.{self._config.token}")
+            os.rename(final, aside)
+        os.rename(writing, final)
+        sync_folder(final.parent)
+        failpoint("save.committed", step=step)
+        _write_latest(final)
+
+
+def _write_latest(final: Path) -> None:
+    """Write the name of the newest checkpoint for people and scripts; nothing of ours reads it."""
+    writing = final.parent / f".{LATEST_NAME}"
+    try:
+        writing.write_text(final.name + "\n", encoding="utf-8")
+        os.replace(writing, final.parent / LATEST_NAME)
+    except OSError as error:
+        log.warning("%s not written: %s", final.parent / LATEST_NAME, error)
+
+
+def compare_with_disk(
+    path: Path, chunks: Sequence[Chunk], digests: Mapping[tuple[str, tuple[int, ...]], str]
+) -> None:
+    """Read chunks of a file back from the disk and compare them with what was to be written.
+
+    Args:
+        path: the file, synced.
+        chunks: what it holds.
+        digests: SHA-256 of the values, by key and start, of the chunks to look at.
+
+    Raises:
+        CheckpointError: names the file and the tensor.
+    """
+    if not digests:
+        return
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):  # from the disk, not from memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for chunk in chunks:
+            wanted = digests.get((chunk.key, chunk.start))
+            if wanted is None:
+                continue
+            file.seek(chunk.values_at)
+            dtype: torch.dtype = getattr(torch, chunk.dtype)
+            content = file.read(prod(chunk.size) * dtype.itemsize)
+            if hashlib.sha256(content).hexdigest() != wanted:
+                raise CheckpointError(
+                    f"{path}: {chunk.key} at {chunk.start} was written, and reads back otherwise"
+                )

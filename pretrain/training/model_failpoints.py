@@ -1,0 +1,48 @@
+"""Where in a model can a fault strike? In forward, at a dispatch of tokens, backward.
+
+Hooks, set only where a fault is planted there (parallel/failpoints.py): a real run has none.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.failpoints import failpoint, is_armed
+
+
+def plant_in_model(modules: Sequence[torch.nn.Module]) -> None:
+    """Let planted faults strike inside a rank's model chunks.
+
+    Args:
+        modules: the chunks, not wrapped.
+    """
+    for module in modules:
+        for name, part in module.named_modules():
+            if name.endswith(".router") and is_armed("step.dispatch"):
+                part.register_forward_hook(_strike_at_dispatch)
+        if is_armed("step.forward"):
+            module.register_forward_pre_hook(_strike_at_forward)
+        if is_armed("step.backward"):
+            module.register_forward_hook(_strike_at_backward)
+
+
+def _strike_at_forward(module: torch.nn.Module, _: Any) -> None:
+    if module.training:
+        failpoint("step.forward")
+
+
+def _strike_at_dispatch(router: torch.nn.Module, _inputs: Any, _outputs: Any) -> None:
+    if router.training:
+        failpoint("step.dispatch")
+
+
+def _strike_at_backward(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+    if isinstance(output, Tensor) and output.requires_grad:
+        output.register_hook(_strike)
+
+
+def _strike(gradient: Tensor) -> Tensor | None:
+    action = failpoint("step.backward")
+    return gradient * float("nan") if action == "nan" else None

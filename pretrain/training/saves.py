@@ -1,0 +1,121 @@
+"""When is a checkpoint begun, and what becomes of one that fails?
+
+Every `checkpoints.interval_steps`, unless the one before is still being written: then as soon as it
+is. A save that fails is an incident, and training goes on; the next one is due as always. At the
+end of a run or of a job the last step is saved, and tried again if storage refuses.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from pretrain.checkpoint.saver import Outcome
+from pretrain.monitor.incidents import Incident, record_incident
+from pretrain.training.observe import Observer
+from pretrain.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+_LAST_WAITS_S = (5.0, 30.0)
+"""Before the last save of a job is tried again."""
+
+
+class StorageError(RuntimeError):
+    """The last step of a job could not be saved; what was trained since the last commit is lost."""
+
+
+class Saves:
+    """Begins the saves of a run and hears how they went."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        observer: Observer,
+        *,
+        committed: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Take the step that the run stands at as saved: it is new, or comes from a checkpoint.
+
+        Args:
+            trainer: whose steps are saved.
+            observer: told of every save.
+            committed: told of the step of every commit.
+        """
+        self._committed = committed
+        self._trainer = trainer
+        self._observer = observer
+        self._committed_step = trainer.position.step
+        self._is_due = False
+
+    @property
+    def committed_step(self) -> int:
+        """Step of the newest checkpoint that this rank knows to be committed."""
+        return self._committed_step
+
+    def after_step(self, is_busy: bool) -> None:
+        """Begin a save if one is due; collective.
+
+        Args:
+            is_busy: whether any rank still writes the last one; the same on all ranks.
+        """
+        self._hear()
+        run, step = self._trainer.run, self._trainer.position.step
+        interval = run.checkpoints.interval_steps
+        if interval and step % interval == 0:
+            if is_busy:
+                log.warning("step %d is saved later: the checkpoint before it is not written", step)
+            self._is_due = True
+        if self._is_due and not is_busy:
+            self._begin()
+
+    def finish(self) -> None:
+        """Save the step that the run stands at, if it is not saved; collective.
+
+        Raises:
+            StorageError: if storage refuses three times.
+        """
+        self._trainer.saver.wait()
+        self._hear()
+        for wait_s in (*_LAST_WAITS_S, None):
+            if self._committed_step == self._trainer.position.step:
+                return
+            self._begin()
+            self._trainer.saver.wait()
+            outcome = self._hear()
+            if outcome is not None and outcome.problem:
+                if wait_s is None:
+                    raise StorageError(
+                        f"step {outcome.step} could not be saved: {outcome.problem}; the run goes"
+                        f" on from step {self._committed_step} when it is started again"
+                    )
+                time.sleep(wait_s)
+
+    def _begin(self) -> None:
+        self._is_due = False
+        with self._observer.throughput.pause():
+            self._observer.save_begun()
+            self._trainer.begin_save()
+
+    def _hear(self) -> Outcome | None:
+        outcome = self._trainer.saver.take_outcome()
+        if outcome is None:
+            return None
+        if not outcome.problem:
+            self._committed_step = outcome.step
+            self._committed(outcome.step)
+            self._observer.saved(outcome)
+        elif torch.distributed.get_rank() == 0:
+            record_incident(
+                self._trainer.run.folder,
+                Incident(
+                    kind="save_failed",
+                    text=f"step {outcome.step} could not be saved: {outcome.problem}; training"
+                    f" goes on, the newest checkpoint is step {self._committed_step}",
+                    step=outcome.step,
+                    rank=outcome.ranks[0] if outcome.ranks else None,
+                    detail={"ranks": list(outcome.ranks)},
+                ),
+            )
+        return outcome
