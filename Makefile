@@ -1,7 +1,7 @@
 # `make` lists the targets. Every target that needs Python makes .venv first, once.
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow lint serve-check bench figures clean distclean
+.PHONY: help install run test test-slow lint serve-check slurm-check bench figures clean distclean
 
 VENV := .venv/bin/python
 STAMP := .venv/.installed
@@ -45,6 +45,9 @@ lint: $(STAMP) ## ruff, pyright, and no file above 500 kB
 
 serve-check: $(STAMP) ## compare a real vLLM with transformers on an exported model (3.5 GB, 7 minutes)
 	$(VENV) tests/serve/serve_check.py $(ARGS)
+
+slurm-check: $(STAMP) ## run chains of jobs on a SLURM of their own (installs it as root; 8 minutes)
+	$(VENV) tests/slurm/slurm_check.py $(ARGS)
 
 bench: $(STAMP) ## run each benchmark of tests/bench in turn, one table each
 	@for file in tests/bench/bench_*.py; do echo "$$file"; $(VENV) $$file $(ARGS) || exit 1; done

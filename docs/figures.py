@@ -150,6 +150,22 @@ def bench_stream_table(record: Mapping[str, Any]) -> str:
     return "\n\n".join(markdown_table(rows).rstrip() for rows in (start, builds, reading)) + "\n"
 
 
+def slurm_check_table(record: Mapping[str, Any]) -> str:
+    """Return what a real SLURM was expected to do and did."""
+    rows = [("what happens", "expected", "found", "s", "holds")]
+    rows += [
+        (
+            row["check"],
+            row["expected"],
+            row["found"],
+            f"{row['seconds']:.0f}",
+            "yes" if row["holds"] else "NO",
+        )
+        for row in record["rows"]
+    ]
+    return markdown_table(rows)
+
+
 def goodput_table(record: Mapping[str, Any]) -> str:
     """Return where the seconds come from, and the ratio under each rate of failures."""
     parts = [("part", "seconds", "origin", "key")]
@@ -197,6 +213,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "bench_export": bench_export_table,
     "bench_stream": bench_stream_table,
     "goodput": goodput_table,
+    "slurm_check": slurm_check_table,
     "verify_2": verify_table,
     "verify_8": verify_table,
 }

@@ -25,6 +25,7 @@ import difflib
 import functools
 import hashlib
 import inspect
+import itertools
 import os
 import re
 import sys
@@ -198,14 +199,48 @@ def job_name(cfg: DictConfig) -> str:
         return name
     hydra_cfg = HydraConfig.get()
     skipped = {"name", *hydra_cfg.job.config.override_dirname.exclude_keys}
-    overrides = [str(text).lstrip("+") for text in hydra_cfg.overrides.task]
-    keys = _swept_keys(sys.argv[1:])
+    overrides = [str(text) for text in hydra_cfg.overrides.task]
+    return f"{name}/{_job_folder(overrides, keys=_swept_keys(sys.argv[1:]), skipped=skipped)}"
+
+
+def _job_folder(overrides: Sequence[str], *, keys: set[str], skipped: set[str]) -> str:
+    """Return the folder of one job of a sweep: its overrides of `keys`, of all where none vary."""
     kept = sorted(
         text
-        for text in overrides
+        for text in (override.lstrip("+") for override in overrides)
         if (key := text.partition("=")[0]) not in skipped and (not keys or key in keys)
     )
-    return f"{name}/{_folder(','.join(kept) or 'defaults')}"
+    return _folder(",".join(kept) or "defaults")
+
+
+def jobs_of_sweep(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return the jobs that `-m` would make: (what `job_name` puts behind the name, overrides).
+
+    Raises:
+        ConfigError: if no key has several values, or one has a `glob`.
+        HydraException: if a word is no override.
+    """
+    choices: list[list[str]] = []
+    for override in OverridesParser.create().parse_overrides(list(words)):
+        if not override.is_sweep_override():
+            choices.append([override.input_line or ""])
+            continue
+        if not (override.is_choice_sweep() or override.is_range_sweep()):
+            raise ConfigError(f"{override.input_line}: allowed in a sweep: values, choice, range")
+        key = override.get_key_element()
+        choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+    keys = _swept_keys(words)
+    if not keys:
+        raise ConfigError(
+            "job=sweep given, but no key with several values; allowed: as optimizer.lr=1e-3,2e-3"
+        )
+    jobs = [list(job) for job in itertools.product(*choices)]
+    return [(_job_folder(job, keys=keys, skipped={"name"}), job) for job in jobs]
+
+
+def composed(config_name: str, words: Sequence[str]) -> DictConfig:
+    """Return another configuration of conf/, inside a `run`; refuses what Hydra's main refuses."""
+    return hydra.compose(config_name, list(words))
 
 
 def _swept_keys(words: Sequence[str]) -> set[str]:

@@ -5,7 +5,9 @@
     python launch/inspect_data.py action=verify dataset=runs/index/web/dataset.set
 
 Reads every pair once and writes sidecars and a manifest into `output`; a second call makes only
-what is missing or changed. Exit code 2 if a pair is refused.
+what is missing or changed. With part=2/8 it makes the sidecars of the second of eight parts and no
+manifest, so that eight machines may share the work; the call without `part` is then the last and
+short. Exit code 2 if a pair is refused.
 """
 
 import os
@@ -18,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not launch/: see
 
 import hydra
 
-from data.corpus.folder import exclusive
+from data.corpus.folder import exclusive, shared
 from data.indexed.format import DataError
 from data.indexed.plain_dataset import (
     IndexOptions,
@@ -26,8 +28,9 @@ from data.indexed.plain_dataset import (
     PairGroup,
     Vocabulary,
     index_pairs,
+    index_part,
 )
-from data.indexed.plain_tasks import Progress
+from data.indexed.plain_tasks import Part, Progress
 from data.tokenizer.codec import Codec
 from launch.checkpoint import show_progress
 from launch.compose import Composed, build, run
@@ -52,6 +55,8 @@ class Indexing:
     """Processes; 0: one for each core."""
     places: Literal["absolute", "relative"]
     """How the manifest names the pairs."""
+    part: str | None = None
+    """Only this share of the pairs, as 2/8, and no manifest; null: all of them."""
 
     def __post_init__(self) -> None:
         if not self.pairs:
@@ -66,6 +71,8 @@ class Indexing:
             )
         if self.workers < 0:
             raise ValueError(f"workers={self.workers}; allowed: 0 (one for each core) or more")
+        if self.part is not None:
+            Part.read(self.part)
         _ = self.options  # made once here, so that it refuses what it refuses now
 
     @property
@@ -93,6 +100,9 @@ def _index(asked: Indexing, show: Progress) -> None:
     )
     try:
         asked.output.mkdir(parents=True, exist_ok=True)
+        if asked.part is not None:
+            print(_index_part(asked, Part.read(asked.part), vocabulary, show))
+            return
         with exclusive(asked.output, waiting=lambda: show("wait for another build", 0, 0)):
             report = index_pairs(
                 asked.pairs,
@@ -107,6 +117,22 @@ def _index(asked: Indexing, show: Progress) -> None:
         ) from error
     print(f"\n{report_text(report)}\n")
     print(f"next: python launch/inspect_data.py action=verify dataset={report.manifest}")
+
+
+def _index_part(asked: Indexing, part: Part, vocabulary: Vocabulary, show: Progress) -> str:
+    with shared(asked.output, waiting=lambda: show("wait for another build", 0, 0)):
+        made, whole = index_part(
+            asked.pairs,
+            asked.output,
+            part=part,
+            vocabulary=vocabulary,
+            options=asked.options,
+            progress=show,
+        )
+    return (
+        f"\n{made:,} sidecars made, {whole:,} found whole\n\n"
+        "next, when every part is done: the same command without part"
+    )
 
 
 def report_text(report: IndexReport) -> str:

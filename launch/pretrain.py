@@ -19,6 +19,7 @@ import hydra
 
 from launch.compose import Composed, build, job_name, record_exit_code, run, to_yaml
 from launch.config_tree import ConfigError
+from pretrain.training.exit_file import process_code
 from pretrain.training.run import Run
 from pretrain.training.start import USER_ERRORS, ranks_of_torchrun, start, write_refusal
 
@@ -39,4 +40,5 @@ def main(cfg: Composed) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, user_errors=USER_ERRORS))
+    code = run(main, user_errors=USER_ERRORS)
+    sys.exit(process_code(code, environment=os.environ))

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from launch.compose import build
+from launch.compose import build, jobs_of_sweep
 from launch.inspection import Inspection
+from launch.slurm_options import Submission
+from launch.submission import split_words
 from pretrain.serving.request import Generation
 from pretrain.training.run import Run
 
@@ -51,6 +53,14 @@ def test_a_command_in_the_docs_works(page: str, line: str) -> None:
     elif launched is not None:
         assert (ROOT / launched).is_file(), f"{page}: {launched} does not exist"
         config = Path(launched).stem
+        if config == "submit":
+            own, given = split_words(words[words.index(launched) + 1 :])
+            with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+                asked = build(Submission, compose("submit", own))
+                jobs_of = jobs_of_sweep if asked.job == "sweep" else lambda all_: [("", all_)]
+                for _, one in jobs_of(given):
+                    build(Run, compose("pretrain", one))
+            return
         with initialize_config_dir(str(ROOT / "conf"), version_base=None):
             cfg = compose(config, overrides_of(words, launched))
             if config == "pretrain":
@@ -61,7 +71,8 @@ def test_a_command_in_the_docs_works(page: str, line: str) -> None:
                 build(Generation, cfg)
     else:
         script = next((word for word in words if word.startswith(("tests/", "docs/"))), None)
-        known = words[0] in ("git", "cd", "pip", "wandb", "python", ".venv/bin/python", "source")
+        known = words[0] in ("git", "cd", "pip", "wandb", "python", ".venv/bin/python", "source",
+                             "squeue", "scancel", "tail", "touch")  # fmt: skip
         assert known, f"{page}: nobody has tried `{line}`"
         assert script is None or (ROOT / script).exists(), f"{page}: {script} does not exist"
 

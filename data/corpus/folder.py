@@ -10,7 +10,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from data.corpus.manifest import SPLITS, CorpusManifest
@@ -22,20 +22,35 @@ LOCK_NAME = ".lock"
 log = logging.getLogger(__name__)
 
 
-@contextmanager
-def exclusive(folder: Path, *, waiting: Callable[[], None]) -> Generator[None]:
+def exclusive(folder: Path, *, waiting: Callable[[], None]) -> AbstractContextManager[None]:
     """Hold the folder alone; wait, after calling `waiting`, while another process holds it.
 
     Raises:
         OSError: if the lock file cannot be made.
     """
+    return _held(folder, fcntl.LOCK_EX, waiting)
+
+
+def shared(folder: Path, *, waiting: Callable[[], None]) -> AbstractContextManager[None]:
+    """Hold the folder with others that hold it so; wait while a process holds it alone.
+
+    For processes that each make files of their own in it.
+
+    Raises:
+        OSError: if the lock file cannot be made.
+    """
+    return _held(folder, fcntl.LOCK_SH, waiting)
+
+
+@contextmanager
+def _held(folder: Path, operation: int, waiting: Callable[[], None]) -> Generator[None]:
     descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
         except BlockingIOError:
             waiting()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, operation)
         except OSError as error:
             if error.errno not in {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}:
                 raise

@@ -32,7 +32,7 @@ from data.indexed.format import DataError, idx_path
 from data.indexed.plain import IndexedPair, PairState, pair_state
 from data.indexed.plain_idx import read_index_header
 from data.indexed.plain_record import Request, number_documents
-from data.indexed.plain_tasks import IndexTask, Progress, index_all, refuse
+from data.indexed.plain_tasks import IndexTask, Part, Progress, index_all, refuse
 from data.indexed.window_format import win_path
 
 MANIFEST_NAME = "dataset.set"
@@ -212,7 +212,7 @@ def index_pairs(
     output.mkdir(parents=True, exist_ok=True)
     for path in output.rglob(f"{TEMPORARY_PREFIX}*"):
         path.unlink(missing_ok=True)
-    first_ids = number_documents(output, {pair.place: pair.num_documents for pair in pairs})
+    first_ids = _numbered(pairs, output)
     shards = _shards(pairs, groups, output, size=vocabulary.size, options=options, ids=first_ids)
     tasks = [shard.task for shard in shards]
     found, num_reused = index_all(tasks, workers=options.workers, progress=progress)
@@ -238,6 +238,37 @@ def index_pairs(
         num_reused=num_reused,
         win_bytes=sum(indexed.written.header.win_bytes for indexed in found.values()),
     )
+
+
+def index_part(
+    groups: Mapping[str, PairGroup],
+    output: Path | str,
+    *,
+    part: Part,
+    vocabulary: Vocabulary,
+    options: IndexOptions,
+    progress: Progress,
+) -> tuple[int, int]:
+    """Index one part of the pairs, without a manifest, and return (made now, there already).
+
+    Several processes may do so in one folder at once, if all are given the same groups and options:
+    each writes sidecars of its own, and all of them number the documents alike. `index_pairs` then
+    finds every sidecar whole and writes the manifest.
+
+    Takes `part`, which of how many; everything else, and what is raised, is as in `index_pairs`.
+    """
+    output = Path(os.path.abspath(output))
+    pairs = _find_pairs(groups, output, options=options, progress=progress)
+    output.mkdir(parents=True, exist_ok=True)
+    ids = _numbered(pairs, output)
+    shards = _shards(pairs, groups, output, size=vocabulary.size, options=options, ids=ids)
+    own = part.share([shard.task for shard in shards])
+    _, num_reused = index_all(own, workers=options.workers, progress=progress)
+    return len(own) - num_reused, num_reused
+
+
+def _numbered(pairs: Sequence[_Pair], output: Path) -> dict[str, int]:
+    return number_documents(output, {pair.place: pair.num_documents for pair in pairs})
 
 
 def _find_pairs(

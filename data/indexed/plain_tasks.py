@@ -9,6 +9,7 @@ A pair that is refused does not stop the others; it stops the dataset at the end
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -48,6 +49,40 @@ class IndexTask:
     sidecar: Path
     request: Request
     state: PairState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One of several shares of the same pairs.
+
+    Attributes:
+        number: from 1.
+        of: how many there are.
+    """
+
+    number: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.of:
+            raise ValueError(f"part={self.number}/{self.of} given; allowed: 1/{self.of} and up")
+
+    @classmethod
+    def read(cls, text: str) -> "Part":
+        """Return what `2/8` means, the second of eight.
+
+        Raises:
+            ValueError: if it means nothing.
+        """
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if found is None:
+            raise ValueError(f"part={text!r} given; allowed: as 2/8, the second of eight parts")
+        return cls(number=int(found[1]), of=int(found[2]))
+
+    def share(self, tasks: Sequence[IndexTask]) -> list[IndexTask]:
+        """Return this part's tasks; dealt out by size, so that no part has all the large ones."""
+        ordered = sorted(tasks, key=lambda task: (-task.state.bin_bytes, task.sidecar))
+        return ordered[self.number - 1 :: self.of]
 
 
 def index_all(

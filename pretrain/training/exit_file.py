@@ -21,6 +21,7 @@ resiliency extension (93).
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 FINISHED, FAILED, WRONG_INPUT = 0, 1, 2
@@ -40,6 +41,26 @@ RESTARTED = frozenset({SUSPECT_HARDWARE, INFRASTRUCTURE})
 """After these codes local ranks are started again."""
 STOPS_CHAIN = frozenset({FINISHED, WRONG_INPUT, VALIDATION_FAILED, DO_NOT_REQUEUE})
 """After these codes a job that waits to go on has nothing to do."""
+
+ENDS_JOB = STOPS_CHAIN | {INTERRUPTED}
+"""After these codes the same job must not start its ranks again."""
+
+
+def process_code(code: int, *, environment: Mapping[str, str]) -> int:
+    """Return the exit code with which a process of a run ends, given what the run says.
+
+    torchrun starts all ranks again when one ends with anything but 0, as long as it has restarts
+    left. A run that is finished, saved, or waits for a person then ends with 0, and `exit.json`
+    alone says why; a batch script reads it there. Without restarts left the code stays, as it does
+    without torchrun.
+
+    Args:
+        code: of the run.
+        environment: read for TORCHELASTIC_RESTART_COUNT and TORCHELASTIC_MAX_RESTARTS.
+    """
+    done = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    most = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return FINISHED if code in ENDS_JOB and done < most else code
 
 
 def write_exit(folder: Path, *, code: int, reason: str, step: int | None = None) -> None:

@@ -5,9 +5,7 @@ ends with one of the codes of exit_file.py. Rank 0 writes what people read.
 """
 
 import logging
-import math
 import os
-import signal
 import sys
 import time
 import traceback
@@ -15,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import torch
 
@@ -46,6 +43,7 @@ from pretrain.training.observe import Observer, Score, make_throughput
 from pretrain.training.run import Run, as_json
 from pretrain.training.saves import Saves
 from pretrain.training.start import move_aside, starts_again
+from pretrain.training.stop_request import StopRequest, remove_request, working_time_s
 from pretrain.training.train_step import StepResult
 from pretrain.training.trainer import Trainer, fit
 
@@ -53,35 +51,6 @@ log = logging.getLogger(__name__)
 
 _FIRST_WORD_S = 3.0
 """How long a rank that has lost its neighbours leaves it to others to say why."""
-
-
-class StopRequest:
-    """Remembers SIGTERM, SIGINT and the end of its time; a second SIGINT stops the process at once.
-
-    One rank's request is every rank's (trainer.fit), so their clocks need not agree.
-    """
-
-    def __init__(self, *, working_time_s: float) -> None:
-        """Take over the two signals.
-
-        Args:
-            working_time_s: from now on; after it the run is asked to stop. Infinite: never.
-        """
-        self.received = ""
-        self._deadline = time.monotonic() + working_time_s
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._remember)
-
-    def _remember(self, signum: int, _frame: FrameType | None) -> None:
-        if self.received and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(signum).name
-
-    def __call__(self) -> bool:
-        """Return whether a signal has arrived or the time is over."""
-        if not self.received and time.monotonic() > self._deadline:
-            self.received = "cluster.time_limit_s is near"
-        return bool(self.received)
 
 
 def train(run: Run, config_yaml: str) -> int:
@@ -93,14 +62,17 @@ def train(run: Run, config_yaml: str) -> int:
 
     Every rank of the run calls it.
     """
-    working_time_s = math.inf if run.cluster is None else run.cluster.working_time_s
-    stop = StopRequest(working_time_s=working_time_s)
     rank = int(os.environ.get("RANK", "0"))
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format=f"[rank {rank}] %(levelname)s %(message)s")
     logging.getLogger("pretrain").setLevel(level)
     progress = Progress()
     try:
+        stop = StopRequest(
+            run.folder,
+            working_time_s=working_time_s(run.cluster, environment=os.environ),
+            polls_file=rank == 0,
+        )
         device = groups.join_world()
         code, reason = _train(run, config_yaml, device, stop, progress)
     except Exception as error:  # the boundary of the process: say it, record it, end
@@ -113,6 +85,8 @@ def train(run: Run, config_yaml: str) -> int:
         write_exit(run.folder, code=code, reason=reason, step=progress.step)
     if progress.attempt is not None:
         progress.attempt.end(code=code, reason=reason)
+    if rank == 0 and code == INTERRUPTED:
+        remove_request(run.folder)
     return code
 
 

@@ -133,3 +133,26 @@ def test_a_pair_of_another_tokenizer_is_refused_by_document_and_position(
 
     assert code == 2
     assert f"{tmp_path}/code.bin: document 1, position 1: id 300; vocab_size=300" in error
+
+
+def test_parts_in_any_order_and_twice_make_what_one_call_makes(
+    command: Command, words: list[str], tmp_path: Path
+) -> None:
+    alone = [word.replace("/index", "/alone") for word in words]
+    assert command(*alone)[0] == 0
+    for part in ("2/2", "1/2", "2/2"):
+        assert command(*words, f"part={part}")[0] == 0
+        assert not (tmp_path / "index" / "dataset.set").exists()
+    code, text, _ = command(*words)
+
+    assert (code, "0 sidecars made, 3 found whole" in text) == (0, True)
+    for path in (tmp_path / "alone").rglob("*.win"):
+        twin = tmp_path / "index" / path.relative_to(tmp_path / "alone")
+        assert twin.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/-2"])
+def test_a_part_that_is_none_is_refused(command: Command, words: list[str], part: str) -> None:
+    code, _, said = command(*words, f"part={part}")
+    assert code == 2
+    assert "part" in said

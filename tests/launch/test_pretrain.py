@@ -233,7 +233,7 @@ def test_a_run_that_comes_near_its_time_limit_saves_ends_with_75_and_goes_on(
     ]
     code, output = finish(launch("pretrain.py", *words, *limited))
     assert code == 75, output
-    assert "asked to stop (cluster.time_limit_s is near): saved step" in output
+    assert "asked to stop (the time limit is near): saved step" in output
     first = json.loads((folder / "exit.json").read_text(encoding="utf-8"))
     assert first["code"] == 75
     assert first["step"] > 0
@@ -268,3 +268,40 @@ def test_torchrun_runs_the_same_file_and_exit_json_keeps_the_code(
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "runs" / "t" / "exit.json").read_text(encoding="utf-8"))
     assert record == {**record, "code": 0, "step": 4}
+
+
+def restarting(*words: str) -> subprocess.Popen[str]:
+    """Start one rank under a torchrun that would start it again twice."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    options = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", "2"]
+    file = str(ROOT / "launch" / "pretrain.py")
+    return subprocess.Popen(
+        [*torchrun, *options, file, *words, "layout=single"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_request_file_stops_a_run_for_good_although_torchrun_has_restarts(
+    words: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "runs" / "t"
+    process = restarting(*words, f"{TOKENS}={40_000 * STEP_TOKENS}")
+    wait_for_step(process, folder / "metrics.jsonl")
+    (folder / "stop.request").touch()
+    output, _ = process.communicate(timeout=120)
+    record = json.loads((folder / "exit.json").read_text(encoding="utf-8"))
+    assert (process.returncode, record["code"]) == (0, 75), output
+    assert output.count("step 1 begins") == 1  # never started again
+    assert not (folder / "stop.request").exists()
+
+
+@pytest.mark.slow
+def test_a_refused_run_is_not_started_again(words: list[str], tmp_path: Path) -> None:
+    process = restarting(*words, "data.corpus=nowhere")
+    output, _ = process.communicate(timeout=120)
+    record = json.loads((tmp_path / "runs" / "t" / "exit.json").read_text(encoding="utf-8"))
+    assert (process.returncode, record["code"]) == (0, 2), output
+    assert output.count("error: ") == 1
