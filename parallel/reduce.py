@@ -40,6 +40,17 @@ def max_over_all(values: Tensor) -> Tensor:
     return values
 
 
+def gather_over_all(values: Tensor) -> Tensor:
+    """Return `values` of every rank, `[R, ...]`; collective over all.
+
+    Args:
+        values: any shape, the same on all ranks.
+    """
+    gathered = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(gathered, values.contiguous())
+    return torch.stack(gathered)
+
+
 def require_same_on_all(name: str, value: str) -> None:
     """Refuse to go on where ranks hold different values; collective over all.
 

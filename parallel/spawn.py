@@ -26,12 +26,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from parallel.beats import WATCH_ENDED
 from parallel.stacks import collect_stacks, describe, write_stack_on_signal
 
 _SPAWN = multiprocessing.get_context("spawn")
 _GRACE_S = 60.0
 """How long the other ranks may take to end after one has failed: gloo notices a dead peer at
 once."""
+_HUNG_GRACE_S = 3.0
+"""The same after the watch has ended the run: who still lives is stopped, or cannot run Python."""
 _NUM_FRAMES = 8
 """Of each stack, in the message on ranks that hang."""
 
@@ -180,7 +183,8 @@ def _wait_for_all(processes: Sequence[BaseProcess]) -> int:
             code = process.exitcode or 0
             if code and not first_failure:
                 first_failure = code if code > 0 else 1
-                deadline = time.monotonic() + _GRACE_S
+                grace_s = _HUNG_GRACE_S if code == WATCH_ENDED else _GRACE_S
+                deadline = time.monotonic() + grace_s
         if not ready:
             for process in alive:
                 process.kill()

@@ -32,6 +32,7 @@ from pretrain.training.run import Run, as_json
 from pretrain.training.start import USER_ERRORS, move_aside, starts_again
 from pretrain.training.train_step import StepResult
 from pretrain.training.trainer import Trainer, fit
+from pretrain.training.watching import RunWatch, watching
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ def train(run: Run, config_yaml: str) -> int:
     logging.getLogger("pretrain").setLevel(level)
     try:
         device = groups.join_world()
-        code, reason, step = _train(run, config_yaml, device, stop)
+        with watching(run) as watch:
+            code, reason, step = _train(run, config_yaml, device, stop, watch)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         code, reason, step = WRONG_INPUT, str(error), None
@@ -94,7 +96,9 @@ def train(run: Run, config_yaml: str) -> int:
     return code
 
 
-def _train(run: Run, config_yaml: str, device: Device, stop: StopRequest) -> tuple[int, str, int]:
+def _train(
+    run: Run, config_yaml: str, device: Device, stop: StopRequest, watch: RunWatch
+) -> tuple[int, str, int]:
     found = find_newest(run.folder / "checkpoints")
     # one that a rank cannot read is passed over there: no digest of the ledger would tell
     require_same_on_all("newest checkpoint", "none" if found is None else found[0].name)
@@ -119,7 +123,7 @@ def _train(run: Run, config_yaml: str, device: Device, stop: StopRequest) -> tup
         _say(f"starting from the weights of {folder}, step {manifest.step}")
     telemetry = _open_telemetry(run, trainer, config_yaml) if _is_first() else None
     try:
-        return _fit(run, trainer, device, stop, telemetry)
+        return _fit(run, trainer, device, stop, telemetry, watch)
     finally:
         if telemetry is not None:
             telemetry.close()
@@ -142,7 +146,12 @@ def _open_telemetry(run: Run, trainer: Trainer, config_yaml: str) -> Telemetry:
 
 
 def _fit(
-    run: Run, trainer: Trainer, device: Device, stop: StopRequest, telemetry: Telemetry | None
+    run: Run,
+    trainer: Trainer,
+    device: Device,
+    stop: StopRequest,
+    telemetry: Telemetry | None,
+    watch: RunWatch,
 ) -> tuple[int, str, int]:
     started = time.monotonic()
     throughput = make_throughput(run, device)
@@ -151,8 +160,10 @@ def _fit(
 
     def monitor(result: StepResult, num_sequences: int) -> None:
         observer.step_done(result, num_sequences=num_sequences)
+        watch.step_done(trainer.position.step, device=trainer.device)
         interval = run.evaluation.interval_steps
         if interval and trainer.position.step % interval == 0 and not trainer.is_finished:
+            watch.enter("evaluation", trainer.position.step)
             with throughput.pause():
                 _validate(trainer, observer, windows_per_domain=run.evaluation.windows_per_domain)
 
@@ -160,6 +171,7 @@ def _fit(
         nonlocal saved_step
         if saved_step == trainer.position.step:
             return
+        watch.enter("save", trainer.position.step)
         with throughput.pause():
             begun = time.monotonic()
             trainer.save()
@@ -172,7 +184,9 @@ def _fit(
             save()
 
     throughput.start()
-    finished = fit(trainer, monitor=monitor, checkpoint=checkpoint, should_stop=stop)
+    finished = fit(
+        trainer, monitor=monitor, checkpoint=checkpoint, should_stop=stop, enter=watch.enter
+    )
     step = trainer.position.step
     if not finished:
         save()
@@ -181,11 +195,13 @@ def _fit(
             f" {trainer.total_steps}; run the same command to go on"
         )
         return INTERRUPTED, "asked to stop, saved", step
+    watch.enter("evaluation", step)
     with throughput.pause():
         scores = _validate(
             trainer, observer, windows_per_domain=run.evaluation.final_windows_per_domain
         )
     save()
+    watch.enter("end", step)
     if _is_first():
         elapsed_s = time.monotonic() - started
         draw_curves(run, trainer.corpus)

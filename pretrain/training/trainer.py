@@ -21,6 +21,7 @@ from data.stream.ledger import write_ledger
 from data.stream.loader import BatchReader, Share
 from data.stream.order import Segment
 from parallel import groups
+from parallel.beats import Phase
 from parallel.device import Device
 from parallel.reduce import max_over_all, sum_over_data
 from parallel.schedule import MicroBatch
@@ -331,6 +332,7 @@ def fit(
     monitor: Callable[[StepResult, int], None],
     checkpoint: Callable[[], None],
     should_stop: Callable[[], bool],
+    enter: Callable[[Phase, int], None],
 ) -> bool:
     """Train until the last token or until a rank is asked to stop.
 
@@ -339,6 +341,7 @@ def fit(
         monitor: shown each step's result and the sequences of its global batch.
         checkpoint: called after each step; decides by itself whether to write.
         should_stop: whether this rank has been asked to stop; all ranks stop after the same step.
+        enter: told what this rank does next, and the steps done (training/watching.py).
 
     Returns:
         True if the run is finished, False if it was stopped.
@@ -347,8 +350,11 @@ def fit(
     """
     while not trainer.is_finished:
         num_sequences = trainer.segment.global_sequences
+        enter("data", trainer.position.step)
         batch = trainer.next_batch()
+        enter("step", trainer.position.step)
         result = trainer.step(batch)
+        enter("observe", trainer.position.step)
         monitor(result, num_sequences)
         checkpoint()
         if bool(max_over_all(torch.tensor(float(should_stop()), device=trainer.device))):

@@ -1,0 +1,380 @@
+# pyright: basic
+# (torch.distributed is loosely typed; strict mode would check it, not us)
+"""How do the ranks of a run watch each other, and how do they end together?
+
+One daemon thread in each rank writes its beat into the rendezvous store. Rank 0's thread reads all
+beats, every other thread rank 0's. Whoever finds something first leads (the store counts, so it is
+one): it asks all, each rank's thread writes its stacks and tells what it has entered, the leader
+judges and reports, and every rank whose thread lives ends its process with 85. A stopped process is
+left to who started it.
+
+A second thread minds the first: where the store itself is stopped or gone, each rank writes its
+stacks, the first to make a file reports, and all end just so.
+"""
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import PrefixStore
+
+from parallel.beats import WATCH_ENDED, Ages, Beat, Finding, Phase, Watch
+from parallel.entered import Trace, Verdict, judge
+from parallel.recorder import (
+    Waits,
+    entered_collectives,
+    group_ranks,
+    measured_waits,
+    num_entered,
+    own_store,
+)
+from parallel.stacks import own_stacks, process_state
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_NUM_TOLD, _NUM_WRITTEN = 8, 200
+"""Collectives of each group that a rank tells the leader, and that it writes into its own file."""
+_MAX_CHARACTERS = 200_000
+"""Of a rank's file."""
+_FLUSH_S = 1.0
+_NOT_WHERE = ("/torch/", "/parallel/recorder.py")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What the leader found, for whoever records it."""
+
+    finding: Finding
+    verdict: Verdict
+    beats: Mapping[int, Beat]
+    """The last of each rank; empty if the store is gone."""
+    traces: Mapping[int, Trace] = field(default_factory=dict[int, Trace])
+    states: Mapping[int, str] = field(default_factory=dict[int, str])
+    """Of silent ranks' processes, where a rank on the same node could look."""
+    folder: Path
+    """Where each rank's stacks are."""
+    store_error: str = ""
+    """Why the store could not be asked; empty if it could."""
+
+
+class RankWatch:
+    """One rank's thread, and what its main thread tells it."""
+
+    def __init__(
+        self,
+        store: Any,
+        *,
+        ranks: tuple[int, int],
+        node: str,
+        watch: Watch,
+        waits: Waits,
+        report: Callable[[Report], None],
+    ) -> None:
+        """Prepare; `start` begins.
+
+        Args:
+            store: of the rendezvous, a connection of its own.
+            ranks: this rank, and how many there are.
+            node: host name of this rank.
+            watch: the limits.
+            waits: what measures this process's waiting.
+            report: called by the leader before the run ends.
+        """
+        self._store = PrefixStore("watch", store)
+        self._rank, self._num_ranks = ranks
+        self._node, self._watch, self._report = node, watch, report
+        self.waits = waits
+        self.found = threading.Event()
+        """Set when the run is about to end."""
+        self._leaving = threading.Event()
+        self._phase: Phase = "start"
+        self._step, self._first_step = 0, -1
+        self._phases = self._count = 0
+        self._progress, self._progress_s = (0, 0), time.monotonic()
+        self._round_s = time.monotonic()  # when the last round was done
+        self._ages = Ages(watch, now_s=time.monotonic())
+        self._folder = Path()
+        self._threads = [
+            threading.Thread(target=target, daemon=True, name=name)
+            for target, name in ((self._beat, "watch"), (self._mind, "watch-store"))
+        ]
+
+    def start(self, root: Path) -> None:
+        """Begin; collective.
+
+        Args:
+            root: folder below which a hang leaves its files, in a folder of its own.
+        """
+        if self._rank == 0:
+            self._store.set("began", time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
+        self._folder = root / self._store.get("began").decode()
+        self._store.set(f"beat/{self._rank}", self._own_beat().encode())
+        torch.distributed.barrier()  # from here on every beat can be read
+        self._round_s = self._progress_s = time.monotonic()
+        for thread in self._threads:
+            thread.start()
+
+    def enter(self, phase: Phase, step: int) -> None:
+        """Say what this rank does from now on; costs no call to another rank."""
+        if self._first_step < 0 and phase == "step":
+            self._first_step = step
+        self._phase, self._step = phase, step
+        self._phases += 1
+
+    def leave(self) -> None:
+        """End the threads; if the run is about to end, wait for that instead."""
+        if self.found.is_set():
+            self._threads[0].join()
+        self._leaving.set()
+        for thread in self._threads:
+            thread.join()
+        try:
+            self._store.set(f"beat/{self._rank}", self._own_beat(left=True).encode())
+        except RuntimeError as error:  # its host has left before us, which is no harm now
+            log.debug("last beat not written: %s", error)
+
+    def node_of(self, rank: int) -> str:
+        """Return the host name of a rank."""
+        return self._read_beats((rank,))[rank].node
+
+    # --- the thread -------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        while not self._leaving.wait(self._watch.round_s):
+            try:
+                self._round()
+            except RuntimeError as error:  # torch's store errors
+                self._end_without_store(f"{type(error).__name__}: {error}")
+            self._round_s = time.monotonic()
+
+    def _round(self) -> None:
+        self._store.set(f"beat/{self._rank}", self._own_beat().encode())
+        if self._store.check(["ask"]):
+            self._answer()
+        watched = range(self._num_ranks) if self._rank == 0 else (0,)
+        finding = self._ages.look(self._read_beats(watched), now_s=time.monotonic())
+        # What rank 0 alone does is no standstill: others may go on.
+        if finding is not None and (self._rank == 0 or finding.silent):
+            if self._store.add("lead", 1) == 1:
+                self._lead(finding)
+            self._ages = Ages(self._watch, now_s=time.monotonic())  # another leads: it will ask
+
+    def _own_beat(self, *, left: bool = False) -> Beat:
+        now_s = time.monotonic()
+        progress = (self._phases, num_entered())
+        if progress != self._progress:
+            self._progress, self._progress_s = progress, now_s
+        self._count += 1
+        has_stepped = self._step > self._first_step >= 0
+        return Beat(
+            rank=self._rank,
+            count=self._count,
+            phase=self._phase,
+            step=self._step,
+            idle_s=now_s - self._progress_s,
+            patience_s=self._watch.patience_s(self._phase if has_stepped else "start"),
+            node=self._node,
+            pid=os.getpid(),
+            left=left,
+        )
+
+    def _read_beats(self, ranks: Any) -> dict[int, Beat]:
+        texts = self._store.multi_get([f"beat/{rank}" for rank in ranks])
+        return {rank: Beat.decode(bytes(text)) for rank, text in zip(ranks, texts, strict=True)}
+
+    # --- something is wrong -----------------------------------------------------------------------
+
+    def _lead(self, finding: Finding) -> None:
+        self.found.set()
+        before = self._read_beats(range(self._num_ranks))
+        pids = {rank: (before[rank].node, before[rank].pid) for rank in finding.silent}
+        self._store.set("ask", json.dumps(pids))
+        traces = self._collect(before, silent=finding.silent)
+        after = self._read_beats(range(self._num_ranks))
+        silent = tuple(
+            rank
+            for rank, beat in after.items()
+            if rank not in traces and not beat.left and beat.count == before[rank].count
+        )
+        finding = Finding(silent=silent if finding.silent else (), seconds=finding.seconds)
+        states = {rank: s for trace in traces.values() for rank, s in trace.processes.items()}
+        report = Report(
+            finding=finding,
+            verdict=judge(traces, silent=finding.silent),
+            beats=after,
+            traces=traces,
+            states=states,
+            folder=self._folder,
+        )
+        for rank in silent:
+            self._write_silent(after[rank], states.get(rank, "unknown"))
+        self._report(report)
+        self._store.set("end", "1")
+        time.sleep(4 * _POLL_S)  # the others read it, perhaps from a store in this process
+        self._end()
+
+    def _collect(self, beats: Mapping[int, Beat], *, silent: tuple[int, ...]) -> dict[int, Trace]:
+        """Return the traces of all that answer; waits for the others as long as for a beat."""
+        found = {self._rank: self._write_own(silent_processes(beats, silent, node=self._node))}
+        pending = {r for r, beat in beats.items() if not beat.left} - {self._rank, *silent}
+        deadline = time.monotonic() + self._watch.silent_s
+        while pending and time.monotonic() < deadline:
+            for rank in sorted(pending):
+                if self._store.check([f"answer/{rank}"]):
+                    found[rank] = Trace.decode(bytes(self._store.get(f"answer/{rank}")))
+            pending -= set(found)
+            self._round_s = time.monotonic()
+            time.sleep(_POLL_S if pending else 0)
+        return found
+
+    def _answer(self) -> None:
+        self.found.set()
+        asked: dict[str, list[Any]] = json.loads(bytes(self._store.get("ask")))
+        own = {int(rank): pid for rank, (node, pid) in asked.items() if node == self._node}
+        trace = self._write_own({rank: process_state(pid) for rank, pid in own.items()})
+        self._store.set(f"answer/{self._rank}", trace.encode())
+        deadline = time.monotonic() + 2 * self._watch.interval_s  # the leader may stop, too
+        while not self._store.check(["end"]) and time.monotonic() < deadline:
+            self._round_s = time.monotonic()
+            time.sleep(_POLL_S)
+        self._end()
+
+    def _write_own(self, processes: Mapping[int, str]) -> Trace:
+        """Write this rank's file and return its trace; a disk that refuses is only warned of."""
+        stacks, waiting = own_stacks(), self.waits.waiting()
+        entered = entered_collectives(per_group=_NUM_WRITTEN)
+        main = threading.main_thread().ident or 0
+        calls = stacks.get(next(iter(waiting), main), ())
+        where = [str(call) for call in calls if not any(p in call.path for p in _NOT_WHERE)]
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        lines = [f"{self._describe()}, {'waits' if waiting else 'does not wait'} in a collective"]
+        own = {thread.ident for thread in self._threads}
+        for thread, stack in sorted(stacks.items(), key=lambda s: (s[0] in own, s[0] != main)):
+            lines.append(f"\nthread {names.get(thread, thread)}, innermost call first:")
+            lines += [f'  File "{f.path}", line {f.line}, in {f.function}' for f in stack]
+        lines.append("\ncollectives entered, newest first:")
+        lines += [f"  {e}{'' if e.finished else ', not finished'}" for e in reversed(entered)]
+        self._write(self._rank, "\n".join(lines))
+        return Trace(
+            rank=self._rank,
+            waits=bool(waiting),
+            where=" < ".join(where[:2]),
+            entered=entered_collectives(per_group=_NUM_TOLD),
+            members=group_ranks(),
+            processes=processes,
+        )
+
+    def _describe(self) -> str:
+        now_s = time.monotonic()
+        return (
+            f"rank {self._rank} on {self._node}, process {os.getpid()}, phase {self._phase},"
+            f" {self._step} steps done, no progress for {now_s - self._progress_s:.1f} s"
+        )
+
+    def _write_silent(self, beat: Beat, state: str) -> None:
+        self._write(
+            beat.rank,
+            f"rank {beat.rank} on {beat.node}, process {beat.pid}, phase {beat.phase},"
+            f" {beat.step} steps done: its beats stopped, and it could not write its stacks;"
+            f" state of its process: {state}",
+        )
+
+    def _write(self, rank: int, text: str) -> None:
+        path = self._folder / f"rank_{rank:05d}.txt"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(text[:_MAX_CHARACTERS] + "\n", encoding="utf-8")
+        except OSError as error:
+            log.warning("%s: stacks not written: %s", path, error)
+
+    # --- the store is gone ------------------------------------------------------------------------
+
+    def _mind(self) -> None:
+        """End the run if the other thread gets no answer from the store."""
+        before_s = time.monotonic()
+        while not self._leaving.wait(self._watch.round_s):
+            now_s = time.monotonic()
+            if now_s - before_s > self._watch.interval_s:
+                self._round_s = now_s  # this process was held up itself
+            before_s = now_s
+            if now_s - self._round_s > self._watch.silent_s:
+                self._end_without_store(f"no answer for {now_s - self._round_s:.1f} s")
+
+    def _end_without_store(self, error: str) -> None:
+        if self._leaving.is_set():
+            return
+        if self.found.is_set():
+            self._end()
+        self.found.set()
+        self._write_own({})
+        try:
+            with (self._folder / "no_store.txt").open("x", encoding="utf-8") as file:
+                file.write(f"{self._describe()}: the rendezvous store is gone: {error}\n")
+            is_first = True
+        except FileExistsError:
+            is_first = False
+        if is_first:
+            self._report(
+                Report(
+                    finding=Finding(seconds=time.monotonic() - self._round_s),
+                    verdict=Verdict(culprits=()),
+                    beats={},
+                    folder=self._folder,
+                    store_error=error,
+                )
+            )
+        self._end()
+
+    def _end(self) -> None:
+        """End this process: its main thread waits for what will not come."""
+        flushing = threading.Thread(target=_flush, daemon=True)
+        flushing.start()
+        flushing.join(_FLUSH_S)  # the main thread may hold the stream
+        os._exit(WATCH_ENDED)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def silent_processes(beats: Mapping[int, Beat], silent: Any, *, node: str) -> dict[int, str]:
+    """Return the state of the silent ranks' processes that run on `node`, this one."""
+    return {rank: process_state(beats[rank].pid) for rank in silent if beats[rank].node == node}
+
+
+@contextmanager
+def watched_ranks(
+    watch: Watch, *, root: Path, node: str, report: Callable[[Report], None]
+) -> Iterator[RankWatch]:
+    """Yield this rank's watch, which ends the process with 85 when ranks no longer go on.
+
+    Args:
+        watch: the limits.
+        root: folder below which a hang leaves its files.
+        node: host name of this rank.
+        report: called on one rank before all end; it must not talk to other ranks.
+
+    Collective: every rank enters, and leaves unless it raises.
+    """
+    ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    with measured_waits() as waits:
+        own = RankWatch(
+            own_store(), ranks=ranks, node=node, watch=watch, waits=waits, report=report
+        )
+        own.start(root)
+        try:
+            yield own
+        finally:
+            own.leave()
+        torch.distributed.barrier()  # who has left first may have held the store of the others
