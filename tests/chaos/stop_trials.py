@@ -1,0 +1,234 @@
+"""Is a stopped rank found, the right one, and within two intervals? Many trials of SIGSTOP.
+
+    python tests/chaos/stop_trials.py --trials 30 --seed 0 --json stops.json
+
+Each trial is a small run whose ranks are forked from one warm process; one of them, drawn, stops
+itself in a drawn phase after a drawn time. What was found is read from the run's incidents.jsonl.
+Not collected by pytest; `tests/multi/test_watch.py` has one stop of a run started as a user does.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from data.corpus.prepare import prepare  # noqa: E402
+from data.corpus.prepare_config import PrepareConfig  # noqa: E402
+from data.corpus.sources import SourceConfig  # noqa: E402
+from data.stream.curriculum import Curriculum, Stage  # noqa: E402
+from parallel.beats import Phase, Watch  # noqa: E402
+from parallel.layout import Layout  # noqa: E402
+from parallel.spawn import (  # noqa: E402
+    _rank_main,  # pyright: ignore[reportPrivateUsage]  what a rank of run_ranks does
+    _wait_for_all,  # pyright: ignore[reportPrivateUsage]  and what its parent does
+    silence_expected_warnings,
+)
+
+silence_expected_warnings()
+
+from pretrain.model.load_balance import LoadBalance  # noqa: E402
+from pretrain.model.precision import Precision  # noqa: E402
+from pretrain.model.spec import ModelSpec  # noqa: E402
+from pretrain.monitor.incidents import read_incidents  # noqa: E402
+from pretrain.monitor.telemetry import TelemetryConfig  # noqa: E402
+from pretrain.training import job  # noqa: E402
+from pretrain.training.lr_schedule import LrSchedule  # noqa: E402
+from pretrain.training.run import AdamW, CheckpointPolicy, Data, Evaluation, Run  # noqa: E402
+from pretrain.training.watching import RunWatch  # noqa: E402
+from tests.conftest import TINY_MODEL  # noqa: E402
+
+INTERVAL_S = 1.0
+PHASES: dict[Phase, float] = {"step": 0.25, "save": 0.4, "evaluation": 0.2, "data": 0.01}
+"""Where a rank is stopped, and the longest time after the phase began, in seconds."""
+LIMIT_S = 90.0
+STOP_NAME = "stopped.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One stop, and what became of it."""
+
+    seed: int
+    rank: int
+    drawn: str
+    phase: str
+    """In which the rank really was: a short phase may be over when the signal comes."""
+    step: int
+    found_s: float | None
+    """From the stop to the incident, stacks of the others included; None: not found."""
+    named: int | None
+    exit_code: int
+    num_left: int
+    """Processes that still live."""
+
+    @property
+    def good(self) -> bool:
+        """Whether the right rank was named within two intervals, and the run ended with 85."""
+        in_time = self.found_s is not None and self.found_s <= 2 * INTERVAL_S
+        return in_time and self.named == self.rank and (self.exit_code, self.num_left) == (85, 0)
+
+
+def stopping_rank(run: Run, rank: int, drawn: Phase, at_step: int, delay_s: float) -> int:
+    """Train, and stop this process in a phase if it is the drawn rank."""
+    enter = RunWatch.enter
+    is_set = threading.Event()
+
+    def stop(watch: RunWatch) -> None:
+        # the main thread may go on while this one writes: the phase is read as late as possible
+        path = run.folder / STOP_NAME
+        phase = watch._phase  # pyright: ignore[reportPrivateUsage]  to say where it was stopped
+        path.write_text(json.dumps({"time_unix_s": time.time(), "phase": phase}), encoding="utf-8")
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def enter_and_stop(watch: RunWatch, phase: Phase, step: int) -> None:
+        enter(watch, phase, step)
+        is_drawn = phase == drawn and step >= at_step and int(os.environ["RANK"]) == rank
+        if is_drawn and not is_set.is_set():
+            is_set.set()
+            threading.Timer(delay_s, stop, [watch]).start()
+
+    RunWatch.enter = enter_and_stop
+    return job.train(run, "")
+
+
+def try_once(seed: int, *, corpus: Path, root: Path, num_ranks: int) -> Trial:
+    """Run one trial and return what was found."""
+    draw = random.Random(seed)
+    rank = draw.randrange(num_ranks)
+    drawn = draw.choice(sorted(PHASES))
+    at_step, delay_s = draw.randrange(3, 9), draw.uniform(0.0, PHASES[drawn])
+    run = small_run(f"t{seed}", corpus=corpus, root=root, num_ranks=num_ranks)
+    fork = multiprocessing.get_context("fork")
+    store = str(root / f"store{seed}")
+    target = "tests.chaos.stop_trials:stopping_rank"
+    words = (run, rank, drawn, at_step, delay_s)
+    processes: list[Any] = [
+        fork.Process(target=_rank_main, args=(own, num_ranks, store, 1, target, words))
+        for own in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    alarm = threading.Timer(LIMIT_S, lambda: [process.kill() for process in processes])
+    alarm.start()
+    code = _wait_for_all(processes)
+    alarm.cancel()
+    hangs: list[dict[str, Any]] = [i for i in read_incidents(run.folder) if i["kind"] == "hang"]
+    stop_file = run.folder / STOP_NAME
+    stopped = json.loads(stop_file.read_text(encoding="utf-8")) if stop_file.exists() else {}
+    found_s = hangs[0]["time_unix_s"] - stopped["time_unix_s"] if hangs and stopped else None
+    return Trial(
+        seed=seed,
+        rank=rank,
+        drawn=drawn,
+        phase=stopped.get("phase", "never"),
+        step=at_step,
+        found_s=found_s,
+        named=hangs[0]["rank"] if len(hangs) == 1 else None,
+        exit_code=code,
+        num_left=sum(process.is_alive() for process in processes),
+    )
+
+
+def small_run(name: str, *, corpus: Path, root: Path, num_ranks: int) -> Run:
+    """Return a run that saves and validates every few steps and does not end by itself."""
+    stage = Stage(tokens=100_000 * 8 * 64, window_tokens=64, global_sequences=8)
+    return Run(
+        name=name,
+        output_root=root,
+        seed=1,
+        mtp_loss_weight=0.3,
+        model=ModelSpec(**TINY_MODEL),  # pyright: ignore[reportArgumentType]  sizes and rates
+        layout=Layout(num_ranks=num_ranks, ep=2),
+        precision=Precision(kind="fp32"),
+        load_balance=LoadBalance(),
+        optimizer=AdamW(lr=1e-3),
+        lr_schedule=LrSchedule(warmup_tokens=0, decay_tokens=0, final_ratio=1.0),
+        curriculum=Curriculum(stages={"only": stage}, max_epochs=1e9),
+        micro_batch_tokens=64,
+        data=Data(corpus=corpus),
+        evaluation=Evaluation(interval_steps=2, windows_per_domain=4, final_windows_per_domain=4),
+        checkpoints=CheckpointPolicy(interval_steps=3, keep=1),
+        telemetry=TelemetryConfig(wandb="disabled"),
+        watch=Watch(interval_s=INTERVAL_S, hang_s=20.0, slow_hang_s=60.0),
+    )
+
+
+def make_corpus(folder: Path) -> Path:
+    """Return a small corpus of drawn words."""
+    texts = folder / "texts"
+    texts.mkdir()
+    draw = random.Random(2)
+    words = "rank token expert layer router window shard step loss data".split()  # noqa: SIM905
+    for number in range(60):
+        text = " ".join(f"{draw.choice(words)} {draw.randrange(1000)}" for _ in range(400))
+        (texts / f"{number:03d}.txt").write_text(text, encoding="utf-8")
+    config = PrepareConfig(
+        output=str(folder / "corpus"),
+        sources={"texts": SourceConfig(kind="text_folder", path=str(texts))},
+        vocab_size=512,
+        validation_fraction=0.2,
+        window_tokens={"64": 1.0},
+        validation_window_tokens=64,
+    )
+    prepare(config, progress=lambda *_: None)
+    return folder / "corpus"
+
+
+def main() -> int:
+    """Run the trials, print a line for each, and return 0 if 29 of 30 are good."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--trials", type=int, default=30)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first trial; then one more each"
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="even")
+    parser.add_argument("--json", type=Path, help="where to write the trials")
+    words = parser.parse_args()
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    print("  seed  rank  drawn       stopped in  found after       named  exit  left")
+    trials: list[Trial] = []
+    with tempfile.TemporaryDirectory(prefix="stops-") as folder:
+        root = Path(folder)
+        corpus = make_corpus(root)
+        for seed in range(words.seed, words.seed + words.trials):
+            trial = try_once(seed, corpus=corpus, root=root, num_ranks=words.ranks)
+            trials.append(trial)
+            after = "-" if trial.found_s is None else f"{trial.found_s:.2f} s"
+            share = "" if trial.found_s is None else f"{trial.found_s / INTERVAL_S:.2f} intervals"
+            print(
+                f"{trial.seed:6} {trial.rank:5}  {trial.drawn:11} {trial.phase:11}"
+                f" {after:>7} {share:>14} {trial.named!s:>4} {trial.exit_code:5} {trial.num_left:5}"
+                f"{'' if trial.good else '  BAD'}",
+                flush=True,
+            )
+    times = sorted(trial.found_s for trial in trials if trial.found_s is not None)
+    num_good = sum(trial.good for trial in trials)
+    num_right = sum(trial.named == trial.rank for trial in trials)
+    print(
+        f"{num_right} of {len(trials)} named the right rank, {num_good} of {len(trials)} are good"
+        f" (right, within two intervals of {INTERVAL_S:g} s, exit code 85, no process left)"
+    )
+    if times:
+        print(
+            f"found after {times[0]:.2f} to {times[-1]:.2f} s, median {times[len(times) // 2]:.2f}"
+        )
+    if words.json:
+        record = {"interval_s": INTERVAL_S, "trials": [asdict(trial) for trial in trials]}
+        words.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0 if num_good >= len(trials) * 29 / 30 - 1e-9 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
