@@ -99,7 +99,7 @@ def stopping_rank(run: Run, rank: int, drawn: Phase, at_step: int, delay_s: floa
             is_set.set()
             threading.Timer(delay_s, stop, [watch]).start()
 
-    RunWatch.enter = enter_and_stop
+    setattr(RunWatch, enter.__name__, enter_and_stop)
     return job.train(run, "")
 
 
@@ -190,9 +190,7 @@ def main() -> int:
     """Run the trials, print a line for each, and return 0 if 29 of 30 are good."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--trials", type=int, default=30)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the first trial; then one more each"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the first trial")
     parser.add_argument("--ranks", type=int, default=2, help="even")
     parser.add_argument("--json", type=Path, help="where to write the trials")
     words = parser.parse_args()
