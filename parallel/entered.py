@@ -137,6 +137,17 @@ def judge(traces: Mapping[int, Trace], *, silent: Sequence[int]) -> Verdict:
     return Verdict(culprits=tuple(sorted(culprits)), missing=shows, mismatch=mismatch)
 
 
+def newest_of_each(entered: Sequence[Entered], number: int) -> tuple[Entered, ...]:
+    """Return the newest `number` of each group, oldest first, given them so."""
+    counts: Counter[str] = Counter()
+    newest: list[Entered] = []
+    for collective in reversed(entered):
+        counts[collective.group] += 1
+        if counts[collective.group] <= number:
+            newest.append(collective)
+    return tuple(reversed(newest))
+
+
 def first_mismatch(traces: Mapping[int, Trace]) -> Mismatch | None:
     """Return the first two collectives that differ under one number of a group, if any do.
 

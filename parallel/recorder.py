@@ -16,7 +16,6 @@ import json
 import os
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,32 +37,23 @@ def record_collectives() -> None:
     os.environ.setdefault(_BUFFER, str(_NUM_KEPT))
 
 
-def entered_collectives(*, per_group: int) -> tuple[Entered, ...]:
-    """Return the last collectives that this rank has entered, oldest first.
-
-    Args:
-        per_group: the newest so many of each group.
-    """
-    # of CUDA groups torch keeps a book of its own
+def entered_collectives() -> tuple[Entered, ...]:
+    """Return the last collectives that this rank has entered, oldest first."""
+    # of groups on an accelerator torch keeps a book of its own
     is_gloo = torch.distributed.get_backend() == "gloo"
     dump = _C10D._dump_fr_trace_json if is_gloo else _C10D._dump_nccl_trace_json
-    entries = json.loads(dump()).get("entries", [])
-    kept: dict[str, list[tuple[int, Entered]]] = defaultdict(list)
-    for entry in entries:
-        if entry["is_p2p"]:
-            continue
-        name = str(entry["process_group"][0])
-        entered = Entered(
-            group=name,
+    entries = [entry for entry in json.loads(dump()).get("entries", []) if not entry["is_p2p"]]
+    return tuple(
+        Entered(
+            group=str(entry["process_group"][0]),
             seq=entry["collective_seq_id"],
             op=entry["profiling_name"].partition(":")[2],
             sizes=tuple(tuple(size) for size in entry["input_sizes"]),
             dtypes=tuple(entry["input_dtypes"]),
             finished=bool(entry["retired"]) or entry["state"] == "completed",
         )
-        kept[name].append((entry["record_id"], entered))
-    last = [pair for pairs in kept.values() for pair in pairs[-per_group:]]
-    return tuple(entered for _, entered in sorted(last, key=lambda pair: pair[0]))
+        for entry in sorted(entries, key=lambda entry: entry["record_id"])
+    )
 
 
 def group_ranks() -> dict[str, tuple[int, ...]]:

@@ -28,7 +28,7 @@ import torch
 from torch._C._distributed_c10d import PrefixStore
 
 from parallel.beats import WATCH_ENDED, Ages, Beat, Finding, Phase, Watch
-from parallel.entered import Trace, Verdict, judge
+from parallel.entered import Trace, Verdict, judge, newest_of_each
 from parallel.recorder import (
     Waits,
     entered_collectives,
@@ -42,8 +42,8 @@ from parallel.stacks import own_stacks, process_state
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
-_NUM_TOLD, _NUM_WRITTEN = 8, 200
-"""Collectives of each group that a rank tells the leader, and that it writes into its own file."""
+_NUM_TOLD = 8
+"""Collectives of each group that a rank tells the leader; its own file has all."""
 _MAX_CHARACTERS = 200_000
 """Of a rank's file."""
 _FLUSH_S = 1.0
@@ -252,7 +252,7 @@ class RankWatch:
     def _write_own(self, processes: Mapping[int, str]) -> Trace:
         """Write this rank's file and return its trace; a disk that refuses is only warned of."""
         stacks, waiting = own_stacks(), self.waits.waiting()
-        entered = entered_collectives(per_group=_NUM_WRITTEN)
+        entered = entered_collectives()
         main = threading.main_thread().ident or 0
         calls = stacks.get(next(iter(waiting), main), ())
         where = [str(call) for call in calls if not any(p in call.path for p in _NOT_WHERE)]
@@ -269,7 +269,7 @@ class RankWatch:
             rank=self._rank,
             waits=bool(waiting),
             where=" < ".join(where[:2]),
-            entered=entered_collectives(per_group=_NUM_TOLD),
+            entered=newest_of_each(entered, _NUM_TOLD),
             members=group_ranks(),
             processes=processes,
         )
@@ -316,7 +316,7 @@ class RankWatch:
         if self.found.is_set():
             self._end()
         self.found.set()
-        self._write_own({})
+        traces = {self._rank: self._write_own({})}
         try:
             with (self._folder / "no_store.txt").open("x", encoding="utf-8") as file:
                 file.write(f"{self._describe()}: the rendezvous store is gone: {error}\n")
@@ -329,6 +329,7 @@ class RankWatch:
                     finding=Finding(seconds=time.monotonic() - self._round_s),
                     verdict=Verdict(culprits=()),
                     beats={},
+                    traces=traces,
                     folder=self._folder,
                     store_error=error,
                 )

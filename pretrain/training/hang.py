@@ -58,7 +58,8 @@ def _sentence(found: Report) -> str:
     end = f"every rank ends with {INFRASTRUCTURE}; stacks are in {found.folder}"
     if found.store_error:
         store = "the rendezvous store, by which ranks watch each other, is gone"
-        return f"{store}: {found.store_error}; {end}"
+        place = "; it lives in torchrun's agent on the first node, else in rank 0"
+        return f"{store}: {found.store_error}{place}; {end}"
     missing, mismatch = found.verdict.missing, found.verdict.mismatch
     parts = [_who(found)]
     if mismatch is not None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,6 +41,13 @@ def only_incident(folder: Path) -> dict[str, Any]:
     return found[0]
 
 
+def start_words(corpus: Path, root: Path) -> list[str]:
+    """Return the command of a run that does not end by itself."""
+    words = [*SMALL, f"data.corpus={corpus}", f"output_root={root}", "name=t"]
+    words += [f"watch.interval_s={INTERVAL_S}", f"{TOKENS}={STEPS * STEP_TOKENS}"]
+    return [sys.executable, str(ROOT / "launch" / "pretrain.py"), *words]
+
+
 def ranks_of(parent: int) -> list[int]:
     """Return the processes of a run's ranks, in rank order."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="utf-8").split()
@@ -60,9 +68,7 @@ def wait_for(path: Path, *, limit_s: float = 60.0) -> None:
 def test_a_stopped_rank_is_found_within_two_intervals_and_leaves_no_process(
     rank: int, tiny_corpus: Path, tmp_path: Path
 ) -> None:
-    words = [*SMALL, f"data.corpus={tiny_corpus}", f"output_root={tmp_path}", "name=t"]
-    words += [f"watch.interval_s={INTERVAL_S}", f"{TOKENS}={STEPS * STEP_TOKENS}"]
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *words]
+    command = start_words(tiny_corpus, tmp_path)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         wait_for(tmp_path / "t" / "metrics.jsonl")
@@ -83,6 +89,52 @@ def test_a_stopped_rank_is_found_within_two_intervals_and_leaves_no_process(
     other = Path(detail["stacks"]) / f"rank_{1 - rank:05d}.txt"
     assert "in train_step" in other.read_text(encoding="utf-8")
     assert "could not write" in (other.parent / f"rank_{rank:05d}.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_0_that_holds_the_store_is_found_too(
+    tiny_corpus: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    own = {**os.environ, **place, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = start_words(tiny_corpus, tmp_path)
+    ranks = [
+        subprocess.Popen(command, env={**own, "RANK": rank, "LOCAL_RANK": rank},
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    try:
+        wait_for(tmp_path / "t" / "metrics.jsonl")
+        ranks[0].send_signal(signal.SIGSTOP)
+        assert ranks[1].wait(timeout=30) == 85
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    incident = only_incident(tmp_path / "t")
+    assert "the rendezvous store, by which ranks watch each other, is gone" in incident["text"]
+    assert "in train_step" in (Path(incident["detail"]["stacks"]) / "rank_00001.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_at_once_and_is_no_hang(
+    tiny_corpus: Path, tmp_path: Path
+) -> None:
+    command = start_words(tiny_corpus, tmp_path)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(tmp_path / "t" / "metrics.jsonl")
+        ranks = ranks_of(process.pid)
+        os.kill(ranks[1], signal.SIGKILL)
+        assert process.wait(timeout=30) == 1
+    finally:
+        process.kill()
+        process.wait()
+    assert read_incidents(tmp_path / "t") == []
+    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
 
 
 @pytest.mark.slow
