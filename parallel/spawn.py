@@ -35,6 +35,8 @@ _GRACE_S = 60.0
 once."""
 _HUNG_GRACE_S = 3.0
 """The same after the watch has ended the run: who still lives is stopped, or cannot run Python."""
+_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Where the store is: on a disk a beat waits whenever a checkpoint is flushed to it."""
 _NUM_FRAMES = 8
 """Of each stack, in the message on ranks that hang."""
 
@@ -138,7 +140,7 @@ def run_ranks(target: str, args: tuple[Any, ...] = (), *, num_ranks: int) -> int
         0 if every rank returned 0, else the first nonzero code any of them ended with (1 if killed
         by a signal).
     """
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+    with tempfile.TemporaryDirectory(prefix="ranks-", dir=_MEMORY) as folder:
         store = str(Path(folder) / "store")
         threads = threads_per_rank(num_ranks)
         processes: list[BaseProcess] = [

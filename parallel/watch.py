@@ -28,26 +28,16 @@ import torch
 from torch._C._distributed_c10d import PrefixStore
 
 from parallel.beats import WATCH_ENDED, Ages, Beat, Finding, Phase, Watch
-from parallel.entered import Trace, Verdict, judge, newest_of_each
-from parallel.recorder import (
-    Waits,
-    entered_collectives,
-    group_ranks,
-    measured_waits,
-    num_entered,
-    own_store,
-)
-from parallel.stacks import own_stacks, process_state
+from parallel.entered import Trace, Verdict, judge
+from parallel.recorder import Waits, measured_waits, num_entered, own_store
+from parallel.stacks import process_state
+from parallel.testimony import testify, write_testimony
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
-_NUM_TOLD = 8
-"""Collectives of each group that a rank tells the leader; its own file has all."""
-_MAX_CHARACTERS = 200_000
-"""Of a rank's file."""
+_END, _GO_ON = "end", "go on"
 _FLUSH_S = 1.0
-_NOT_WHERE = ("/torch/", "/parallel/recorder.py")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +89,7 @@ class RankWatch:
         self._leaving = threading.Event()
         self._phase: Phase = "start"
         self._step, self._first_step = 0, -1
-        self._phases = self._count = 0
+        self._phases = self._count = self._turn = 0
         self._progress, self._progress_s = (0, 0), time.monotonic()
         self._round_s = time.monotonic()  # when the last round was done
         self._ages = Ages(watch, now_s=time.monotonic())
@@ -133,8 +123,8 @@ class RankWatch:
 
     def leave(self) -> None:
         """End the threads; if the run is about to end, wait for that instead."""
-        if self.found.is_set():
-            self._threads[0].join()
+        while self.found.is_set():  # the thread ends the process, or the alarm was false
+            time.sleep(_POLL_S)
         self._leaving.set()
         for thread in self._threads:
             thread.join()
@@ -159,15 +149,20 @@ class RankWatch:
 
     def _round(self) -> None:
         self._store.set(f"beat/{self._rank}", self._own_beat().encode())
-        if self._store.check(["ask"]):
+        if self._store.check([self._key("ask")]):
             self._answer()
         watched = range(self._num_ranks) if self._rank == 0 else (0,)
         finding = self._ages.look(self._read_beats(watched), now_s=time.monotonic())
         # What rank 0 alone does is no standstill: others may go on.
         if finding is not None and (self._rank == 0 or finding.silent):
-            if self._store.add("lead", 1) == 1:
+            if self._store.add(self._key("lead"), 1) == 1:
                 self._lead(finding)
-            self._ages = Ages(self._watch, now_s=time.monotonic())  # another leads: it will ask
+            else:  # another leads: it will ask
+                self._ages = Ages(self._watch, now_s=time.monotonic())
+
+    def _key(self, name: str) -> str:
+        """Return a key of this turn: after a false alarm ranks ask under new ones."""
+        return f"{name}/{self._turn}"
 
     def _own_beat(self, *, left: bool = False) -> Beat:
         now_s = time.monotonic()
@@ -198,40 +193,56 @@ class RankWatch:
         self.found.set()
         before = self._read_beats(range(self._num_ranks))
         pids = {rank: (before[rank].node, before[rank].pid) for rank in finding.silent}
-        self._store.set("ask", json.dumps(pids))
-        traces = self._collect(before, silent=finding.silent)
+        self._store.set(self._key("ask"), json.dumps(pids))
+        states = {
+            rank: process_state(pid) for rank, (node, pid) in pids.items() if node == self._node
+        }
+        trace, text = self._testify(states)
+        traces = self._collect(before, own=trace, silent=finding.silent)
         after = self._read_beats(range(self._num_ranks))
         silent = tuple(
             rank
             for rank, beat in after.items()
             if rank not in traces and not beat.left and beat.count == before[rank].count
         )
-        finding = Finding(silent=silent if finding.silent else (), seconds=finding.seconds)
-        states = {rank: s for trace in traces.values() for rank, s in trace.processes.items()}
-        report = Report(
-            finding=finding,
-            verdict=judge(traces, silent=finding.silent),
-            beats=after,
-            traces=traces,
-            states=states,
-            folder=self._folder,
+        if finding.silent and not silent:
+            self._store.set(self._key("end"), _GO_ON)
+            log.warning("ranks %s were late and live; the run goes on", list(finding.silent))
+            self._go_on()
+            return
+        states |= {rank: s for trace in traces.values() for rank, s in trace.processes.items()}
+        finding = Finding(silent=silent, seconds=finding.seconds)
+        self._report(
+            Report(
+                finding=finding,
+                verdict=judge(traces, silent=silent),
+                beats=after,
+                traces=traces,
+                states=states,
+                folder=self._folder,
+            )
         )
+        self._store.set(self._key("end"), _END)
+        write_testimony(self._folder, after[self._rank], text)
         for rank in silent:
-            self._write_silent(after[rank], states.get(rank, "unknown"))
-        self._report(report)
-        self._store.set("end", "1")
+            state = f"state of its process: {states.get(rank, 'unknown')}"
+            silence = f"its beats stopped, and it could not write its stacks; {state}"
+            write_testimony(self._folder, after[rank], silence)
         time.sleep(4 * _POLL_S)  # the others read it, perhaps from a store in this process
         self._end()
 
-    def _collect(self, beats: Mapping[int, Beat], *, silent: tuple[int, ...]) -> dict[int, Trace]:
+    def _collect(
+        self, beats: Mapping[int, Beat], *, own: Trace, silent: tuple[int, ...]
+    ) -> dict[int, Trace]:
         """Return the traces of all that answer; waits for the others as long as for a beat."""
-        found = {self._rank: self._write_own(silent_processes(beats, silent, node=self._node))}
+        found = {self._rank: own}
         pending = {r for r, beat in beats.items() if not beat.left} - {self._rank, *silent}
         deadline = time.monotonic() + self._watch.silent_s
         while pending and time.monotonic() < deadline:
             for rank in sorted(pending):
-                if self._store.check([f"answer/{rank}"]):
-                    found[rank] = Trace.decode(bytes(self._store.get(f"answer/{rank}")))
+                key = f"{self._key('answer')}/{rank}"
+                if self._store.check([key]):
+                    found[rank] = Trace.decode(bytes(self._store.get(key)))
             pending -= set(found)
             self._round_s = time.monotonic()
             time.sleep(_POLL_S if pending else 0)
@@ -239,63 +250,32 @@ class RankWatch:
 
     def _answer(self) -> None:
         self.found.set()
-        asked: dict[str, list[Any]] = json.loads(bytes(self._store.get("ask")))
+        asked: dict[str, list[Any]] = json.loads(bytes(self._store.get(self._key("ask"))))
         own = {int(rank): pid for rank, (node, pid) in asked.items() if node == self._node}
-        trace = self._write_own({rank: process_state(pid) for rank, pid in own.items()})
-        self._store.set(f"answer/{self._rank}", trace.encode())
+        trace, text = self._testify({rank: process_state(pid) for rank, pid in own.items()})
+        self._store.set(f"{self._key('answer')}/{self._rank}", trace.encode())
+        write_testimony(self._folder, self._own_beat(), text)
         deadline = time.monotonic() + 2 * self._watch.interval_s  # the leader may stop, too
-        while not self._store.check(["end"]) and time.monotonic() < deadline:
+        while not self._store.check([self._key("end")]) and time.monotonic() < deadline:
             self._round_s = time.monotonic()
             time.sleep(_POLL_S)
-        self._end()
+        if self._store.check([self._key("end")]) and self._ends_with(_GO_ON):
+            self._go_on()
+        else:
+            self._end()
 
-    def _write_own(self, processes: Mapping[int, str]) -> Trace:
-        """Write this rank's file and return its trace; a disk that refuses is only warned of."""
-        stacks, waiting = own_stacks(), self.waits.waiting()
-        entered = entered_collectives()
-        main = threading.main_thread().ident or 0
-        calls = stacks.get(next(iter(waiting), main), ())
-        where = [str(call) for call in calls if not any(p in call.path for p in _NOT_WHERE)]
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        lines = [f"{self._describe()}, {'waits' if waiting else 'does not wait'} in a collective"]
+    def _ends_with(self, word: str) -> bool:
+        return bytes(self._store.get(self._key("end"))).decode() == word
+
+    def _go_on(self) -> None:
+        """Forget a false alarm."""
+        self._turn += 1
+        self._ages = Ages(self._watch, now_s=time.monotonic())
+        self.found.clear()
+
+    def _testify(self, processes: Mapping[int, str]) -> tuple[Trace, str]:
         own = {thread.ident for thread in self._threads}
-        for thread, stack in sorted(stacks.items(), key=lambda s: (s[0] in own, s[0] != main)):
-            lines.append(f"\nthread {names.get(thread, thread)}, innermost call first:")
-            lines += [f'  File "{f.path}", line {f.line}, in {f.function}' for f in stack]
-        lines.append("\ncollectives entered, newest first:")
-        lines += [f"  {e}{'' if e.finished else ', not finished'}" for e in reversed(entered)]
-        self._write(self._rank, "\n".join(lines))
-        return Trace(
-            rank=self._rank,
-            waits=bool(waiting),
-            where=" < ".join(where[:2]),
-            entered=newest_of_each(entered, _NUM_TOLD),
-            members=group_ranks(),
-            processes=processes,
-        )
-
-    def _describe(self) -> str:
-        now_s = time.monotonic()
-        return (
-            f"rank {self._rank} on {self._node}, process {os.getpid()}, phase {self._phase},"
-            f" {self._step} steps done, no progress for {now_s - self._progress_s:.1f} s"
-        )
-
-    def _write_silent(self, beat: Beat, state: str) -> None:
-        self._write(
-            beat.rank,
-            f"rank {beat.rank} on {beat.node}, process {beat.pid}, phase {beat.phase},"
-            f" {beat.step} steps done: its beats stopped, and it could not write its stacks;"
-            f" state of its process: {state}",
-        )
-
-    def _write(self, rank: int, text: str) -> None:
-        path = self._folder / f"rank_{rank:05d}.txt"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(text[:_MAX_CHARACTERS] + "\n", encoding="utf-8")
-        except OSError as error:
-            log.warning("%s: stacks not written: %s", path, error)
+        return testify(self._rank, waits=self.waits, processes=processes, last=own)
 
     # --- the store is gone ------------------------------------------------------------------------
 
@@ -316,10 +296,11 @@ class RankWatch:
         if self.found.is_set():
             self._end()
         self.found.set()
-        traces = {self._rank: self._write_own({})}
+        trace, text = self._testify({})
+        write_testimony(self._folder, self._own_beat(), text)
         try:
             with (self._folder / "no_store.txt").open("x", encoding="utf-8") as file:
-                file.write(f"{self._describe()}: the rendezvous store is gone: {error}\n")
+                file.write(f"rank {self._rank} on {self._node}: {error}\n")
             is_first = True
         except FileExistsError:
             is_first = False
@@ -329,7 +310,7 @@ class RankWatch:
                     finding=Finding(seconds=time.monotonic() - self._round_s),
                     verdict=Verdict(culprits=()),
                     beats={},
-                    traces=traces,
+                    traces={self._rank: trace},
                     folder=self._folder,
                     store_error=error,
                 )
@@ -347,11 +328,6 @@ class RankWatch:
 def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-
-
-def silent_processes(beats: Mapping[int, Beat], silent: Any, *, node: str) -> dict[int, str]:
-    """Return the state of the silent ranks' processes that run on `node`, this one."""
-    return {rank: process_state(beats[rank].pid) for rank in silent if beats[rank].node == node}
 
 
 @contextmanager

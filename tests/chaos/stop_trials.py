@@ -31,6 +31,7 @@ from data.stream.curriculum import Curriculum, Stage  # noqa: E402
 from parallel.beats import Phase, Watch  # noqa: E402
 from parallel.layout import Layout  # noqa: E402
 from parallel.spawn import (  # noqa: E402
+    _MEMORY,  # pyright: ignore[reportPrivateUsage]
     _rank_main,  # pyright: ignore[reportPrivateUsage]  what a rank of run_ranks does
     _wait_for_all,  # pyright: ignore[reportPrivateUsage]  and what its parent does
     silence_expected_warnings,
@@ -111,7 +112,7 @@ def try_once(seed: int, *, corpus: Path, root: Path, num_ranks: int) -> Trial:
     at_step, delay_s = draw.randrange(3, 9), draw.uniform(0.0, PHASES[drawn])
     run = small_run(f"t{seed}", corpus=corpus, root=root, num_ranks=num_ranks)
     fork = multiprocessing.get_context("fork")
-    store = str(root / f"store{seed}")
+    store = tempfile.mktemp(prefix="stops-", dir=_MEMORY)  # as run_ranks does
     target = "tests.chaos.stop_trials:stopping_rank"
     words = (run, rank, drawn, at_step, delay_s)
     processes: list[Any] = [
@@ -123,6 +124,7 @@ def try_once(seed: int, *, corpus: Path, root: Path, num_ranks: int) -> Trial:
     alarm = threading.Timer(LIMIT_S, lambda: [process.kill() for process in processes])
     alarm.start()
     code = _wait_for_all(processes)
+    Path(store).unlink(missing_ok=True)
     alarm.cancel()
     hangs: list[dict[str, Any]] = [i for i in read_incidents(run.folder) if i["kind"] == "hang"]
     stop_file = run.folder / STOP_NAME

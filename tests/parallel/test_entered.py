@@ -109,6 +109,18 @@ CASES = {
         culprits=(2,),
         missing=("0", 3, (2,)),
     ),
+    "on an accelerator a chain of ranks leads to its end": Case(
+        entered={
+            0: (*DONE, reduced(1, group="1")),
+            1: (*DONE, reduced(1, group="3")),
+            2: DONE,
+            3: DONE,
+        },
+        waits=(),
+        groups=PAIRS,
+        culprits=(2,),
+        missing=("3", 1, (2,)),
+    ),
     "all wait in one sum that all entered: nobody can be blamed": Case(
         entered=dict.fromkeys(range(4), at(3)), waits=(0, 1, 2, 3), culprits=()
     ),
