@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _END, _GO_ON = "end", "go on"
+_BUSY_STATES, _BUSY_TRIES = ("R", "D"), 3
+"""A process that runs, or waits for a disk, is not stopped: something holds Python's lock. It is
+left alone so often after the same beat, about four intervals."""
 _FLUSH_S = 1.0
 
 
@@ -205,12 +208,12 @@ class RankWatch:
             for rank, beat in after.items()
             if rank not in traces and not beat.left and beat.count == before[rank].count
         )
-        if finding.silent and not silent:
+        states |= {rank: s for trace in traces.values() for rank, s in trace.processes.items()}
+        if finding.silent and all(self._is_busy(after[r], states.get(r, "")) for r in silent):
+            log.warning("ranks %s are late and live; the run goes on", list(finding.silent))
             self._store.set(self._key("end"), _GO_ON)
-            log.warning("ranks %s were late and live; the run goes on", list(finding.silent))
             self._go_on()
             return
-        states |= {rank: s for trace in traces.values() for rank, s in trace.processes.items()}
         finding = Finding(silent=silent, seconds=finding.seconds)
         self._report(
             Report(
@@ -231,21 +234,30 @@ class RankWatch:
         time.sleep(4 * _POLL_S)  # the others read it, perhaps from a store in this process
         self._end()
 
+    def _is_busy(self, beat: Beat, state: str) -> bool:
+        """Return whether a silent rank may be late once more, for it computes or writes."""
+        tries = f"busy/{beat.rank}/{beat.count}"
+        return state.startswith(_BUSY_STATES) and self._store.add(tries, 1) <= _BUSY_TRIES
+
     def _collect(
         self, beats: Mapping[int, Beat], *, own: Trace, silent: tuple[int, ...]
     ) -> dict[int, Trace]:
-        """Return the traces of all that answer; waits for the others as long as for a beat."""
+        """Return the traces of all that answer; waits for the others as long as for a beat.
+
+        Silent ranks have half a round to show that they were only late.
+        """
         found = {self._rank: own}
         pending = {r for r, beat in beats.items() if not beat.left} - {self._rank, *silent}
-        deadline = time.monotonic() + self._watch.silent_s
-        while pending and time.monotonic() < deadline:
+        begun_s = time.monotonic()
+        patience_s, grace_s = self._watch.silent_s, self._watch.round_s / 2 if silent else 0.0
+        while (waited_s := time.monotonic() - begun_s) < (patience_s if pending else grace_s):
             for rank in sorted(pending):
                 key = f"{self._key('answer')}/{rank}"
                 if self._store.check([key]):
                     found[rank] = Trace.decode(bytes(self._store.get(key)))
             pending -= set(found)
             self._round_s = time.monotonic()
-            time.sleep(_POLL_S if pending else 0)
+            time.sleep(min(_POLL_S, max(grace_s - waited_s, 0.0)) if not pending else _POLL_S)
         return found
 
     def _answer(self) -> None:

@@ -11,6 +11,8 @@ from parallel.watch import Report
 from pretrain.monitor.incidents import Incident, Kind
 from pretrain.training.exit_file import INFRASTRUCTURE
 
+_DEAD = ("gone", "Z", "X")
+"""States of processes that have ended, awaited by their parent or not."""
 _MAX_NAMED = 8
 """Ranks in a sentence, and whose places the detail holds; files hold all."""
 
@@ -19,8 +21,9 @@ def incident_of(found: Report) -> Incident:
     """Return the incident that says what the watch has found, and who is to blame."""
     culprits, beats = found.verdict.culprits, found.beats
     beat = beats.get(culprits[0]) if culprits else None
-    states = [found.states.get(rank) for rank in found.finding.silent]
-    kind: Kind = "rank_died" if states and set(states) == {"gone"} else "hang"
+    states = [found.states.get(rank, "") for rank in found.finding.silent]
+    has_died = bool(states) and all(state.startswith(_DEAD) for state in states)
+    kind: Kind = "rank_died" if has_died else "hang"
     return Incident(
         kind=kind,
         text=_sentence(found),
