@@ -54,7 +54,6 @@ INTERVAL_S = 1.0
 PHASES: dict[Phase, float] = {"step": 0.25, "save": 0.4, "evaluation": 0.2, "data": 0.01}
 """Where a rank is stopped, and the longest time after the phase began, in seconds."""
 LIMIT_S = 90.0
-STOP_NAME = "stopped.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +80,17 @@ class Trial:
         return in_time and self.named == self.rank and (self.exit_code, self.num_left) == (85, 0)
 
 
-def stopping_rank(run: Run, rank: int, drawn: Phase, at_step: int, delay_s: float) -> int:
-    """Train, and stop this process in a phase if it is the drawn rank."""
+def stopping_rank(
+    run: Run, rank: int, drawn: Phase, at_step: int, delay_s: float, said: Path
+) -> int:
+    """Train, and stop this process in a phase if it is the drawn rank; `said` tells when."""
     enter = RunWatch.enter
     is_set = threading.Event()
 
     def stop(watch: RunWatch) -> None:
-        # the main thread may go on while this one writes: the phase is read as late as possible
-        path = run.folder / STOP_NAME
+        # `said` is in memory: a disk may make this thread wait between the time and the stop
         phase = watch._phase  # pyright: ignore[reportPrivateUsage]  to say where it was stopped
-        path.write_text(json.dumps({"time_unix_s": time.time(), "phase": phase}), encoding="utf-8")
+        said.write_text(json.dumps({"time_unix_s": time.time(), "phase": phase}), encoding="utf-8")
         os.kill(os.getpid(), signal.SIGSTOP)
 
     def enter_and_stop(watch: RunWatch, phase: Phase, step: int) -> None:
@@ -114,7 +114,8 @@ def try_once(seed: int, *, corpus: Path, root: Path, num_ranks: int) -> Trial:
     fork = multiprocessing.get_context("fork")
     store = tempfile.mktemp(prefix="stops-", dir=_MEMORY)  # as run_ranks does
     target = "tests.chaos.stop_trials:stopping_rank"
-    words = (run, rank, drawn, at_step, delay_s)
+    said = Path(f"{store}.json")
+    words = (run, rank, drawn, at_step, delay_s, said)
     processes: list[Any] = [
         fork.Process(target=_rank_main, args=(own, num_ranks, store, 1, target, words))
         for own in range(num_ranks)
@@ -124,11 +125,11 @@ def try_once(seed: int, *, corpus: Path, root: Path, num_ranks: int) -> Trial:
     alarm = threading.Timer(LIMIT_S, lambda: [process.kill() for process in processes])
     alarm.start()
     code = _wait_for_all(processes)
-    Path(store).unlink(missing_ok=True)
     alarm.cancel()
     hangs: list[dict[str, Any]] = [i for i in read_incidents(run.folder) if i["kind"] == "hang"]
-    stop_file = run.folder / STOP_NAME
-    stopped = json.loads(stop_file.read_text(encoding="utf-8")) if stop_file.exists() else {}
+    stopped = json.loads(said.read_text(encoding="utf-8")) if said.exists() else {}
+    for file in (Path(store), said):
+        file.unlink(missing_ok=True)
     found_s = hangs[0]["time_unix_s"] - stopped["time_unix_s"] if hangs and stopped else None
     return Trial(
         seed=seed,
