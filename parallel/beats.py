@@ -21,10 +21,10 @@ Phase = Literal["start", "data", "step", "observe", "evaluation", "save", "end"]
 SLOW_PHASES: frozenset[Phase] = frozenset({"start", "data", "evaluation", "save", "end"})
 """Where a rank may rightly stand longer: files are read and written, kernels compiled."""
 ROUNDS_PER_INTERVAL = 5
-"""Beats and looks in each interval. With SILENT_INTERVALS a stop is seen at most 0.2 + 1.2 + 0.2 =
-1.6 intervals after the last beat; 0.4 are left to ask the others."""
-SILENT_INTERVALS = 1.2
-"""A rank is silent after so many: six beats in a row were not written."""
+"""Beats and looks in each interval. With SILENT_INTERVALS a stop is seen at most 0.2 + 1.1 + 0.2 =
+1.5 intervals after the last beat; 0.5 are left to ask the others."""
+SILENT_INTERVALS = 1.1
+"""A rank is silent after so many: five beats in a row were not written."""
 LONGEST_WAIT_S = 600.0
 """What every process group waits (parallel/groups.py); the watch must speak first."""
 WATCH_ENDED = 85
@@ -39,7 +39,7 @@ class Watch:
         ValueError: if a value is out of range.
 
     Source: our choice. 30 s on a cluster: a stopped rank is found and named within 60 s, half of
-        the 120 s that reliability asks for, and a rank may hold the interpreter's lock for 36 s
+        the 120 s that reliability asks for, and a rank may hold the interpreter's lock for 33 s
         (a large pickle) without being taken for dead.
     """
 

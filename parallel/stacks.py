@@ -125,12 +125,24 @@ def own_stacks() -> dict[int, tuple[Frame, ...]]:
 
 
 def process_state(pid: int) -> str:
-    """Return the state of a process of this machine, as `T (stopped)`, or `gone`."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    """Return the state of a process of this machine, as `T (stopped)`, or `gone`.
+
+    Of several threads one that runs or waits for a disk speaks for all; else the main thread does.
+    """
+    states: list[str] = []
+    for thread in (pid, *_threads_of(pid)):
+        try:
+            status = Path(f"/proc/{thread}/status").read_text(encoding="utf-8", errors="replace")
+        except OSError:  # it has ended since
+            continue
+        states += [line[6:].strip() for line in status.splitlines() if line.startswith("State:")]
+    if not states:
         return "gone" if Path("/proc/self/status").exists() else "unknown"
-    return next(
-        (line.split(":", 1)[1].strip() for line in status.splitlines() if line[:6] == "State:"),
-        "unknown",
-    )
+    return next((state for state in states if state[0] in "RD"), states[0])
+
+
+def _threads_of(pid: int) -> list[int]:
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except OSError:
+        return []
