@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from parallel.beats import WATCH_ENDED
 from parallel.failpoints import arm
 from parallel.spawn import enter_rank, find_function, prepare_environment, threads_per_rank
 
@@ -33,8 +34,12 @@ _FORK_SERVER = multiprocessing.get_context("forkserver")
 _GRACE_S = 20.0
 """How long the other ranks may take to end after one has failed: gloo notices a dead peer at
 once."""
+_HUNG_GRACE_S = 5.0
+"""The same after one has lost the others: who still lives cannot run Python."""
+_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+"""Where the store is: on a disk a beat waits whenever a checkpoint is flushed to it."""
 _POLL_S = 0.5
-KILLED = 85
+KILLED = WATCH_ENDED
 """Exit code of a run in which a signal killed a rank: nobody's fault in the program."""
 
 
@@ -143,7 +148,7 @@ def _run_once(
     on_death: Callable[[Death], None],
     severity: Sequence[int],
 ) -> int:
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"ranks-{os.getpid()}-", dir=_MEMORY) as folder:
         store = str(Path(folder) / "store")
         threads = threads_per_rank(num_ranks)
         processes: list[BaseProcess] = [
@@ -213,7 +218,8 @@ def _wait_for_all(
             if code < 0 and time.monotonic() < deadline:
                 on_death(Death(rank=rank, signal=-code))
             if code and deadline == float("inf"):
-                deadline = time.monotonic() + _GRACE_S
+                grace_s = _HUNG_GRACE_S if code == KILLED else _GRACE_S
+                deadline = time.monotonic() + grace_s
         for process in alive.values():
             is_late = time.monotonic() >= deadline
             if is_late or (deadline != float("inf") and _is_stopped(process.pid)):

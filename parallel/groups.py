@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from parallel.beats import LONGEST_WAIT_S
 from parallel.device import Device, prepare
 from parallel.layout import Layout, LayoutError
+from parallel.recorder import record_collectives
 
-TIMEOUT = datetime.timedelta(minutes=10)
+TIMEOUT = datetime.timedelta(seconds=LONGEST_WAIT_S)
 """One time-out for every group; torch's new_group would give 30 minutes whatever the first group
 has."""
 
@@ -52,6 +54,7 @@ def join_world(
     """
     device = prepare()
     if not torch.distributed.is_initialized():
+        record_collectives()
         device.claim(int(os.environ.get("LOCAL_RANK", "0")))
         torch.distributed.init_process_group(
             device.backend,
@@ -193,6 +196,11 @@ def data_rank() -> int:
 def context_rank() -> int:
     """Return which part of each sequence this rank computes, 0 <= rank < cp."""
     return int(parallel_state.get_context_parallel_rank())
+
+
+def stage_rank() -> int:
+    """Return which stage of the pipeline this rank computes, 0 <= rank < pp."""
+    return int(parallel_state.get_pipeline_model_parallel_rank())
 
 
 def tensor_rank() -> int:

@@ -38,3 +38,14 @@ def max_over_all(values: Tensor) -> Tensor:
     values = values.clone()
     torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     return values
+
+
+def gather_over_all(values: Tensor) -> Tensor:
+    """Return `values` of every rank, `[R, ...]`; collective over all.
+
+    Args:
+        values: any shape, the same on all ranks.
+    """
+    gathered = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(gathered, values.contiguous())
+    return torch.stack(gathered)

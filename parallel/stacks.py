@@ -3,20 +3,24 @@
 A rank that waits in a collective runs no Python, so nobody can ask it anything; but faulthandler
 writes the stack from inside the signal, in C. Each rank names a file for it when it starts
 (`write_stack_on_signal`), and whoever gives up on the ranks asks for all of them before killing
-them (`collect_stacks`). No torch.
+them (`collect_stacks`). A thread of the rank's own needs no signal (`own_stacks`). No torch.
 """
 
 import faulthandler
+import itertools
 import os
 import re
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 _SIGNAL = signal.SIGUSR1
 _DEADLINE_S, _POLL_S = 3.0, 0.05
+_MAX_FRAMES = 100
 _FRAME = re.compile(r'File "(?P<path>.*)", line (?P<line>\d+) in (?P<function>.*)')
 
 
@@ -103,3 +107,42 @@ def _main_stack(text: str, entry: str) -> tuple[Frame, ...]:
         if any(frame.function == entry for frame in frames):
             return frames
     return ()
+
+
+def own_stacks() -> dict[int, tuple[Frame, ...]]:
+    """Return the stack of each thread of this process by identifier, innermost call first.
+
+    A thread of the process asks, while the others stand where they stand.
+    """
+    found: dict[int, tuple[Frame, ...]] = {}
+    for thread, innermost in sys._current_frames().items():  # pyright: ignore[reportPrivateUsage]  no other way
+        calls = itertools.islice(traceback.walk_stack(innermost), _MAX_FRAMES)
+        found[thread] = tuple(
+            Frame(function=frame.f_code.co_name, path=frame.f_code.co_filename, line=line)
+            for frame, line in calls
+        )
+    return found
+
+
+def process_state(pid: int) -> str:
+    """Return the state of a process of this machine, as `T (stopped)`, or `gone`.
+
+    Of several threads one that runs or waits for a disk speaks for all; else the main thread does.
+    """
+    states: list[str] = []
+    for thread in (pid, *_threads_of(pid)):
+        try:
+            status = Path(f"/proc/{thread}/status").read_text(encoding="utf-8", errors="replace")
+        except OSError:  # it has ended since
+            continue
+        states += [line[6:].strip() for line in status.splitlines() if line.startswith("State:")]
+    if not states:
+        return "gone" if Path("/proc/self/status").exists() else "unknown"
+    return next((state for state in states if state[0] in "RD"), states[0])
+
+
+def _threads_of(pid: int) -> list[int]:
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except OSError:
+        return []

@@ -12,6 +12,7 @@ C windows, S inputs of a window.
 """
 
 import logging
+import queue
 from typing import Literal
 
 import numpy as np
@@ -140,7 +141,7 @@ def is_damage(error: DataError) -> bool:
     """Return whether an error is of bytes that are wrong, and not of bytes that did not come."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError):
+        if isinstance(cause, OSError | queue.Empty):
             return False
         cause = cause.__cause__
     return True

@@ -192,12 +192,12 @@ class BatchReader(Closing):
     def _wait(self, step: int) -> tuple[int, ReplicaBatch | Exception]:
         try:
             return self._found.get(timeout=self._reading.timeout_s)
-        except queue.Empty:
+        except queue.Empty as error:
             raise DataError(
                 f"{self._dataset.manifest.path}: the windows of step {step} were not there after"
                 f" {self._reading.timeout_s:g} s (data.reading.timeout_s); the file system of the"
                 " dataset is slow or gone"
-            ) from None
+            ) from error
 
     def _drop(self) -> None:
         """Take what was asked for and is no longer wanted."""

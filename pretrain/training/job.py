@@ -46,6 +46,7 @@ from pretrain.training.start import move_aside, starts_again
 from pretrain.training.stop_request import StopRequest, remove_request, working_time_s
 from pretrain.training.train_step import StepResult
 from pretrain.training.trainer import Trainer, fit
+from pretrain.training.watching import RunWatch, watching
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ def train(run: Run, config_yaml: str) -> int:
             polls_file=rank == 0,
         )
         device = groups.join_world()
-        code, reason = _train(run, config_yaml, device, stop, progress)
+        with watching(run, attempt=progress.attempt_number) as watch:
+            code, reason = _train(run, config_yaml, device, stop, progress, watch)
     except Exception as error:  # the boundary of the process: say it, record it, end
         ending = ending_of(error, has_begun=progress.has_begun)
         _report(run, error, ending, progress=progress, rank=rank)
@@ -100,6 +102,10 @@ class Progress:
     """Whether training began; before it, what is wrong is what was given."""
     step: int | None = None
     """Optimizer steps done."""
+
+    def attempt_number(self) -> int | None:
+        """Return which start this is, once it is known."""
+        return None if self.attempt is None else self.attempt.number
 
 
 def _report(run: Run, error: Exception, ending: Ending, *, progress: Progress, rank: int) -> None:
@@ -151,7 +157,12 @@ def _claim(run: Run, progress: Progress) -> tuple[Path, Manifest] | None:
 
 
 def _train(
-    run: Run, config_yaml: str, device: Device, stop: StopRequest, progress: Progress
+    run: Run,
+    config_yaml: str,
+    device: Device,
+    stop: StopRequest,
+    progress: Progress,
+    watch: RunWatch,
 ) -> tuple[int, str]:
     found = _claim(run, progress)
     attempt = progress.attempt
@@ -177,7 +188,7 @@ def _train(
     progress.has_begun, progress.step = True, trainer.position.step
     telemetry = _open_telemetry(run, trainer, config_yaml, attempt) if _is_first() else None
     try:
-        return _fit(run, trainer, device, stop, telemetry, progress)
+        return _fit(run, trainer, device, stop, telemetry, progress, watch)
     finally:
         if telemetry is not None:
             telemetry.close()
@@ -214,6 +225,7 @@ def _fit(
     stop: StopRequest,
     telemetry: Telemetry | None,
     progress: Progress,
+    watch: RunWatch,
 ) -> tuple[int, str]:
     started = time.monotonic()
     throughput = make_throughput(run, device)
@@ -224,18 +236,26 @@ def _fit(
     def monitor(result: StepResult, num_sequences: int) -> None:
         progress.step = trainer.position.step
         observer.step_done(result, num_sequences=num_sequences)
+        watch.step_done(trainer.position.step, device=trainer.device)
         interval = run.evaluation.interval_steps
         if interval and trainer.position.step % interval == 0 and not trainer.is_finished:
+            watch.enter("evaluation", trainer.position.step)
             with throughput.pause():
                 _validate(trainer, observer, windows_per_domain=run.evaluation.windows_per_domain)
 
-    saves = Saves(trainer, observer, committed=lambda s: attempt.note(committed_step=s))
+    saves = Saves(
+        trainer,
+        observer,
+        enter=watch.enter,
+        committed=lambda s: attempt.note(committed_step=s),
+    )
     throughput.start()
     finished = fit(
         trainer,
         monitor=monitor,
         checkpoint=saves.after_step,
         should_stop=lambda: stop() or attempt.is_lost,
+        enter=watch.enter,
     )
     lost = from_first_rank(attempt.why_lost())
     if lost:
@@ -247,12 +267,14 @@ def _fit(
             f" {trainer.total_steps}; run the same command to go on"
         )
         return INTERRUPTED, "asked to stop, saved"
+    watch.enter("evaluation", trainer.position.step)
     with throughput.pause():
         scores = _validate(
             trainer, observer, windows_per_domain=run.evaluation.final_windows_per_domain
         )
     saves.finish()
     require_finite(scores["all"].loss, step=trainer.position.step)
+    watch.enter("end", trainer.position.step)
     if _is_first():
         elapsed_s = time.monotonic() - started
         draw_curves(run, trainer.corpus)

@@ -18,6 +18,7 @@ from data.stream.loader import Reading
 from data.stream.order import Segment
 from data.stream.slots import micro_sequences
 from data.stream.timetable import Timetable
+from parallel.beats import Watch
 from parallel.cluster import Cluster
 from parallel.layout import Layout
 from pretrain.checkpoint.key_classes import CLASSES, KEY_CLASS, keys_of
@@ -27,6 +28,7 @@ from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.recompute import Recompute, check_recompute
 from pretrain.model.spec import ModelSpec
+from pretrain.monitor.stragglers import Stragglers
 from pretrain.monitor.telemetry import TelemetryConfig
 from pretrain.training.batch import check_divisible, check_interleaved
 from pretrain.training.lr_schedule import LrSchedule
@@ -295,6 +297,10 @@ class Run:
     when_finished: Literal["stop", "start_again"] = "stop"
     """What a run does whose last token is trained on: stop does nothing, so that a requeued job
     ends; start_again moves the folder aside (name.1, name.2, ...) and trains anew."""
+    watch: Watch = field(default_factory=Watch)
+    """How closely ranks are watched for one that hangs."""
+    stragglers: Stragglers = field(default_factory=Stragglers)
+    """When a rank that holds up the others is named."""
     change: Change = field(default_factory=Change)
     """What is read or trained differently from here on."""
     on_other_environment: Literal["warn", "refuse"] = "warn"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from parallel.beats import Phase
 from pretrain.checkpoint.saver import Outcome
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.training.observe import Observer
@@ -34,6 +35,7 @@ class Saves:
         trainer: Trainer,
         observer: Observer,
         *,
+        enter: Callable[[Phase, int], None] = lambda _phase, _step: None,
         committed: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Take the step that the run stands at as saved: it is new, or comes from a checkpoint.
@@ -41,8 +43,10 @@ class Saves:
         Args:
             trainer: whose steps are saved.
             observer: told of every save.
+            enter: told that a save begins, or is waited for.
             committed: told of the step of every commit.
         """
+        self._enter = enter
         self._committed = committed
         self._trainer = trainer
         self._observer = observer
@@ -76,6 +80,7 @@ class Saves:
         Raises:
             StorageError: if storage refuses three times.
         """
+        self._enter("save", self._trainer.position.step)
         self._trainer.saver.wait()
         self._hear()
         for wait_s in (*_LAST_WAITS_S, None):
@@ -94,6 +99,7 @@ class Saves:
 
     def _begin(self) -> None:
         self._is_due = False
+        self._enter("save", self._trainer.position.step)
         with self._observer.throughput.pause():
             self._observer.save_begun()
             self._trainer.begin_save()

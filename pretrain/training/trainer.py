@@ -23,6 +23,7 @@ from data.stream.loader import BatchReader, Share
 from data.stream.order import Segment
 from parallel import groups
 from parallel.agreement import from_first_rank
+from parallel.beats import Phase
 from parallel.device import Device
 from parallel.failpoints import at_step, failpoint
 from parallel.reduce import max_over_all, sum_over_data
@@ -355,6 +356,7 @@ def fit(
     monitor: Callable[[StepResult, int], None],
     checkpoint: Callable[[bool], None],
     should_stop: Callable[[], bool],
+    enter: Callable[[Phase, int], None],
 ) -> bool:
     """Train until the last token or until a rank is asked to stop.
 
@@ -364,6 +366,7 @@ def fit(
         checkpoint: called after each step with whether a rank still writes the last checkpoint;
             decides by itself whether to begin one, on all ranks alike.
         should_stop: whether this rank has been asked to stop; all ranks stop after the same step.
+        enter: told what this rank does next, and the steps done (training/watching.py).
 
     Returns:
         True if the run is finished, False if it was stopped.
@@ -374,8 +377,11 @@ def fit(
         at_step(trainer.position.step)
         failpoint("step.begin")
         num_sequences = trainer.segment.global_sequences
+        enter("data", trainer.position.step)
         batch = trainer.next_batch()
+        enter("step", trainer.position.step)
         result = trainer.step(batch)
+        enter("observe", trainer.position.step)
         monitor(result, num_sequences)
         own = torch.tensor([float(should_stop()), float(trainer.saver.is_busy)])
         stop, is_busy = max_over_all(own.to(trainer.device)).tolist()  # synchronises

@@ -127,5 +127,5 @@ def descendants(pid: int) -> frozenset[int]:
 
 def _shared_memory() -> frozenset[Path]:
     """Return what torch and multiprocessing keep in shared memory."""
-    names = ("torch_*", "sem.*", "psm_*", "pym-*")
+    names = ("torch_*", "sem.*", "psm_*", "pym-*", f"ranks-{os.getpid()}-*")
     return frozenset(path for name in names for path in Path("/dev/shm").glob(name))

@@ -71,7 +71,7 @@ class Scenario:
             output_root=output_root,
             seed=1,
             mtp_loss_weight=0.3,
-            model=ModelSpec(**TINY_MODEL),
+            model=ModelSpec(**TINY_MODEL),  # pyright: ignore[reportArgumentType]  sizes and rates
             layout=layout,
             precision=Precision(kind="fp32"),
             load_balance=LoadBalance(kind="bias", bias_update_rate=1e-3),

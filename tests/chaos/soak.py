@@ -132,7 +132,7 @@ def _has_struck(fault: Planted, marks: frozenset[str]) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Play runs until enough faults have struck; print a line for each."""
-    given = dict(argument.partition("=")[::2] for argument in arguments)
+    given = {key: value for key, _, value in (word.partition("=") for word in arguments)}
     unknown = given.keys() - {"faults", "seed", "layouts", "only", "json", "keep"}
     if unknown:
         print(

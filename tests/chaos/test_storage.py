@@ -128,4 +128,4 @@ def test_a_source_that_is_gone_ends_the_start_and_the_next_goes_on(
     assert violations(played, truth, codes=[85, 0], incidents=incidents) == []
     (record,) = read_incidents(run.folder)
     assert record["rank"] == 1
-    assert "data.reading.timeout_s=2" in str(record["text"])
+    assert "were not there after 2 s (data.reading.timeout_s)" in str(record["text"])

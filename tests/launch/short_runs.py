@@ -58,6 +58,7 @@ def train_some(run: Run, *, save_after: int | None = None, leave_after: int | No
         monitor=monitor,
         checkpoint=checkpoint,
         should_stop=lambda: trainer.position.step == leave_after,
+        enter=lambda *_: None,
     )
     if telemetry is not None:
         telemetry.close()
