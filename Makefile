@@ -1,7 +1,7 @@
 # `make` lists the targets. Every target that needs Python makes .venv first, once.
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow lint serve-check slurm-check bench figures clean distclean
+.PHONY: help install run test test-slow lint chaos serve-check slurm-check bench figures clean distclean
 
 VENV := .venv/bin/python
 STAMP := .venv/.installed
@@ -42,6 +42,11 @@ lint: $(STAMP) ## ruff, pyright, and no file above 500 kB
 	@large=$$(git ls-files -z --cached --others --exclude-standard \
 		| xargs -0 sh -c 'find "$$@" -type f -size +500000c 2>/dev/null' find); \
 	test -z "$$large" || { echo "larger than 500 kB: $$large"; exit 1; }
+
+chaos: $(STAMP) ## kill, starve and damage runs at random and compare each with itself (about an hour)
+	$(VENV) tests/chaos/soak.py $(or $(ARGS),faults=200 seed=1)
+	$(VENV) tests/chaos/stop_trials.py --trials 30
+	$(VENV) tests/chaos/goodput.py
 
 serve-check: $(STAMP) ## compare a real vLLM with transformers on an exported model (3.5 GB, 7 minutes)
 	$(VENV) tests/serve/serve_check.py $(ARGS)

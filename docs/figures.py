@@ -207,13 +207,72 @@ def goodput_table(record: Mapping[str, Any]) -> str:
     return "\n\n".join([saves, *tables]) + "\n"
 
 
+def bench_checkpoint_table(record: Mapping[str, Any]) -> str:
+    """Return how long training waits for saves of both kinds."""
+    rows = [("save", "number", "training waits, ms", "until committed, s", "steps beside it")]
+    rows += [
+        (
+            row["kind"],
+            str(row["number"]),
+            f"{row['blocking_s'] * 1e3:,.0f}",
+            f"{row['total_s']:.2f}",
+            str(row["steps_beside"]),
+        )
+        for row in sorted(record["rows"], key=lambda row: (row["kind"], row["number"]))
+    ]
+    note = (
+        f"{record['num_parameters']:,} parameters, {record['num_bytes'] / 1e9:.2f} GB. From the"
+        f" second save on: {record['ratio_of_medians']:.3f} of the synchronous one (medians),"
+        f" {record['longest_over_shortest']:.3f} (longest over shortest). On these two cores a step"
+        f" beside a save takes {record['step_beside_over_alone']:.2f} times as long."
+    )
+    return f"{markdown_table(rows)}\n{note}\n"
+
+
+def chaos_table(record: Mapping[str, Any]) -> str:
+    """Return how many faults of which kind struck, and how many runs were not themselves."""
+    kinds = [("fault", "struck")]
+    kinds += [(kind, str(count)) for kind, count in record["by_kind"].items()]
+    layouts = ", ".join(f"{name} {count}" for name, count in sorted(record["by_layout"].items()))
+    note = (
+        f"{record['num_faults']} faults in {record['num_runs']} runs, {record['minutes']:.0f}"
+        f" minutes, {record['num_violated']} runs with a violated oracle. Runs by layout:"
+        f" {layouts}."
+    )
+    return f"{note}\n\n{markdown_table(kinds)}"
+
+
+def stops_table(record: Mapping[str, Any]) -> str:
+    """Return how many stopped ranks were found."""
+    return (
+        f"{len(record['trials'])} ranks stopped at random: the right one named"
+        f" {record['num_right']} times, and within two intervals of {record['interval_s']:g} s, with"
+        f" exit code 85 and no process left, {record['num_good']} times; found after"
+        f" {record['median_s']:.2f} s (median), {record['longest_s']:.2f} s (longest).\n"
+    )
+
+
+def kills_table(record: Mapping[str, Any]) -> str:
+    """Return the effective training time of a run that was killed at random."""
+    return (
+        f"Killed {record['num_kills']} times in {record['total_s']:.0f} s: effective training time"
+        f" {record['ettr']:.3f}, by the planner's simulation {record['simulated_ettr']:.3f}; from a"
+        f" kill to the next step {record['measured']['init_s']:.2f} s, a save blocks"
+        f" {record['measured']['blocking_s'] * 1e3:.0f} ms.\n"
+    )
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "chaos": chaos_table,
     "demo": demo_table,
+    "bench_checkpoint": bench_checkpoint_table,
     "bench_step": bench_step_table,
     "bench_export": bench_export_table,
     "bench_stream": bench_stream_table,
     "goodput": goodput_table,
+    "kills": kills_table,
     "slurm_check": slurm_check_table,
+    "stops": stops_table,
     "verify_2": verify_table,
     "verify_8": verify_table,
 }

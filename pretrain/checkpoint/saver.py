@@ -127,18 +127,23 @@ class Saver:
         """Whether this rank's part of a save is under way."""
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def num_bytes(self) -> int:
+        """Of host memory that copies are made into."""
+        return self._staging.num_bytes
+
     def trust(self, folder: Path) -> None:
         """Count a checkpoint as verified: this attempt has checked its digests."""
         self._retention.trust(folder)
 
-    def begin(self, pieces: Sequence[Piece], manifest: Manifest) -> None:
+    def begin(self, collect: Callable[[], Sequence[Piece]], manifest: Manifest) -> None:
         """Copy the state and start writing it; every rank calls it at the same step.
 
         Where host memory does not suffice for a copy, the save is done before this returns, and a
         warning says so.
 
         Args:
-            pieces: what this rank writes.
+            collect: returns what this rank writes.
             manifest: all but `files`, `written_by`.
 
         Raises:
@@ -148,6 +153,7 @@ class Saver:
         assert self._outcome is None, "the last outcome was not taken"
         started = time.monotonic()
         failpoint("save.begin", step=manifest.step)
+        pieces = collect()
         boxes: Boxes
         try:
             self._staging.copy(pieces)

@@ -287,7 +287,7 @@ class Trainer:
             ledger=self.ledger.as_json(),
             updates=num_updates(self.optimizer),
         )
-        self.saver.begin(pieces_of_rank(self.chunks, self.optimizer), manifest)
+        self.saver.begin(lambda: pieces_of_rank(self.chunks, self.optimizer), manifest)
         self.corpus.train.check_unchanged()
 
     def start_from(self, folder: Path) -> None:

@@ -69,3 +69,16 @@ def test_a_full_disk_and_a_flipped_bit_cost_a_save_each(disturb: Disturb, truth:
         "save.file_written:eio:rank=0:step=20",
     )
     assert violations(played, truth, codes=[0], incidents=Counter(save_failed=2)) == []
+
+
+def test_errors_in_a_step_in_a_saver_and_in_a_reader_end_a_start_each(
+    disturb: Disturb, truth: Truth
+) -> None:
+    """The threads that save and read ahead cannot die unseen: their errors reach the step."""
+    played = disturb(
+        "data.read:raise:rank=1",
+        "step.forward:raise:rank=1:step=6",
+        "save.file_written:raise:rank=0:step=12",
+    )
+    incidents = Counter(failure=3)
+    assert violations(played, truth, codes=[1, 1, 1, 0], incidents=incidents) == []

@@ -218,7 +218,10 @@ def assert_passed_over(folder: Path, name: str, before: Path) -> None:
     assert any(name in line for line in told), (name, told)
 
 
-def test_every_flipped_bit_of_every_file_is_found_before_use(trainer: Trainer) -> None:
+@pytest.mark.parametrize("num_flips", [5, pytest.param(200, marks=pytest.mark.slow)])
+def test_every_flipped_bit_of_every_file_is_found_before_use(
+    num_flips: int, trainer: Trainer
+) -> None:
     save_step(trainer)
     save_step(trainer)
     newest, before = root(trainer) / "step_00000002", root(trainer) / "step_00000001"
@@ -235,7 +238,7 @@ def test_every_flipped_bit_of_every_file_is_found_before_use(trainer: Trainer) -
     for name in kinds_of_files(newest):
         path = newest / name
         whole = path.read_bytes()
-        for _ in range(5):
+        for _ in range(num_flips):
             content = bytearray(whole)
             content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
             path.write_bytes(content)
