@@ -246,8 +246,8 @@ def stops_table(record: Mapping[str, Any]) -> str:
     """Return how many stopped ranks were found."""
     return (
         f"{len(record['trials'])} ranks stopped at random: the right one named"
-        f" {record['num_right']} times, and within two intervals of {record['interval_s']:g} s, with"
-        f" exit code 85 and no process left, {record['num_good']} times; found after"
+        f" {record['num_right']} times, and within two intervals of {record['interval_s']:g} s,"
+        f" with exit code 85 and no process left, {record['num_good']} times; found after"
         f" {record['median_s']:.2f} s (median), {record['longest_s']:.2f} s (longest).\n"
     )
 
