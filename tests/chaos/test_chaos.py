@@ -56,6 +56,7 @@ def test_ranks_killed_at_every_stage_of_a_save(disturb: Disturb, truth: Truth) -
     assert violations(played, truth, codes=[85] * 4 + [0], incidents=incidents) == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_is_replaced_within_the_job(disturb: Disturb, truth: Truth) -> None:
     scenario = Scenario(layout="ep2", in_job=3)
     played = disturb("step.forward:kill:rank=1:step=9", scenario=scenario)
@@ -71,6 +72,7 @@ def test_a_full_disk_and_a_flipped_bit_cost_a_save_each(disturb: Disturb, truth:
     assert violations(played, truth, codes=[0], incidents=Counter(save_failed=2)) == []
 
 
+@pytest.mark.slow
 def test_errors_in_a_step_in_a_saver_and_in_a_reader_end_a_start_each(
     disturb: Disturb, truth: Truth
 ) -> None:

@@ -12,6 +12,7 @@ from tests.chaos.play import Environment, Played, play
 from tests.chaos.scenario import Scenario
 
 Disturb = Callable[..., Played]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

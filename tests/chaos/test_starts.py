@@ -27,6 +27,7 @@ from tests.chaos.play import Played, play
 from tests.chaos.scenario import LAYOUTS, Scenario
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
 MakeRun = Callable[..., Run]
 
 
@@ -114,7 +115,6 @@ def test_every_kind_of_damage_sends_a_run_to_the_checkpoint_before(
     assert all(what.split()[1] in text for what, text in zip(done, named, strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "layouts",
     [("ep2", "pp2", "dp2"), ("pp2 ep2", "tp2", "ep2")],
@@ -183,7 +183,6 @@ def start_command(run: Run, folder: Path, *, faults: str = "") -> subprocess.Pop
     )
 
 
-@pytest.mark.slow
 def test_a_second_job_is_refused_and_the_first_goes_on(
     make_run: MakeRun, tmp_path: Path, truth: Truth
 ) -> None:
@@ -200,7 +199,6 @@ def test_a_second_job_is_refused_and_the_first_goes_on(
     assert len(read_attempts(run.folder)) == 1
 
 
-@pytest.mark.slow
 def test_a_command_that_is_killed_leaves_no_ranks_and_is_followed_at_once(
     make_run: MakeRun, tmp_path: Path, truth: Truth
 ) -> None:

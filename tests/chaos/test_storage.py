@@ -64,7 +64,11 @@ def fill(root: Path) -> list[Path]:
         return fillers
 
 
-@pytest.mark.parametrize("options", ["size=24m", "nr_inodes=40"], ids=["bytes", "inodes"])
+@pytest.mark.parametrize(
+    "options",
+    ["size=24m", pytest.param("nr_inodes=40", marks=pytest.mark.slow)],
+    ids=["bytes", "inodes"],
+)
 def test_training_goes_on_when_the_disk_is_full_and_the_old_checkpoint_loads(
     options: str, make_run: MakeRun, truth: Truth
 ) -> None:
@@ -94,6 +98,7 @@ def test_training_goes_on_when_the_disk_is_full_and_the_old_checkpoint_loads(
         assert violations(played, truth, codes=[0]) == []
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files_is_a_full_disk(make_run: MakeRun, truth: Truth) -> None:
     """RLIMIT_FSIZE, for whoever may mount nothing: EFBIG, until the rank is started again."""
     run = make_run()
@@ -103,6 +108,7 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk(make_run: MakeRun, truth: T
     assert [attempt.from_step for attempt in read_attempts(run.folder)] == [0, 8]
 
 
+@pytest.mark.slow
 def test_slow_storage_stretches_the_interval_and_not_the_steps(
     make_run: MakeRun, truth: Truth
 ) -> None:
@@ -116,6 +122,7 @@ def test_slow_storage_stretches_the_interval_and_not_the_steps(
     assert len(saves) < 6  # of the six that were due
 
 
+@pytest.mark.slow
 def test_a_source_that_is_gone_ends_the_start_and_the_next_goes_on(
     make_run: MakeRun, tiny_corpus: Path, tmp_path: Path, truth: Truth
 ) -> None:
