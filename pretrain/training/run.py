@@ -27,10 +27,12 @@ from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.recompute import Recompute, check_recompute
 from pretrain.model.spec import ModelSpec
+from pretrain.monitor.secrets import scrubbed
 from pretrain.monitor.telemetry import TelemetryConfig
 from pretrain.training.batch import check_divisible, check_interleaved
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.restarts import Restarts
+from pretrain.training.run_name import check_places, check_run_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,6 +308,8 @@ class Run:
     """The machines it is meant for; null: whatever it is started on."""
 
     def __post_init__(self) -> None:
+        check_run_name(self.name)
+        check_places(asdict(self))
         if self.micro_batch_tokens < 1 or self.seed < 0 or self.mtp_loss_weight < 0:
             raise ValueError(
                 f"micro_batch_tokens={self.micro_batch_tokens}, seed={self.seed},"
@@ -379,8 +383,8 @@ class Run:
 
 
 def as_json(run: Run) -> dict[str, Any]:
-    """Return the configuration as JSON values: what checkpoints and wandb keep of it."""
-    return _plain(asdict(run))
+    """Return the configuration as JSON values without secrets: what checkpoints and wandb keep."""
+    return scrubbed(_plain(asdict(run)))
 
 
 def _plain(value: Any) -> Any:
