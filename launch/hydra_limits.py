@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig, OmegaConf
 
@@ -49,7 +50,7 @@ def refuse_words(words: Sequence[str]) -> None:
         # argparse takes every beginning of an option that is unique
         if flag.startswith("--e") and any(full.startswith(flag) for full in _REFUSED_WORDS):
             raise ConfigError(
-                f"{flag}: a pickle is never read; allowed: key=value and --config-dir"
+                f"{flag}: no pickle is read; allowed: key=value and --config-dir"
             )
         key, equals, value = word.lstrip("+~").partition("=")
         if equals and key.startswith("hydra.searchpath") and "pkg:" in value:
@@ -66,7 +67,10 @@ def limited() -> Iterator[None]:
     composed: Callable[..., DictConfig] = ConfigLoaderImpl.load_configuration
 
     def checked(self: ConfigLoaderImpl, *arguments: Any, **named: Any) -> DictConfig:
-        cfg = composed(self, *arguments, **named)
+        try:
+            cfg = composed(self, *arguments, **named)
+        except yaml.YAMLError as error:  # a tag that names code is one, too
+            raise ConfigError(f"not YAML of plain values: {' '.join(str(error).split())}") from error
         refuse_code(cfg)
         return cfg
 

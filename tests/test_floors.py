@@ -63,6 +63,7 @@ OWNERS = {
     "transformers": "pretrain/serving/transformers_model.py",
     "psutil": "pretrain/serving/check_hub.py",
     "hydra": "launch/*",
+    "yaml": "launch/hydra_limits.py",  # comes with omegaconf; for its errors
     "omegaconf": "launch/compose.py launch/hydra_limits.py launch/submit.py",
 }
 
