@@ -42,7 +42,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from launch.config_tree import ConfigError, first_line, join, read, refuse_targets, shown, unread
-from launch.hydra_limits import limited, refuse_words
+from launch.hydra_limits import limited, refuse_words, scrub_sweep_file
 from pretrain.monitor.secrets import guard_tracebacks, print_traceback, scrub, scrubbed
 from pretrain.training.run_name import MAX_CHARACTERS, RULE, is_run_name
 
@@ -296,7 +296,8 @@ def _rewrapped(
         # Ranks and tools that the job starts see the user's own environment.
         with _full_error(full_error):
             try:
-                refuse_targets(OmegaConf.to_container(cfg, resolve=False), "")
+                if _in_sweep():
+                    scrub_sweep_file()
                 task(cfg)
             except user_errors as error:
                 record_exit_code(_report(error, full_error=full_error))

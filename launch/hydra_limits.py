@@ -15,14 +15,18 @@ would be written into files.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from launch.config_tree import ConfigError, join, refuse_targets, shown
-from pretrain.monitor.secrets import is_secret_name
+from pretrain.monitor.secrets import is_secret_name, scrub
+from pretrain.training.run_name import RULE, is_run_name
 
 _PLUGINS = {
     "launcher": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
@@ -49,12 +53,12 @@ def refuse_words(words: Sequence[str]) -> None:
         flag, _, _ = word.partition("=")
         # argparse takes every beginning of an option that is unique
         if flag.startswith("--e") and any(full.startswith(flag) for full in _REFUSED_WORDS):
-            raise ConfigError(
-                f"{flag}: no pickle is read; allowed: key=value and --config-dir"
-            )
+            raise ConfigError(f"{flag}: no pickle is read; allowed: key=value and --config-dir")
         key, equals, value = word.lstrip("+~").partition("=")
         if equals and key.startswith("hydra.searchpath") and "pkg:" in value:
             raise ConfigError(f"{key}: got {shown(value)}; allowed: folders, as file:///a/b")
+        if equals and key.startswith("hydra.job.env_"):
+            raise _environment_refused(key, value)
 
 
 @contextmanager
@@ -70,8 +74,11 @@ def limited() -> Iterator[None]:
         try:
             cfg = composed(self, *arguments, **named)
         except yaml.YAMLError as error:  # a tag that names code is one, too
-            raise ConfigError(f"not YAML of plain values: {' '.join(str(error).split())}") from error
+            words = " ".join(str(error).split())
+            raise ConfigError(f"not YAML of plain values: {words}") from error
         refuse_code(cfg)
+        if named.get("run_mode") == RunMode.MULTIRUN:
+            _refuse_sweep_name(cfg)
         return cfg
 
     ConfigLoaderImpl.load_configuration = checked
@@ -79,6 +86,24 @@ def limited() -> Iterator[None]:
         yield
     finally:
         ConfigLoaderImpl.load_configuration = composed
+
+
+def scrub_sweep_file() -> None:
+    """Take secrets out of the `multirun.yaml` that Hydra has written for this sweep.
+
+    It holds the words of the command line, and Hydra has no setting to leave it out.
+    """
+    path = Path(HydraConfig.get().sweep.dir) / "multirun.yaml"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if (shown_text := scrub(text)) != text:
+        path.write_text(shown_text, encoding="utf-8")
+
+
+def _refuse_sweep_name(cfg: DictConfig) -> None:
+    """Refuse a name before Hydra makes a sweep's folder of it; jobs look at theirs themselves."""
+    name = OmegaConf.select(cfg, "name", throw_on_missing=False)
+    if isinstance(name, str) and not is_run_name(name):
+        raise ConfigError(f"name: got {shown(name)}; allowed: {RULE}")
 
 
 def refuse_code(cfg: DictConfig) -> None:
@@ -108,13 +133,17 @@ def refuse_code(cfg: DictConfig) -> None:
     job = cast(dict[str, Any], hydra.get("job") or {})
     for name in ("env_set", "env_copy"):
         if job.get(name):
-            raise ConfigError(
-                f"hydra.job.{name}: got {shown(job[name])}; allowed: nothing; set variables in the"
-                " shell, or for the ranks of a cluster in cluster.environment"
-            )
+            raise _environment_refused(f"hydra.job.{name}", job[name])
     for place in cast(list[Any], hydra.get("searchpath") or []):
         if "pkg:" in str(place):
             raise ConfigError(f"hydra.searchpath: got {shown(place)}; allowed: folders")
+
+
+def _environment_refused(key: str, value: object) -> ConfigError:
+    return ConfigError(
+        f"{key}: got {shown(value)}; allowed: nothing; set variables in the shell, or for the ranks"
+        " of a cluster in cluster.environment"
+    )
 
 
 def _refuse_calls(value: Any, at: str) -> None:

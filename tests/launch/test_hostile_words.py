@@ -101,10 +101,10 @@ HOSTILE = [
     ["+cluster.environment._target_=os.mkdir"],
     ["+hydra.callbacks.x._target_=os.mkdir", "+hydra.callbacks.x._args_=['SPRUNG']"],
     ["+hydra.callbacks={x:{_target_:" + LOAD + ",url:'TRAP',weights_only:false}}"],
-    ["hydra.launcher._target_=os.mkdir", "-m", "seed=1,2"],
-    ["hydra.sweeper._target_=os.mkdir", "-m", "seed=1,2"],
-    ["+hydra.launcher.x._target_=os.mkdir", "-m", "seed=1,2"],
-    ["+hydra.sweeper.params={x:{_target_:os.mkdir}}", "-m", "seed=1,2"],
+    ["-m", "hydra.launcher._target_=os.mkdir", "seed=1,2"],
+    ["-m", "hydra.sweeper._target_=os.mkdir", "seed=1,2"],
+    ["-m", "+hydra.launcher.x._target_=os.mkdir", "seed=1,2"],
+    ["-m", "+hydra.sweeper.x={_target_:os.mkdir}", "seed=1,2"],
     ["+hydra.job_logging.handlers.x={class:tests.nowhere.Handler}"],
     ["+hydra.job_logging.formatters.x={(): os.mkdir}"],
     ["+hydra.hydra_logging.handlers.x={class:os.mkdir}"],
@@ -115,6 +115,7 @@ HOSTILE = [
     ["--config-dir", "DIR", "+extra=target"],
     ["--config-dir", "DIR", "--config-name", "whole"],
     ["--config-dir", "DIR", "+extra=tag"],
+    ["--config-dir", "DIR", "+extra=environment"],
     ["hydra.searchpath=[DIR]", "+extra=callbacks"],
     ["hydra.searchpath=[DIR]", "+extra=target"],
     ["--experimental-rerun", "PICKLE"],
@@ -125,6 +126,7 @@ HOSTILE = [
     ["+x='${oc.env:${y}}'", "+y=DB_PASSWORD"],
     ["change.reason='${oc.decode:${oc.env:DB_PASSWORD}}'"],
     ["+x='${oc.create:{_target_:os.mkdir}}'"],
+    ["-m", "name=../../outside", "seed=1,2"],
     ["name='${eval:1}'"],
     ["name='${python:os.mkdir}'"],
 ]
@@ -136,6 +138,7 @@ def hostile_conf(tmp_path: Path, trap: str, sprung: Path) -> Path:
     call = f"{{_target_: {LOAD}, url: '{trap}', model_dir: {tmp_path}, weights_only: false}}"
     files = {
         "extra/callbacks.yaml": f"# @package _global_\nhydra:\n  callbacks:\n    x: {call}\n",
+        "extra/environment.yaml": "# @package hydra.job\nenv_set: {LD_PRELOAD: /tmp/x.so}\n",
         "extra/target.yaml": f"x: {call}\n",
         "extra/tag.yaml": f"x: !!python/object/apply:os.mkdir ['{sprung}']\n",
         "whole.yaml": f"defaults: [pretrain, _self_]\nhydra:\n  callbacks:\n    x: {call}\n",
@@ -171,12 +174,10 @@ def test_hostile_words_run_nothing_and_end_with_2(
     given = [
         re.sub("TRAP|SPRUNG|DIR|PICKLE", lambda found: stands_for[found[0]], word) for word in words
     ]
-    try:
-        code, said = attempt(*given)
-    except SystemExit as stop:  # argparse, of a word that is no option
-        code, said = int(str(stop.code)), ""
+    code, said = attempt(*given)
     assert not sprung.exists()
     assert code == 2, said
+    assert said.startswith("error: "), said  # not argparse, of a word in the wrong place
     assert SECRET not in said
 
 
@@ -186,7 +187,7 @@ def test_hostile_words_run_nothing_and_end_with_2(
         (["+hydra.callbacks.x._target_=os.mkdir"], "hydra.callbacks: got ['x']"),
         (["hydra.launcher._target_=os.mkdir"], "hydra.launcher._target_: got 'os.mkdir'"),
         (["hydra.sweeper._target_=os.mkdir"], "hydra.sweeper._target_: got 'os.mkdir'"),
-        (["+hydra.job.env_set.LD_PRELOAD=a"], "hydra.job.env_set: got "),
+        (["+hydra.job.env_set.LD_PRELOAD=a"], "hydra.job.env_set.LD_PRELOAD: got "),
         (["hydra.searchpath=[pkg://a]"], "hydra.searchpath: got "),
         (["--experimental-rerun", "a"], "--experimental-rerun: no pickle is read"),
         (["name='${oc.env:HF_TOKEN}'"], "name: got '${oc.env:HF_TOKEN}'"),
