@@ -229,3 +229,13 @@ ALLOWED = [
 @pytest.mark.parametrize("source", ALLOWED)
 def test_what_is_harmless_passes(source: str) -> None:
     assert violations("pretrain/serving/somewhere.py", source) == []
+
+
+def test_every_test_that_the_document_names_exists() -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", page)
+    assert len(named) > 20
+    files = {path: (ROOT / "tests" / path).read_text(encoding="utf-8") for path, _ in named}
+    assert [f"{path}::{test}" for path, test in named if f"def {test}(" not in files[path]] == []
+    rows = re.findall(r"^\| (\d+) \|", page, re.MULTILINE)
+    assert list(map(int, rows)) == list(range(1, 28))

@@ -27,7 +27,7 @@ from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.resume import open_checkpoint
 from pretrain.checkpoint.sharded import agree_on_newest
 from pretrain.monitor.incidents import Incident, record_incident, this_node
-from pretrain.monitor.secrets import print_traceback, scrub, start_log
+from pretrain.monitor.secrets import guard_tracebacks, print_traceback, scrub, start_log
 from pretrain.monitor.summary import summary_table
 from pretrain.monitor.telemetry import Telemetry, open_telemetry
 from pretrain.training.attempt import RunAttempt, begin_attempt
@@ -97,6 +97,7 @@ def train(run: Run, config_yaml: str) -> int:
     stop = StopRequest(working_time_s=working_time_s)
     rank = int(os.environ.get("RANK", "0"))
     level = logging.INFO if rank == 0 else logging.WARNING
+    guard_tracebacks()  # of threads; a local rank was forked before anybody else did
     start_log(level=logging.WARNING, format=f"[rank {rank}] %(levelname)s %(message)s")
     logging.getLogger("pretrain").setLevel(level)
     progress = Progress()

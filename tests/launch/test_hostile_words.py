@@ -221,7 +221,7 @@ def test_every_command_is_guarded_alike() -> None:
             assert re.search(r"sys\.exit\(run\(main", text), path
 
 
-def test_no_bytecode_of_a_hostile_folder_is_run(tmp_path: Path) -> None:
+def test_no_module_of_the_working_folder_is_imported(tmp_path: Path) -> None:
     """The working folder is not on sys.path: a torch.py there is not ours."""
     (tmp_path / "torch.py").write_text("raise SystemExit(77)", encoding="utf-8")
     (tmp_path / "omegaconf.py").write_text("raise SystemExit(77)", encoding="utf-8")
