@@ -29,7 +29,6 @@ import itertools
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -44,6 +43,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from launch.config_tree import ConfigError, first_line, join, read, refuse_targets, shown, unread
+from launch.hydra_limits import limited, refuse_words, scrub_sweep_file
+from pretrain.monitor.secrets import guard_tracebacks, print_traceback, scrub, scrubbed
+from pretrain.training.run_name import MAX_CHARACTERS, RULE, is_run_name
 
 T = TypeVar("T")
 
@@ -52,7 +54,9 @@ Composed = DictConfig
 
 USER_ERROR_CODE = 2
 CRASH_CODE = 1
-MAX_FOLDER_CHARACTERS = 160
+UMASK = 0o027
+"""Of what a command writes: nothing for others, nothing that the group writes into."""
+_DIGEST_CHARACTERS = 8
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _exit_codes: ContextVar[list[int] | None] = ContextVar("exit_codes", default=None)
@@ -93,6 +97,15 @@ def to_yaml(config: Any) -> str:
         TypeError: if a value is of a type that `build` does not make.
     """
     return OmegaConf.to_yaml(OmegaConf.create(unread(config)))
+
+
+def to_public_yaml(config: Any) -> str:
+    """Return the dataclass `config` as YAML to be kept in a file: `***` where a secret stood.
+
+    Raises:
+        TypeError: as `to_yaml`.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(scrubbed(unread(config))))
 
 
 def from_yaml(cls: type[T], text: str) -> T:
@@ -149,17 +162,33 @@ def run(main: Callable[..., Any], *, user_errors: tuple[type[Exception], ...] = 
     user_errors = (ValueError, OmegaConfBaseException, HydraException, *user_errors)
     codes: list[int] = []
     token = _exit_codes.set(codes)
+    put_back = guard_tracebacks()
     try:
-        with _full_error("1") as full_error:
+        with _full_error("1") as full_error, restricted_umask(), limited():
             try:
+                refuse_words(sys.argv[1:])
                 _rewrapped(main, user_errors=user_errors, full_error=full_error)()
             except user_errors as error:
                 codes.append(_report(error, full_error=full_error))
             except SystemExit as stop:
                 codes.append(_status(stop))
     finally:
+        # an error that goes on to the interpreter still finds the guard
+        if sys.exc_info()[0] is None:
+            put_back()
         _exit_codes.reset(token)
     return max(codes, default=0)
+
+
+@contextlib.contextmanager
+def restricted_umask() -> Iterator[None]:
+    """Let files be 0640 and folders 0750 at most, for this process and all that it starts."""
+    before = os.umask(UMASK)
+    os.umask(before | UMASK)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def record_exit_code(code: int) -> None:
@@ -190,11 +219,8 @@ def job_name(cfg: DictConfig) -> str:
         ConfigError: if `name` is missing or could not be a folder name.
     """
     name = OmegaConf.select(cfg, "name")
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.,=+-]*", name):
-        raise ConfigError(
-            f"name: got {shown(name)}; allowed: letters, digits and _ . , = + -, "
-            "beginning with a letter or digit"
-        )
+    if not isinstance(name, str) or not is_run_name(name):
+        raise ConfigError(f"name: got {shown(name)}; allowed: {RULE}")
     if not _in_sweep():
         return name
     hydra_cfg = HydraConfig.get()
@@ -255,12 +281,11 @@ def _swept_keys(words: Sequence[str]) -> set[str]:
 
 
 def _folder(text: str) -> str:
-    safe = re.sub(r"[^\w.,=+-]", "_", text)
-    if safe == text and len(text.encode()) <= MAX_FOLDER_CHARACTERS:
-        return safe
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    cut = safe.encode()[:MAX_FOLDER_CHARACTERS].decode(errors="ignore")
-    return f"{cut}-{digest}"
+    if is_run_name(text) and scrub(text) == text:
+        return text
+    safe = re.sub(r"[^A-Za-z0-9.,=+-]|\.{2,}", "_", scrub(text)).lstrip("._,=+-")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_CHARACTERS]
+    return f"{safe[: MAX_CHARACTERS - _DIGEST_CHARACTERS - 1]}-{digest}".lstrip("-")
 
 
 def _in_sweep() -> bool:
@@ -306,16 +331,17 @@ def _rewrapped(
         # Ranks and tools that the job starts see the user's own environment.
         with _full_error(full_error):
             try:
-                refuse_targets(OmegaConf.to_container(cfg, resolve=False), "")
+                if _in_sweep():
+                    scrub_sweep_file()
                 task(cfg)
             except user_errors as error:
                 record_exit_code(_report(error, full_error=full_error))
             except SystemExit as stop:
                 record_exit_code(_status(stop))
-            except Exception:
+            except Exception as error:
                 if not _in_sweep():
                     raise
-                traceback.print_exc()
+                print_traceback(error)
                 record_exit_code(CRASH_CODE)
 
     decorate = hydra.main(
@@ -328,7 +354,7 @@ def _rewrapped(
 
 def _status(stop: SystemExit) -> int:
     if isinstance(stop.code, str):
-        print(stop.code, file=sys.stderr)
+        print(scrub(stop.code), file=sys.stderr)
         return CRASH_CODE
     return stop.code or 0
 
@@ -336,11 +362,11 @@ def _status(stop: SystemExit) -> int:
 def _report(error: Exception, *, full_error: str | None) -> int:
     """Print the one message that the user needs; return the exit code of a user error."""
     if full_error == "1":
-        traceback.print_exception(error)
+        print_traceback(error)
     if (
         os.environ.get("RANK", "0") == "0"
     ):  # under torchrun every rank gets here with the same words
-        print(f"error: {_explained(error)}", file=sys.stderr, flush=True)
+        print(f"error: {scrub(_explained(error))}", file=sys.stderr, flush=True)
     return USER_ERROR_CODE
 
 

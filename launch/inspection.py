@@ -28,8 +28,9 @@ from data.stream.loader import Share, require_dataset
 from data.stream.plan import Plan, plan
 from data.tokenizer.codec import Codec
 from launch.compose import from_yaml
+from pretrain.training.change import range_of
 from pretrain.training.corpus import LEDGER_NAME, open_run_corpus
-from pretrain.training.run import Run, range_of
+from pretrain.training.run import Run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not launch/: see
 
 import hydra
 
-from launch.compose import Composed, build, job_name, record_exit_code, run, to_yaml
+from launch.compose import Composed, build, job_name, record_exit_code, run, to_public_yaml
 from launch.config_tree import ConfigError
 from pretrain.training.exit_file import process_code
 from pretrain.training.run import Run
@@ -36,7 +36,7 @@ def main(cfg: Composed) -> None:
     except ConfigError as error:
         write_refusal(Path(str(cfg.output_root)) / str(cfg.name), error, environment=os.environ)
         raise
-    record_exit_code(start(config, config_yaml=to_yaml(config)))
+    record_exit_code(start(config, config_yaml=to_public_yaml(config)))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ OWNERS = {
     "transformers": "pretrain/serving/transformers_model.py",
     "psutil": "pretrain/serving/check_hub.py",
     "hydra": "launch/*",
-    "omegaconf": "launch/compose.py launch/submit.py",
+    "yaml": "launch/hydra_limits.py",  # comes with omegaconf; for its errors
+    "omegaconf": "launch/compose.py launch/hydra_limits.py launch/submit.py",
 }
 
 OPTIONAL_IMPORTS = (
@@ -234,7 +235,7 @@ CAUGHT = [
     ("parallel/groups.py", "from . import layout", "relative import"),
     ("pretrain/training/run.py", "from omegaconf import OmegaConf", "only launch/compose.py"),
     ("pretrain/training/run.py", "import hydra", "only launch/* may"),
-    ("launch/prepare.py", "import omegaconf", "only launch/compose.py launch/submit.py may"),
+    ("launch/prepare.py", "import omegaconf", "only launch/compose.py launch/hydra_limits.py"),
     ("pretrain/training/trainer.py", "import wandb", "only pretrain/monitor/telemetry.py may"),
     ("pretrain/monitor/console.py", "import matplotlib.pyplot as plt", "monitor/plots.py may"),
     ("pretrain/serving/decoder.py", "import transformers", "serving/transformers_model.py may"),

@@ -8,7 +8,6 @@ deciding inside a round. A limit on documents or bytes thus takes a varied part,
 on every machine with the same pages.
 """
 
-import gzip
 import hashlib
 import re
 import zlib
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from data.corpus.record import Document, Skipped, document_or_skipped
 from data.corpus.roff import plain_text
+from data.corpus.unpacking import read_gzip
 
 LANGUAGES = {"en": "", "ko": "ko"}
 """Language -> subfolder of the manual."""
@@ -57,9 +57,9 @@ def read_man_pages(folder: Path, *, language: str, domain: str) -> Iterator[Docu
 
 def _read_page(path: Path, *, domain: str, name: str) -> Document | Skipped:
     """Return one page."""
-    raw = path.read_bytes()
     try:
-        source = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        raw = read_gzip(path) if path.suffix == ".gz" else path.read_bytes()
+        source = raw.decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError):  # OSError: gzip.BadGzipFile
         return Skipped(domain=domain, path=name, reason="undecodable")
     return document_or_skipped(plain_text(source), domain=domain, path=name)

@@ -23,15 +23,16 @@ _CHARACTERS = {
 }  # fmt: skip
 _STRINGS = {"R": "\u00ae", "Tm": "\u2122", "lq": '"', "rq": '"', **_CHARACTERS}
 
+# No name in brackets is longer: a line of a million `\\[` would take hours to search for its end.
 _ESCAPE = re.compile(
     r"""\\(?:
       (?P<comment>["\#].*)
-    | \*(?:\((?P<string2>..)|\[(?P<stringn>[^\]]*)\]|(?P<string1>.))
+    | \*(?:\((?P<string2>..)|\[(?P<stringn>[^\]]{0,80})\]|(?P<string1>.))
     | \((?P<char2>..)
-    | \[(?P<charn>[^\]]*)\]
+    | \[(?P<charn>[^\]]{0,80})\]
     | C'(?P<charq>[^']*)'
-    | [fgkmMnFV](?:\(..|\[[^\]]*\]|[+-]?.)
-    | s(?:[+-]?\d|\([+-]?\d\d|[+-]?\[[^\]]*\]|[+-]?'[^']*')
+    | [fgkmMnFV](?:\(..|\[[^\]]{0,80}\]|[+-]?.)
+    | s(?:[+-]?\d|\([+-]?\d\d|[+-]?\[[^\]]{0,80}\]|[+-]?'[^']*')
     | [bDhHlLNoRSvwxXZA]'[^']*'
     | z.
     | (?P<plain>.)

@@ -10,16 +10,17 @@ import gzip
 import importlib
 import io
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, cast
 
 from data.corpus.record import Document, Skipped, document_or_skipped
+from data.corpus.unpacking import MAX_LINE_BYTES, LimitedReader, lines
 
 FIELD_SEPARATOR = "\n"
 _PARQUET_BATCH_ROWS = 1024
+_BUFFER_BYTES = 2**18
 
 
 def read_jsonl(
@@ -36,9 +37,10 @@ def read_jsonl(
     Raises:
         ValueError: if a line lacks a field, a field is not text, or a .zst file is read without the
             package zstandard.
+        DataError: if a file or a line unpacks to more than is allowed (unpacking.py).
     """
     with _open_binary(path) as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(lines(stream, path=path), start=1):
             if not line.strip():
                 continue
             place = f"{name}:{number}"
@@ -60,7 +62,7 @@ def read_csv(
 
     Quoted fields may hold commas and line ends. Arguments and errors are those of `read_jsonl`.
     """
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default, 128 KiB, is less than a book
+    csv.field_size_limit(MAX_LINE_BYTES)  # the default, 128 KiB, is less than a book
     with (
         _open_binary(path) as raw,
         io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as stream,
@@ -123,11 +125,15 @@ def _joined(row: Mapping[str, Any], *, fields: Sequence[str], place: str) -> str
 def _open_binary(path: Path) -> BinaryIO:
     """Return a stream of the file's bytes, unpacked."""
     if path.suffix == ".gz":
-        return cast("BinaryIO", gzip.open(path, "rb"))
+        return _limited(cast("BinaryIO", gzip.open(path, "rb")), path)
     if path.suffix == ".zst":
         zstandard = _optional("zstandard", reads=".zst")
-        return io.BufferedReader(cast("io.RawIOBase", zstandard.open(path, "rb")))
+        return _limited(cast("BinaryIO", zstandard.open(path, "rb")), path)
     return path.open("rb")
+
+
+def _limited(stream: BinaryIO, path: Path) -> BinaryIO:
+    return io.BufferedReader(LimitedReader(stream, path), _BUFFER_BYTES)
 
 
 def _optional(module: str, *, reads: str) -> ModuleType:

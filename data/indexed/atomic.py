@@ -69,6 +69,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    """Return the process's umask.
+
+    It can only be read by setting it: what another thread creates meanwhile is its owner's alone,
+    rather than everybody's.
+    """
+    mask = os.umask(0o077)
     os.umask(mask)
     return mask

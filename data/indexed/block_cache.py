@@ -297,3 +297,8 @@ def _make_folder(folder: Path) -> None:
             f"block cache folder {folder} may be written to by everybody; give another, or "
             f"`chmod o-w` it"
         )
+    if status.st_uid not in (os.getuid(), 0):
+        # its name is known beforehand, so another user of the machine may have been there first
+        raise ValueError(
+            f"block cache folder {folder} belongs to user {status.st_uid}; give another"
+        )

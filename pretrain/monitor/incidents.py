@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from pretrain.monitor.secrets import scrubbed
+
 log = logging.getLogger(__name__)
 
 INCIDENTS_NAME = "incidents.jsonl"
@@ -74,13 +76,15 @@ def record_incident(folder: Path, incident: Incident, *, mark: Path | None = Non
         for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
         if name in os.environ
     )
-    record = {
-        "time_unix_s": round(time.time(), 3),
-        **asdict(incident),
-        "recorded_by": this_node(),
-        "job": job or os.environ.get("SLURM_JOB_ID", ""),
-    }
-    log.warning("incident (%s): %s", incident.kind, incident.text)
+    record = scrubbed(
+        {
+            "time_unix_s": round(time.time(), 3),
+            **asdict(incident),
+            "recorded_by": this_node(),
+            "job": job or os.environ.get("SLURM_JOB_ID", ""),
+        }
+    )
+    log.warning("incident (%s): %s", incident.kind, record["text"])
     line = (json.dumps(record, default=str) + "\n").encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.environment import code_commit
+from pretrain.monitor.secrets import scrub
 
 _ROOT = Path(__file__).resolve().parents[2]
 _VERSIONED = ("torch", "megatron-core")
 
 
 def provenance() -> dict[str, Any]:
-    """Return what a file of figures says of its origin, as JSON values."""
+    """Return what a file of figures says of its origin, as JSON values without secrets."""
     return {
-        "command": " ".join(["python", _script(), *sys.argv[1:]]),
+        "command": scrub(" ".join(["python", _script(), *sys.argv[1:]])),
         "commit": code_commit(),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
     }

@@ -30,7 +30,9 @@ from typing import Protocol, TextIO
 from pretrain.monitor.console import ConsoleSink
 from pretrain.monitor.metrics import Record, Value, check_names
 from pretrain.monitor.records import JsonLinesSink
+from pretrain.monitor.secrets import scrub, scrubbed
 from pretrain.monitor.wandb_mode import ChosenMode, WandbMode, choose_mode, keep_run_id
+from pretrain.monitor.wandb_settings import wandb_settings
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +123,7 @@ class WandbSink:
         """
         self._run_dir = run_dir
         self._config = config
-        self._run_config = dict(run_config or {})
+        self._run_config: dict[str, object] = scrubbed(run_config or {})
         self._environment = os.environ if environment is None else environment
         self._queue: queue.Queue[dict[str, Value] | None] = queue.Queue(config.wandb_queue_records)
         self._num_dropped = 0
@@ -232,14 +234,6 @@ class WandbSink:
         import wandb  # optional, and its import takes a second: here it costs the run nothing
 
         environment = self._environment
-        # finish_timeout also bounds the hook by which wandb holds up the exit of the interpreter.
-        settings: dict[str, object] = {
-            "silent": True,
-            "console": "off",
-            "init_timeout": self._config.wandb_init_timeout_s,
-            "finish_timeout": self._config.wandb_close_timeout_s,
-            "stop_fn": _refuse_to_stop,
-        }
         return wandb.init(
             project=self._config.project or environment.get("WANDB_PROJECT") or _DEFAULT_PROJECT,
             entity=self._config.entity or environment.get("WANDB_ENTITY") or None,
@@ -249,7 +243,11 @@ class WandbSink:
             resume="allow",
             mode=mode,
             config=self._run_config,
-            settings=settings,
+            settings=wandb_settings(
+                init_timeout_s=self._config.wandb_init_timeout_s,
+                finish_timeout_s=self._config.wandb_close_timeout_s,
+                stop=_refuse_to_stop,
+            ),
         )
 
 
@@ -329,7 +327,9 @@ class Telemetry:
             TypeError: if a value is neither float, int nor str.
         """
         check_names(record)
-        stamped = {"attempt": self._attempt, "time_unix_s": round(self._clock(), 3), **record}
+        words = {name: scrub(value) for name, value in record.items() if isinstance(value, str)}
+        stamped = {"attempt": self._attempt, "time_unix_s": round(self._clock(), 3)}
+        stamped |= {**record, **words}
         for sink in self._sinks:
             sink.log(stamped)
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parallel import groups
+from parallel.agreement import gather_arrays, gather_json
 from parallel.context import join
 from parallel.device import Device
 from parallel.layout import Layout
@@ -189,13 +190,50 @@ def score(
         routing=seen.routing,
         squares=_gradient_squares(chunks, trained) if gradients else {},
     )
-    shares: list[Any] = [None] * layout.num_ranks
-    is_first = torch.distributed.get_rank() == 0
-    torch.distributed.gather_object(share, shares if is_first else None)
-    return (
-        _merge(shares, num_counted=int((labels[:, 1:] != IGNORED_LABEL).sum()))
-        if is_first
-        else None
+    shares = _gather(share)
+    if shares is None:
+        return None
+    return _merge(shares, num_counted=int((labels[:, 1:] != IGNORED_LABEL).sum()))
+
+
+def _gather(share: _Share) -> list[_Share] | None:
+    """Return what every rank saw, in rank order, on rank 0; None on the others."""
+    own = (share.data_rank, share.context_rank, share.tensor_rank, share.squares)
+    said = gather_json(own)
+    arrays = gather_arrays(
+        {
+            **{f"logits {i}": values for i, values in enumerate(share.logits)},
+            **{f"token_loss {i}": values for i, values in enumerate(share.token_loss)},
+            **{
+                f"{part} {layer} {i}": values
+                for layer, calls in share.routing.items()
+                for i, (experts, weights) in enumerate(calls)
+                for part, values in (("experts", experts), ("weights", weights))
+            },
+        }
+    )
+    if said is None or arrays is None:
+        return None
+    return [_as_share(said[rank], found) for rank, found in enumerate(arrays)]
+
+
+def _as_share(said: Sequence[Any], arrays: Mapping[str, NDArray[Any]]) -> _Share:
+    """Return the share of which `_gather` sent these parts; a mapping keeps its order."""
+    data_rank, context_rank, tensor_rank, squares = said
+    routing: dict[int, list[tuple[NDArray[np.int32], NDArray[np.float32]]]] = {}
+    for name, experts in arrays.items():
+        part, *number = name.split()
+        if part == "experts":
+            weights = arrays[" ".join(["weights", *number])]
+            routing.setdefault(int(number[0]), []).append((experts, weights))
+    return _Share(
+        data_rank=data_rank,
+        context_rank=context_rank,
+        tensor_rank=tensor_rank,
+        logits=[values for name, values in arrays.items() if name.startswith("logits ")],
+        token_loss=[values for name, values in arrays.items() if name.startswith("token_loss ")],
+        routing=routing,
+        squares=squares,
     )
 
 

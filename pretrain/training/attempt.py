@@ -27,6 +27,7 @@ from pretrain.checkpoint.lease import (
     take_lease,
 )
 from pretrain.monitor.incidents import Incident, record_incident
+from pretrain.monitor.secrets import scrub
 from pretrain.training.exit_file import FINISHED, INTERRUPTED, WRONG_INPUT, clear_exit
 from pretrain.training.run import Run, as_json
 
@@ -65,7 +66,7 @@ class RunAttempt:
         """Give the lease back."""
         if self.lease is not None:
             try:
-                self.lease.end(code=code, reason=reason)
+                self.lease.end(code=code, reason=scrub(reason))
             except OSError as error:
                 log.warning("the lease was not given back: %s", error)
 

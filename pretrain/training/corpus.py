@@ -16,7 +16,9 @@ from pretrain.checkpoint.manifest import (
     list_checkpoints,
     read_manifest,
 )
-from pretrain.training.run import Run, range_of
+from pretrain.monitor.secrets import scrub
+from pretrain.training.change import range_of
+from pretrain.training.run import Run
 
 LEDGER_NAME = "ledger.jsonl"
 
@@ -204,7 +206,7 @@ def changed_ledger(ledger: Ledger, run: Run, corpus: Corpus, *, step: int) -> Le
             kind="skip",
             first_batch=wanted.start,
             num_batches=len(wanted),
-            reason=run.change.reason,
+            reason=scrub(run.change.reason),
         )
         ledger = ledger.with_entry(entry)
     return ledger
@@ -257,7 +259,7 @@ def _new_plan(ledger: Ledger, run: Run, train: Dataset, *, batch: int) -> Entry:
     entry = Entry(
         kind="plan",
         first_batch=batch,
-        reason=run.change.reason,
+        reason=scrub(run.change.reason),
         windows=tuple(windows.values()),
         segments=plan_from(run.curriculum, windows, tokens=ledger.timetable().tokens_before(batch)),
         buckets=tuple(windows),

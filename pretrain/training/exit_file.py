@@ -24,6 +24,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from pretrain.monitor.secrets import scrub
+
 FINISHED, FAILED, WRONG_INPUT = 0, 1, 2
 SUSPECT_HARDWARE, VALIDATION_FAILED = 16, 17
 INTERRUPTED, INFRASTRUCTURE, DO_NOT_REQUEUE = 75, 85, 93
@@ -72,13 +74,14 @@ def write_exit(folder: Path, *, code: int, reason: str, step: int | None = None)
     Args:
         folder: the run's; made if missing.
         code: the exit code.
-        reason: one sentence.
+        reason: one sentence; written without secrets.
         step: optimizer steps done, if known.
     """
     if code in (FAILED, INFRASTRUCTURE) and (folder / "exit.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"code": code, "reason": reason, "step": step, "time_unix_s": round(time.time(), 3)}
+    said = {"code": code, "reason": scrub(reason), "step": step}
+    record = {**said, "time_unix_s": round(time.time(), 3)}
     writing = folder / f".exit.json.{os.getpid()}"
     writing.write_text(json.dumps(record) + "\n", encoding="utf-8")
     os.replace(writing, folder / "exit.json")

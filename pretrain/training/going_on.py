@@ -18,6 +18,7 @@ from pretrain.checkpoint.continuity import find_differences
 from pretrain.checkpoint.environment import drift_text, find_drift, running_versions
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.monitor.incidents import Incident, record_incident
+from pretrain.monitor.secrets import scrub
 from pretrain.training.run import Run, as_json
 
 CHANGES_NAME = "changes.jsonl"
@@ -43,7 +44,7 @@ def record_going_on(run: Run, manifest: Manifest) -> None:
             {
                 "step": manifest.step,
                 "tokens": manifest.tokens,
-                "reason": run.change.reason,
+                "reason": scrub(run.change.reason),
                 "changes": {
                     found.key: {"old": _json_value(found.saved), "new": _json_value(found.given)}
                     for found in differences

@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +24,7 @@ from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.resume import open_checkpoint
 from pretrain.checkpoint.sharded import agree_on_newest
 from pretrain.monitor.incidents import Incident, record_incident, this_node
+from pretrain.monitor.secrets import guard_tracebacks, print_traceback, scrub, start_log
 from pretrain.monitor.summary import summary_table
 from pretrain.monitor.telemetry import Telemetry, open_telemetry
 from pretrain.training.attempt import RunAttempt, begin_attempt
@@ -65,7 +65,8 @@ def train(run: Run, config_yaml: str) -> int:
     """
     rank = int(os.environ.get("RANK", "0"))
     level = logging.INFO if rank == 0 else logging.WARNING
-    logging.basicConfig(level=logging.WARNING, format=f"[rank {rank}] %(levelname)s %(message)s")
+    guard_tracebacks()  # of threads; a local rank was forked before anybody else did
+    start_log(level=logging.WARNING, format=f"[rank {rank}] %(levelname)s %(message)s")
     logging.getLogger("pretrain").setLevel(level)
     progress = Progress()
     try:
@@ -111,9 +112,9 @@ class Progress:
 def _report(run: Run, error: Exception, ending: Ending, *, progress: Progress, rank: int) -> None:
     """Say why this rank ends: to the person, and once for all ranks as an incident."""
     if ending.is_ours:
-        traceback.print_exception(error)
+        print_traceback(error)
     else:
-        print(f"error: {ending.reason}", file=sys.stderr, flush=True)
+        print(f"error: {scrub(ending.reason)}", file=sys.stderr, flush=True)
     attempt, step = progress.attempt, progress.step
     if attempt is None or (ending.kind is None and ending.code != INFRASTRUCTURE):
         return

@@ -15,6 +15,7 @@ from data.stream.ledger import Entry, Ledger
 from parallel import groups
 from parallel.agreement import all_gather_json
 from parallel.reduce import max_over_all
+from pretrain.monitor.secrets import scrub
 
 
 class ReplacedWindows:
@@ -44,7 +45,7 @@ class ReplacedWindows:
         if not max_over_all(torch.tensor(float(num_open), device=self._device)):
             return ledger
         self._num_compared = len(trained)
-        entries = [[e.first_batch, e.bucket, e.window, e.reason] for e in own]
+        entries = [[e.first_batch, e.bucket, e.window, scrub(e.reason)] for e in own]
         said = all_gather_json([groups.data_rank(), trained, entries])
         _require_same_damage(said)
         new = {(b, w): (f, b, w, why) for _, _, rows in said for f, b, w, why in rows}

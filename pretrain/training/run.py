@@ -21,18 +21,20 @@ from data.stream.timetable import Timetable
 from parallel.beats import Watch
 from parallel.cluster import Cluster
 from parallel.layout import Layout
-from pretrain.checkpoint.key_classes import CLASSES, KEY_CLASS, keys_of
 from pretrain.model.cuts import check_cuts
 from pretrain.model.exchange import Exchange, check_exchange
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.recompute import Recompute, check_recompute
 from pretrain.model.spec import ModelSpec
+from pretrain.monitor.secrets import scrubbed
 from pretrain.monitor.stragglers import Stragglers
 from pretrain.monitor.telemetry import TelemetryConfig
 from pretrain.training.batch import check_divisible, check_interleaved
+from pretrain.training.change import Change
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.restarts import Restarts
+from pretrain.training.run_name import check_places, check_run_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,58 +205,6 @@ class CheckpointPolicy:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
-    """What a run that goes on does differently from its next batch on.
-
-    What it reads is kept in its ledger.jsonl, how it trains in its changes.jsonl.
-
-    Raises:
-        ValueError: if a range is none, a key is none of a schedule, or a change has no reason.
-    """
-
-    reason: str = ""
-    """One sentence, for whoever reads the ledger in a year. With it another curriculum, or a corpus
-    with more text, is followed from the next batch on; without it both are refused."""
-    skip: tuple[str, ...] = ()
-    """Batches to leave out, as `first:last`, the last not included; numbered by the plan."""
-    allow: tuple[str, ...] = ()
-    """Keys of the schedule that may have another value than the checkpoint's, such as
-    optimizer.lr; needed until the run has saved under the new values, and harmless after that."""
-
-    def __post_init__(self) -> None:
-        for text in self.skip:
-            range_of(text, key="change.skip")
-        for key in self.allow:
-            # a key that is not known may be one of the checkpoint's, which other code wrote
-            if (which := KEY_CLASS.get(key, "schedule")) != "schedule":
-                raise ValueError(
-                    f"change.allow={list(self.allow)} given, but {key} is of the class {which}:"
-                    f" {CLASSES[which]}; allowed: {', '.join(keys_of('schedule'))}"
-                )
-        if bool(self.skip or self.allow or self.reason) and not self.reason.strip():
-            raise ValueError(
-                f"change.skip={list(self.skip)}, change.allow={list(self.allow)},"
-                f" change.reason={self.reason!r} given: say why in change.reason"
-            )
-
-
-def range_of(text: str, *, key: str) -> range:
-    """Return the numbers that `first:last` means, the last not included.
-
-    Args:
-        text: as a user wrote it.
-        key: of the configuration, for the message.
-
-    Raises:
-        ValueError: if it is no such range.
-    """
-    first, colon, last = text.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise ValueError(f"{key}={text} given; first:last with first < last is allowed")
-    return range(int(first), int(last))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """Everything that defines a run.
 
@@ -312,6 +262,8 @@ class Run:
     """The machines it is meant for; null: whatever it is started on."""
 
     def __post_init__(self) -> None:
+        check_run_name(self.name)
+        check_places(asdict(self))
         if self.micro_batch_tokens < 1 or self.seed < 0 or self.mtp_loss_weight < 0:
             raise ValueError(
                 f"micro_batch_tokens={self.micro_batch_tokens}, seed={self.seed},"
@@ -385,8 +337,8 @@ class Run:
 
 
 def as_json(run: Run) -> dict[str, Any]:
-    """Return the configuration as JSON values: what checkpoints and wandb keep of it."""
-    return _plain(asdict(run))
+    """Return the configuration as JSON values without secrets: what checkpoints and wandb keep."""
+    return scrubbed(_plain(asdict(run)))
 
 
 def _plain(value: Any) -> Any:

@@ -42,6 +42,7 @@ from pretrain.training.exit_file import (
     clear_exit,
     write_exit,
 )
+from pretrain.training.folders import check_folders, check_given
 from pretrain.training.run import Run, as_json, check_data_available
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
     if is_first:
         clear_exit(run.folder)
     try:
+        if is_first:
+            check_folders(run.output_root, run.folder)
         if run.cluster is not None:
             claim_cluster(run.cluster, environment=environment)
         if not under_torchrun:
@@ -245,6 +248,7 @@ def _check_checkpoint(run: Run, corpus: Corpus) -> int | None:
     found = find_newest(root, digests=False)  # the ranks read every byte, together
     if found is None or starts_again(run, newest=found[1]):
         if run.initial_weights is not None:
+            check_given(run.initial_weights, key="initial_weights")
             folder, manifest = open_checkpoint(run.initial_weights)
             check_same_model(manifest, folder=folder, config=as_json(run), tokenizer_digest=digest)
         ledger_to_follow(run, corpus, newest=None)

@@ -354,6 +354,9 @@ def test_a_checkpoint_and_its_export_score_alike(
     for name, folder in (("ours", imported), ("theirs", hub)):
         keys = {"input": tmp_path / "batch.npz", "output": tmp_path / f"{name}.npz"}
         assert command("score", checkpoint=folder, **keys) == 0
-    with np.load(tmp_path / "ours.npz") as ours, np.load(tmp_path / "theirs.npz") as theirs:
+    with (
+        np.load(tmp_path / "ours.npz", allow_pickle=False) as ours,
+        np.load(tmp_path / "theirs.npz", allow_pickle=False) as theirs,
+    ):
         assert sorted(ours) == sorted(theirs)
         assert all(np.array_equal(ours[key], theirs[key]) for key in ours)

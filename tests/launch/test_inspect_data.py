@@ -52,7 +52,7 @@ def test_addresses_are_the_same_for_any_number_of_replicas(
         )
         assert code == 0
         assert "15,360 slots" in text
-        with np.load(path) as table:
+        with np.load(path, allow_pickle=False) as table:
             rows = zip(*(table[key].tolist() for key in ("slot", "bucket", "window")), strict=True)
             found.append(sorted(rows))
     assert found[0] == found[1]

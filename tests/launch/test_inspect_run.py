@@ -18,7 +18,7 @@ from data.tokenizer.codec import Codec
 from parallel.layout import Layout
 from parallel.spawn import RankPool
 from pretrain.monitor.telemetry import TelemetryConfig
-from pretrain.training.run import Change
+from pretrain.training.change import Change
 from tests.launch.conftest import Inspect
 from tests.launch.short_runs import train_some
 

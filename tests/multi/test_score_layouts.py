@@ -82,7 +82,7 @@ def test_scores_are_those_of_transformers(
     )
 
     assert done.returncode == 0, done.stderr[-3000:]
-    with np.load(output) as scores:
+    with np.load(output, allow_pickle=False) as scores:
         assert_equal(scores, truth)
 
 

@@ -13,7 +13,8 @@ from data.stream.consumed import MASK
 from data.stream.curriculum import Curriculum, Mixture, Stage
 from parallel.layout import Layout
 from parallel.spawn import RankPool
-from pretrain.training.run import Change, Run
+from pretrain.training.change import Change
+from pretrain.training.run import Run
 from pretrain.training.verify import Curve, loss_curve, make_trainer
 from tests.multi.curves import assert_same_curve
 

@@ -225,6 +225,19 @@ def test_a_folder_that_everybody_may_write_to_is_refused(config: BlockCacheConfi
         BlockCache(config, limit_s=60)
 
 
+def test_a_folder_that_another_user_made_is_refused(
+    config: BlockCacheConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.folder.mkdir(mode=0o755)
+    if os.getuid() == 0:
+        os.chown(config.folder, 12345, -1)
+    else:  # the same with the roles exchanged
+        owner = os.getuid()
+        monkeypatch.setattr("os.getuid", lambda: owner + 1)
+    with pytest.raises(ValueError, match=r"belongs to user \d+; give another"):
+        BlockCache(config, limit_s=60)
+
+
 def test_a_bound_below_eight_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="block_bytes=10, max_bytes=79"):
         BlockCacheConfig(block_bytes=10, max_bytes=79)

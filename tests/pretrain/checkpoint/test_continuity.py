@@ -13,7 +13,8 @@ from parallel.cluster import Cluster
 from pretrain.checkpoint.continuity import check_same_model, check_same_run, find_differences
 from pretrain.checkpoint.key_classes import KEY_CLASS
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
-from pretrain.training.run import Change, Run, as_json
+from pretrain.training.change import Change
+from pretrain.training.run import Run, as_json
 
 MakeRun = Callable[..., Run]
 FOLDER = Path("step_00000001")

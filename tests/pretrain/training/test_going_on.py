@@ -26,10 +26,11 @@ from pretrain.checkpoint.manifest import (
     write_manifest,
 )
 from pretrain.monitor.incidents import read_incidents
+from pretrain.training.change import Change
 from pretrain.training.corpus import LEDGER_NAME, open_run_corpus
 from pretrain.training.exit_file import FINISHED, write_exit
 from pretrain.training.going_on import CHANGES_NAME, read_changes, record_going_on
-from pretrain.training.run import AdamW, Change, Run, as_json
+from pretrain.training.run import AdamW, Run, as_json
 from pretrain.training.start import start
 from tests.conftest import tiny_curriculum
 

@@ -25,8 +25,9 @@ from data.stream.ledger import Ledger, write_ledger
 from data.stream.loader import BatchReader, Reading, Share
 from parallel.layout import Layout
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.training.change import Change
 from pretrain.training.corpus import LEDGER_NAME, Corpus, ledger_to_follow, open_run_corpus
-from pretrain.training.run import Change, Run, as_json
+from pretrain.training.run import Run, as_json
 
 MakeRun = Callable[..., Run]
 STEP = 10

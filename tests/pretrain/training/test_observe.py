@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from parallel.groups import join_world
+from pretrain.training.change import Change
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.observe import Observer, make_throughput
-from pretrain.training.run import Change, Run
+from pretrain.training.run import Run
 from pretrain.training.verify import make_trainer
 
 

@@ -11,10 +11,10 @@ from data.stream.curriculum import Curriculum, Stage
 from data.stream.loader import Reading
 from parallel.layout import Layout
 from pretrain.model.spec import Rope
+from pretrain.training.change import Change
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.run import (
     AdamW,
-    Change,
     CheckpointPolicy,
     Data,
     Evaluation,
