@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # not launch/: see
 
 import hydra
 
-from launch.compose import Composed, build, job_name, record_exit_code, run, to_public_yaml
+from launch.compose import Composed, build, record_exit_code, run, to_public_yaml
 from launch.config_tree import ConfigError
+from launch.job_names import job_name
 from pretrain.training.exit_file import process_code
 from pretrain.training.run import Run
 from pretrain.training.start import USER_ERRORS, ranks_of_torchrun, start, write_refusal

@@ -9,8 +9,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.compose import build, composed, job_name, jobs_of_sweep
+from launch.compose import build, composed
 from launch.config_tree import ConfigError
+from launch.job_names import job_name, jobs_of_sweep
 from launch.slurm_jobs import Job, chain, check_name, sweep, tasks
 from launch.slurm_options import Submission
 from pretrain.monitor.node_faults import node_table, read_faults, to_exclude, write_nodes

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from launch.compose import build, jobs_of_sweep
+from launch.compose import build
 from launch.inspection import Inspection
+from launch.job_names import jobs_of_sweep
 from launch.slurm_options import Submission
 from launch.submission import split_words
 from pretrain.serving.request import Generation

@@ -64,7 +64,7 @@ OWNERS = {
     "psutil": "pretrain/serving/check_hub.py",
     "hydra": "launch/*",
     "yaml": "launch/hydra_limits.py",  # comes with omegaconf; for its errors
-    "omegaconf": "launch/compose.py launch/hydra_limits.py launch/submit.py",
+    "omegaconf": "launch/compose.py launch/hydra_limits.py launch/job_names.py launch/submit.py",
 }
 
 OPTIONAL_IMPORTS = (

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import pytest
 from omegaconf import OmegaConf
 
-from launch.compose import ConfigError, job_name, record_exit_code, run
+from launch.compose import ConfigError, record_exit_code, run
+from launch.job_names import job_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +28,8 @@ from pathlib import Path
 
 sys.path.insert(0, {root!r})
 import hydra
-from launch.compose import Composed, build, job_name, record_exit_code, run
+from launch.compose import Composed, build, record_exit_code, run
+from launch.job_names import job_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
