@@ -11,7 +11,7 @@ one bucket. See docs/decisions/0016.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -55,7 +55,9 @@ def num_updates(optimizer: Any) -> int:
     return steps.pop() if steps else 0
 
 
-def state_boxes(chunks: Sequence[Any], optimizer: Any) -> Iterator[StateBox]:
+def state_boxes(
+    chunks: Sequence[Any], optimizer: Any, *, weights: Sequence[Box] | None = None
+) -> Iterator[StateBox]:
     """Yield the state of this rank as parts of stored tensors.
 
     Before the first update there are no moments yet, and none are yielded.
@@ -63,13 +65,15 @@ def state_boxes(chunks: Sequence[Any], optimizer: Any) -> Iterator[StateBox]:
     Args:
         chunks: this rank's wrapped model chunks.
         optimizer: megatron's ChainedOptimizer over them.
+        weights: what `boxes(chunks)` gives, where the caller has it.
 
     Raises:
         CheckpointError: if a range of the optimizer lies in no stored tensor: it would be lost.
 
     Collective: every rank calls it.
     """
-    by_parameter = _boxes_by_parameter(chunks)
+    found = boxes(chunks) if weights is None else weights
+    by_parameter = _boxes_by_parameter(chunks, found)
     for part, parameter, first, last in _ranges(optimizer):
         states = part._get_main_param_and_optimizer_states(parameter)
         if parameter.dtype == torch.float32:
@@ -141,7 +145,9 @@ def _parts(optimizer: Any) -> list[Any]:
     return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
 
 
-def _boxes_by_parameter(chunks: Sequence[Any]) -> dict[torch.nn.Parameter, dict[int, Box]]:
+def _boxes_by_parameter(
+    chunks: Sequence[Any], weights: Iterable[Box]
+) -> dict[torch.nn.Parameter, dict[int, Box]]:
     """Return the boxes of each parameter by the index of their first value in it.
 
     A box is a view of its parameter, found by its address; those of no parameter are router biases.
@@ -149,7 +155,7 @@ def _boxes_by_parameter(chunks: Sequence[Any]) -> dict[torch.nn.Parameter, dict[
     parameters = sorted((p for c in chunks for p in c.parameters()), key=lambda p: p.data_ptr())
     addresses = [parameter.data_ptr() for parameter in parameters]
     found: dict[torch.nn.Parameter, dict[int, Box]] = {p: {} for p in parameters}
-    for box in boxes(chunks):
+    for box in weights:
         idx = bisect_right(addresses, box.values.data_ptr()) - 1
         offset = box.values.data_ptr() - addresses[idx]
         begin = offset // box.values.element_size()

@@ -52,14 +52,10 @@ def pieces_of_rank(chunks: Sequence[Any], optimizer: Any) -> list[Piece]:
     Collective: every rank calls it.
     """
     gather_weights(chunks)
+    weights = list(boxes(chunks))
     found = [
         Piece(key=b.key, start=b.start, size=b.size, whole=b.whole, values=b.values)
-        for b in boxes(chunks)
-        if b.is_owner
-    ]
-    found += [
-        Piece(key=b.key, start=b.start, size=b.size, whole=b.whole, values=b.values)
-        for b in state_boxes(chunks, optimizer)
+        for b in (*weights, *state_boxes(chunks, optimizer, weights=weights))
         if b.is_owner
     ]
     found += _random_pieces()
