@@ -75,6 +75,8 @@ set_deadline() {
 verdict() { # the code in exit.json; fails if there is none
     local text
     text=$(cat "$folder/exit.json" 2>/dev/null) || return 1
+    # a start by hand beside this job has written its own
+    [[ $text =~ \"job\":[[:space:]]*\"([^\"]*)\" && ${BASH_REMATCH[1]} != "${SLURM_JOB_ID:-}" ]] && return 1
     [[ $text =~ \"code\":[[:space:]]*([0-9]+) ]] && printf '%s' "${BASH_REMATCH[1]}"
 }
 

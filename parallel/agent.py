@@ -39,6 +39,8 @@ _HUNG_GRACE_S = 5.0
 _MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """Where the store is: on a disk a beat waits whenever a checkpoint is flushed to it."""
 _POLL_S = 0.5
+_UNKNOWN = 255
+"""multiprocessing's exit code of a process whose fork server is gone."""
 KILLED = WATCH_ENDED
 """Exit code of a run in which a signal killed a rank: nobody's fault in the program."""
 
@@ -69,7 +71,8 @@ class Stopper:
 
         def pass_on(signum: int, _frame: FrameType | None) -> None:
             self.received.append(signum)
-            self._send(signum)
+            # as SIGTERM: a terminal sends Ctrl-C to the ranks, too, and a second one means at once
+            self._send(signal.SIGTERM)
 
         previous = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -84,8 +87,8 @@ class Stopper:
         for process in processes:
             process.start()
             self._processes.append(process)
-            for signum in self.received:
-                os.kill(process.pid or 0, signum)
+            if self.received:
+                os.kill(process.pid or 0, signal.SIGTERM)
 
     def _send(self, signum: int) -> None:
         for process in self._processes:
@@ -178,6 +181,8 @@ def _rank_main(
     args: tuple[Any, ...],
     environment: dict[str, str],
 ) -> None:
+    for signum in (signal.SIGTERM, signal.SIGINT):  # ignored where it was forked from
+        signal.signal(signum, signal.SIG_DFL)
     os.environ.clear()  # a fork has the environment of the process that it was forked from
     os.environ.update(environment)
     arm()
@@ -214,6 +219,10 @@ def _wait_for_all(
             process.join()
             del alive[rank]
             code = process.exitcode or 0
+            if code == _UNKNOWN and _is_there(process.pid):
+                # the process it was forked from is gone, and with it all control of the rank
+                os.kill(process.pid or 0, signal.SIGKILL)
+                code = -signal.SIGKILL
             codes.append(code)
             if code < 0 and time.monotonic() < deadline:
                 on_death(Death(rank=rank, signal=-code))
@@ -225,6 +234,10 @@ def _wait_for_all(
             if is_late or (deadline != float("inf") and _is_stopped(process.pid)):
                 process.kill()
     return codes
+
+
+def _is_there(pid: int | None) -> bool:
+    return pid is not None and Path(f"/proc/{pid}").exists()
 
 
 def _is_stopped(pid: int | None) -> bool:

@@ -18,8 +18,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +120,17 @@ def read_attempts(folder: Path) -> list[Attempt]:
 def _read(path: Path) -> Attempt | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return Attempt(**{**record, "owner": Owner(**record["owner"])})
+        owner = Owner(**_known(Owner, record["owner"]))
+        return Attempt(**_known(Attempt, {**record, "owner": owner}))
     except (OSError, ValueError, TypeError, KeyError) as error:
         log.warning("%s cannot be read: %s", path, error)
         return None
+
+
+def _known(cls: type, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that this code knows; newer code may have written more."""
+    names = {field.name for field in fields(cls)}
+    return {name: value for name, value in record.items() if name in names}
 
 
 def _numbers(root: Path) -> list[int]:
@@ -263,15 +271,19 @@ def _wait_until_gone(
     deadline = time.monotonic() + lease_s
     while True:
         now = _read(_path(root, number))
-        if now is None or now.code is not None or now.owner.is_certainly_gone:
+        # a file that cannot be read now says nothing; its owner may be renewing it
+        if now is not None and (now.code is not None or now.owner.is_certainly_gone):
             return
-        if before is not None and now.beat != before.beat:
+        if now is not None and before is None:
+            before = now
+        if now is not None and before is not None and now.beat != before.beat:
             raise HeldError(
                 f"{root.parent} is held by {now.owner} (attempt {number}), which is running: one"
                 " job writes into a run's folder. Stop it first, or choose another name"
             )
         if time.monotonic() >= deadline:
-            log.warning("%s: %s has not been seen for %.0f s", root, now.owner, lease_s)
+            owner = "the owner" if now is None else now.owner
+            log.warning("%s: %s has not been seen for %.0f s", root, owner, lease_s)
             return
         wait(min(1.0, lease_s / 10))
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -20,11 +21,21 @@ from typing import Any
 MANIFEST_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
 SCHEMA_VERSION = 2
+_WAITS_S = (1.0, 4.0)
+"""Before storage that does not answer is asked again."""
 _STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged, unreadable, or of another model; names the file or key."""
+
+
+class SchemaError(CheckpointError):
+    """A checkpoint is of another version of the code; it is whole."""
+
+
+class UnreadableError(OSError):
+    """Storage does not give a checkpoint's file, again and again; that is no damage."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +121,9 @@ def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: if it is missing, not as it was written, or of another schema.
+        CheckpointError: if it is missing or not as it was written.
+        SchemaError: if other code wrote it.
+        UnreadableError: if storage does not give it.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -119,7 +132,7 @@ def read_manifest(folder: Path) -> Manifest:
         name = Path(error.filename).name
         raise CheckpointError(f"{folder} is not a checkpoint: {name} is missing") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise UnreadableError(f"{path} cannot be read: {error}") from error
     if line != _digest_line(content):
         raise CheckpointError(
             f"{path} or {DIGEST_NAME} is not as it was written: {content_digest(content)} found"
@@ -135,7 +148,7 @@ def read_manifest(folder: Path) -> Manifest:
             return manifest
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read as a manifest: {error}") from error
-    raise CheckpointError(
+    raise SchemaError(
         f"{path} has schema {version}, this code reads {SCHEMA_VERSION}: use the code that wrote it"
     )
 
@@ -163,21 +176,44 @@ def find_damage(
         manifest: its manifest.
         digests: compare SHA-256 as well as sizes (reads every byte).
         names: of the files to look at; None: all.
+
+    Raises:
+        UnreadableError: if storage does not give a file: it may be whole.
     """
     damage: dict[str, str] = {}
     for name in manifest.files if names is None else names:
-        path, record = folder / name, manifest.files[name]
-        try:
-            size = path.stat().st_size if path.is_file() else None
-            if size is None:
-                damage[name] = f"{path} is missing"
-            elif size != record.size_bytes:
-                damage[name] = f"{path} has {size} bytes, {record.size_bytes} were written"
-            elif digests and digest_file(path).sha256 != record.sha256:
-                damage[name] = f"{path} has another SHA-256 than when it was written"
-        except OSError as error:
-            damage[name] = f"{path} cannot be read: {error}"
+        found = _patiently(folder / name, manifest.files[name], digests=digests)
+        if found:
+            damage[name] = found
     return damage
+
+
+def _patiently(path: Path, record: FileRecord, *, digests: bool) -> str:
+    """Return what is wrong with a file; storage that does not answer is asked again.
+
+    Raises:
+        UnreadableError: if it keeps not answering.
+    """
+    for wait_s in (*_WAITS_S, None):
+        try:
+            return _what_is_wrong(path, record, digests=digests)
+        except OSError as error:
+            if wait_s is None:
+                raise UnreadableError(f"{path} cannot be read: {error}") from error
+            time.sleep(wait_s)
+    raise AssertionError("the last try returns or raises")
+
+
+def _what_is_wrong(path: Path, record: FileRecord, *, digests: bool) -> str:
+    try:
+        size = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{path} is missing"
+    if size != record.size_bytes:
+        return f"{path} has {size} bytes, {record.size_bytes} were written"
+    if digests and digest_file(path).sha256 != record.sha256:
+        return f"{path} has another SHA-256 than when it was written"
+    return ""
 
 
 def share_of_files(manifest: Manifest, *, rank: int, num_ranks: int) -> list[str]:

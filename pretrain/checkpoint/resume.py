@@ -19,7 +19,9 @@ from pretrain.checkpoint.manifest import (
 log = logging.getLogger(__name__)
 
 
-def find_newest(root: Path, *, digests: bool = True) -> tuple[Path, Manifest] | None:
+def find_newest(
+    root: Path, *, digests: bool = True, sizes: bool = True
+) -> tuple[Path, Manifest] | None:
     """Return the newest whole checkpoint below `root` with its manifest, None if there is none.
 
     For one process; ranks find it together (sharded.agree_on_newest).
@@ -27,15 +29,18 @@ def find_newest(root: Path, *, digests: bool = True) -> tuple[Path, Manifest] | 
     Args:
         root: folder of a run's checkpoints.
         digests: read every byte of the checkpoint that is returned, not only sizes.
+        sizes: look at its files at all; else only at its manifest.
 
     Raises:
         CheckpointError: if there are checkpoints and all of them are damaged.
+        UnreadableError: if storage does not give a file: it may be whole.
     """
     folders = list_checkpoints(root)
     for folder in reversed(folders):
         try:
             manifest = read_manifest(folder)
-            damage = list(find_damage(folder, manifest, digests=digests).values())
+            names = None if sizes else ()
+            damage = [*find_damage(folder, manifest, digests=digests, names=names).values()]
         except CheckpointError as error:
             damage = [str(error)]
         else:

@@ -18,6 +18,8 @@ from pretrain.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointError,
     Manifest,
+    SchemaError,
+    UnreadableError,
     content_digest,
     find_damage,
     list_checkpoints,
@@ -35,15 +37,16 @@ _DEBRIS = (".writing_*", ".deleting_*")
 class Retention:
     """Removes old checkpoints of a run; each rank has one."""
 
-    def __init__(self, root: Path, *, keep: int, purpose: str) -> None:
+    def __init__(self, root: Path, *, keep: int, purpose: str, token: str) -> None:
         """Know no verified checkpoint yet.
 
         Args:
             root: folder of the run's checkpoints.
             keep: how many verified ones stay, at least 1.
             purpose: whose group ranks agree over.
+            token: of this attempt, as in the names of unfinished saves.
         """
-        self._root, self._keep, self._purpose = root, keep, purpose
+        self._root, self._keep, self._purpose, self._token = root, keep, purpose, token
         self._verified: set[str] = set()
 
     def trust(self, folder: Path) -> None:
@@ -56,16 +59,18 @@ class Retention:
         Args:
             step: of the save that was just committed.
         """
-        names = from_first_rank(self._names(), purpose=self._purpose)
+        names: list[str] = from_first_rank(self._names(), purpose=self._purpose)
         kept: list[str] = []
         damaged: list[str] = []
-        for name in reversed(names):
-            if len(kept) == self._keep:
-                break
-            if name in self._verified or self._verify(name):
-                kept.append(name)
-            else:
-                damaged.append(name)
+        try:
+            for name in reversed(names):
+                if len(kept) == self._keep:
+                    break
+                is_whole = name in self._verified or self._verify(name)
+                (kept if is_whole else damaged).append(name)
+        except (UnreadableError, CheckpointError) as error:  # the same on all ranks
+            log.warning("nothing of %s is removed now: %s", self._root, error)
+            return
         if torch.distributed.get_rank() == 0:
             try:
                 for name in damaged:
@@ -78,7 +83,11 @@ class Retention:
         """Return the checkpoints that rank 0 sees, oldest first."""
         if torch.distributed.get_rank():
             return []
-        return [folder.name for folder in list_checkpoints(self._root)]
+        try:
+            return [folder.name for folder in list_checkpoints(self._root)]
+        except OSError as error:
+            log.warning("%s cannot be listed: %s", self._root, error)
+            return []
 
     def _verify(self, name: str) -> bool:
         """Return whether a checkpoint is as it was written; each rank reads a share of it."""
@@ -94,7 +103,7 @@ class Retention:
             os.rename(self._root / name, doomed)  # from here on nobody takes it for a checkpoint
             failpoint("save.retention", step=step)
             shutil.rmtree(doomed)
-        remove_debris(self._root)
+        remove_debris(self._root, below=self._token)
 
 
 def find_damage_together(folder: Path, *, purpose: str) -> list[str]:
@@ -109,37 +118,61 @@ def find_damage_together(folder: Path, *, purpose: str) -> list[str]:
 
     Raises:
         CheckpointError: on every rank, if ranks see unlike files.
+        UnreadableError: on every rank, if storage does not give a file, or other code wrote it:
+            that is no damage.
 
     Collective: every rank calls it.
     """
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     own: dict[str, str] = {}
     manifest: Manifest | None = None
+    digest = unreadable = ""
     try:
         manifest = read_manifest(folder)
+        digest = content_digest((folder / MANIFEST_NAME).read_bytes())
         shared = share_of_files(manifest, rank=rank, num_ranks=num_ranks)
         looked_at = [*manifest.files][:_MOST_SIZES]
         own = find_damage(folder, manifest, digests=False, names=looked_at)
         own |= find_damage(folder, manifest, digests=True, names=shared)
+    except OSError as error:
+        unreadable = str(error)
+    except SchemaError as error:
+        unreadable = str(error)
     except CheckpointError as error:
         own = {MANIFEST_NAME: str(error)}
-    digest = "" if manifest is None else content_digest((folder / MANIFEST_NAME).read_bytes())
-    everyone = all_gather_json([digest, own], purpose=purpose)
-    names = sorted({name for _, damage in everyone for name in damage})
-    confirmed = [own[MANIFEST_NAME]] if manifest is None else []
-    if manifest is not None and rank == 0:
-        again = [name for name in names if name in manifest.files]
-        confirmed = [*find_damage(folder, manifest, digests=True, names=again).values()]
-    confirmed = from_first_rank(confirmed, purpose=purpose)
-    digests = {digest for digest, _ in everyone}
+    everyone = all_gather_json([digest, own, unreadable], purpose=purpose)
+    said = [text for _, _, text in everyone if text]
+    if said:
+        raise UnreadableError(said[0])
+    names = sorted({name for _, damage, _ in everyone for name in damage})
+    verdict: list[list[str]] = [[], []]
+    if rank == 0:
+        verdict = _confirmed(folder, manifest, own, names)
+    confirmed, unreadable_now = from_first_rank(verdict, purpose=purpose)
+    if unreadable_now:
+        raise UnreadableError(unreadable_now[0])
+    digests = {digest for digest, _, _ in everyone}
     if not confirmed and (names or len(digests) > 1):
-        others = [r for r, said in enumerate(everyone) if said != [everyone[0][0], {}]]
-        said = next((t for _, damage in everyone for t in damage.values()), "another manifest")
+        others = [r for r, words in enumerate(everyone) if words != [everyone[0][0], {}, ""]]
+        text = next((t for _, damage, _ in everyone for t in damage.values()), "another manifest")
         raise CheckpointError(
-            f"ranks {others[:8]} of {num_ranks} see other files of {folder} than rank 0: {said};"
+            f"ranks {others[:8]} of {num_ranks} see other files of {folder} than rank 0: {text};"
             " all ranks must see the same files"
         )
     return confirmed
+
+
+def _confirmed(
+    folder: Path, manifest: Manifest | None, own: dict[str, str], names: list[str]
+) -> list[list[str]]:
+    """Return what rank 0 finds wrong with what any rank complains of, and what it cannot read."""
+    if manifest is None:
+        return [[own[MANIFEST_NAME]], []]
+    again = [name for name in names if name in manifest.files]
+    try:
+        return [[*find_damage(folder, manifest, digests=True, names=again).values()], []]
+    except OSError as error:
+        return [[], [str(error)]]
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -156,8 +189,15 @@ def set_aside(folder: Path) -> Path | None:
     return aside
 
 
-def remove_debris(root: Path) -> None:
-    """Remove what killed saves have left; only where no save is under way."""
+def remove_debris(root: Path, *, below: str) -> None:
+    """Remove what killed saves have left; where no save of this attempt is under way.
+
+    Args:
+        root: folder of a run's checkpoints.
+        below: token of this attempt: what an attempt with a higher one writes is not debris.
+    """
     for pattern in _DEBRIS:
         for debris in root.glob(pattern):
-            shutil.rmtree(debris, ignore_errors=True)
+            token = debris.name.rpartition(".")[2]
+            if not (token.isdecimal() and below.isdecimal() and token > below):
+                shutil.rmtree(debris, ignore_errors=True)

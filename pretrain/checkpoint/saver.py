@@ -25,6 +25,7 @@ import random
 import shutil
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -43,6 +44,7 @@ from pretrain.checkpoint.manifest import (
     CheckpointError,
     FileRecord,
     Manifest,
+    find_damage,
     step_folder,
     sync_folder,
     write_manifest,
@@ -61,6 +63,8 @@ _PURPOSE = "saver"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _WAITS_S = (1.0, 4.0)
 """Before a file that storage refused is written again; a full disk is not asked twice."""
+_SAVE_ERRORS = (OSError, CheckpointError, ValueError, MemoryError, zipfile.BadZipFile)
+"""What costs the save that it happens to, and nothing else."""
 LATEST_NAME = "latest"
 
 
@@ -117,7 +121,9 @@ class Saver:
         self._config = config
         self._staging = Staging(device)
         self._is_fenced = is_fenced
-        self._retention = Retention(config.root, keep=config.keep, purpose=_PURPOSE)
+        self._retention = Retention(
+            config.root, keep=config.keep, purpose=_PURPOSE, token=config.token
+        )
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
@@ -176,10 +182,10 @@ class Saver:
         if waits:
             self._thread.join()
 
-    def wait(self) -> None:
-        """Wait until the save under way has ended, if one is."""
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until the save under way has ended, if one is; None: as long as it takes."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout_s)
 
     def take_outcome(self) -> Outcome | None:
         """Return how the last save went, once; None while it is under way or if there was none.
@@ -217,7 +223,7 @@ class Saver:
                 "shapes": shapes,
                 "record": asdict(record),
             }
-        except (OSError, CheckpointError) as error:
+        except _SAVE_ERRORS as error:
             said = {"blocking_s": blocking_s, "problem": str(error)}
         everyone = gather_json(said, purpose=_PURPOSE)
         verdict: dict[str, Any] = {}
@@ -301,7 +307,7 @@ class Saver:
         try:
             if not problem:
                 self._commit(everyone, manifest, writing=writing, final=final)
-        except (OSError, CheckpointError) as error:
+        except _SAVE_ERRORS as error:
             problem, refused = str(error), [0]
         if problem:
             shutil.rmtree(writing, ignore_errors=True)  # room for the next
@@ -329,6 +335,9 @@ class Saver:
         files |= finish_folder(writing, shapes, chunks)
         write_manifest(writing, replace(manifest, files=files, written_by=self._config.token))
         sync_folder(writing)
+        damage = find_damage(writing, replace(manifest, files=files), digests=False)
+        if damage:  # written by a rank that sees another folder, or removed since
+            raise CheckpointError("; ".join(damage.values()))
         failpoint("save.before_commit", step=step)
         fenced = self._is_fenced()
         if fenced:

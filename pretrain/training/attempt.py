@@ -26,9 +26,17 @@ from pretrain.checkpoint.lease import (
     read_attempts,
     take_lease,
 )
+from pretrain.checkpoint.manifest import list_checkpoints
+from pretrain.checkpoint.retention import remove_debris
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.monitor.secrets import scrub
-from pretrain.training.exit_file import FINISHED, INTERRUPTED, WRONG_INPUT, clear_exit
+from pretrain.training.exit_file import (
+    DO_NOT_REQUEUE,
+    FINISHED,
+    INTERRUPTED,
+    WRONG_INPUT,
+    clear_exit,
+)
 from pretrain.training.run import Run, as_json
 
 log = logging.getLogger(__name__)
@@ -103,13 +111,17 @@ def begin_attempt(run: Run) -> RunAttempt:
 
 def _claim(run: Run) -> Lease:
     digest = _digest(run)
-    attempts = read_attempts(run.folder)
-    _refuse_without_progress(run, attempts, digest=digest)
     lease = take_lease(run.folder, lease_s=run.restarts.lease_s, digest=digest)
     before = read_attempts(run.folder)[:-1]
     if before and before[-1].code is None:
         _record_silent_end(run, before[-1])
+    try:
+        _refuse_without_progress(run, before, digest=digest)
+    except LeaseError as error:
+        lease.end(code=DO_NOT_REQUEUE, reason=str(error))
+        raise
     clear_exit(run.folder)
+    remove_debris(run.folder / "checkpoints", below=f"{lease.number:08d}")
     return lease
 
 
@@ -127,9 +139,16 @@ def _refuse_without_progress(run: Run, attempts: Sequence[Attempt], *, digest: s
     """
     most = run.restarts.without_progress
     in_vain: list[Attempt] = []
+    newest = list_checkpoints(run.folder / "checkpoints")
+    reached = int(newest[-1].name.removeprefix("step_")) if newest else 0
     for attempt in reversed(attempts):
-        if attempt.digest != digest or attempt.has_progressed or attempt.code in _REGULAR_ENDS:
+        if attempt.code == DO_NOT_REQUEUE:
+            continue  # it was refused
+        # a rank may have died between its commit and the note of it: the disk knows
+        progressed = attempt.has_progressed or reached > (attempt.from_step or 0)
+        if attempt.digest != digest or progressed or attempt.code in _REGULAR_ENDS:
             break
+        reached = min(reached, attempt.from_step or 0)
         in_vain.append(attempt)
     if len(in_vain) < most:
         return

@@ -77,14 +77,23 @@ def write_exit(folder: Path, *, code: int, reason: str, step: int | None = None)
         reason: one sentence; written without secrets.
         step: optimizer steps done, if known.
     """
-    if code in (FAILED, INFRASTRUCTURE) and (folder / "exit.json").exists():
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if code in (FAILED, INFRASTRUCTURE) and _job_that_spoke(folder) == job:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    said = {"code": code, "reason": scrub(reason), "step": step}
+    said = {"code": code, "reason": scrub(reason), "step": step, "job": job}
     record = {**said, "time_unix_s": round(time.time(), 3)}
     writing = folder / f".exit.json.{os.getpid()}"
     writing.write_text(json.dumps(record) + "\n", encoding="utf-8")
     os.replace(writing, folder / "exit.json")
+
+
+def _job_that_spoke(folder: Path) -> str | None:
+    """Return which job of the batch system `exit.json` is of; None: there is none to be read."""
+    try:
+        return str(json.loads((folder / "exit.json").read_text(encoding="utf-8"))["job"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def clear_exit(folder: Path) -> None:

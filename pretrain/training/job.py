@@ -19,7 +19,7 @@ from data.stream.ledger import write_ledger
 from parallel import groups
 from parallel.agreement import from_first_rank, require_same_on_all
 from parallel.device import Device
-from pretrain.checkpoint.lease import HeldError, LeaseError, incident_mark
+from pretrain.checkpoint.lease import HeldError, incident_mark
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.resume import open_checkpoint
 from pretrain.checkpoint.sharded import agree_on_newest
@@ -50,6 +50,8 @@ from pretrain.training.watching import RunWatch, watching
 
 log = logging.getLogger(__name__)
 
+_LAST_WAIT_S = 60.0
+"""For the save under way when a rank fails; one that has lost its neighbours ends by itself."""
 _FIRST_WORD_S = 3.0
 """How long a rank that has lost its neighbours leaves it to others to say why."""
 
@@ -193,6 +195,7 @@ def _train(
     finally:
         if telemetry is not None:
             telemetry.close()
+        trainer.saver.wait(_LAST_WAIT_S)  # after an error, too: what is under way may be committed
         trainer.close()
         corpus.close()
 
@@ -260,7 +263,7 @@ def _fit(
     )
     lost = from_first_rank(attempt.why_lost())
     if lost:
-        raise LeaseError(lost)
+        raise HeldError(lost)
     if not finished:
         saves.finish()
         _say(

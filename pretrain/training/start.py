@@ -19,7 +19,12 @@ from parallel.spawn import find_function, usable_cores
 from pretrain.checkpoint.continuity import check_same_model, check_same_run, check_schema
 from pretrain.checkpoint.environment import check_same_environment
 from pretrain.checkpoint.lease import incident_mark, read_attempts
-from pretrain.checkpoint.manifest import CheckpointError, Manifest, list_checkpoints
+from pretrain.checkpoint.manifest import (
+    CheckpointError,
+    Manifest,
+    UnreadableError,
+    list_checkpoints,
+)
 from pretrain.checkpoint.resume import find_newest, open_checkpoint
 from pretrain.model.cuts import check_cuts
 from pretrain.model.exchange import check_exchange_available
@@ -90,6 +95,9 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
     except USER_ERRORS as error:
         write_refusal(run.folder, error, environment=environment)
         raise
+    except UnreadableError as error:
+        log.error("%s: start the run again when storage answers", error)
+        return INFRASTRUCTURE
     if done is not None:
         if is_first:
             write_exit(run.folder, code=FINISHED, reason="was finished already", step=done)
@@ -102,11 +110,13 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
 
 def _run_local_ranks(run: Run, config_yaml: str) -> int:
     """Start the ranks, again and again if one dies, and return the run's exit code."""
-    num_restarts = 0
+    num_restarts = last_number = 0
 
     def record(death: Death) -> None:
         attempts = read_attempts(run.folder)
-        number = attempts[-1].number if attempts else 0
+        # ranks may die before their start has a number; the one before has ended
+        has_number = bool(attempts) and attempts[-1].code is None
+        number = attempts[-1].number if has_number else None
         record_incident(
             run.folder,
             Incident(
@@ -117,15 +127,17 @@ def _run_local_ranks(run: Run, config_yaml: str) -> int:
                 attempt=number,
                 detail={"signal": death.signal},
             ),
-            mark=incident_mark(run.folder, number),
+            mark=None if number is None else incident_mark(run.folder, number),
         )
 
     def may_restart(code: int) -> bool:
-        nonlocal num_restarts
+        nonlocal num_restarts, last_number
         if code not in RESTARTED:
             return False
         attempts = read_attempts(run.folder)
-        num_restarts = 0 if attempts and attempts[-1].has_progressed else num_restarts
+        if attempts and attempts[-1].number > last_number:  # ranks that died before are no news
+            last_number = attempts[-1].number
+            num_restarts = 0 if attempts[-1].has_progressed else num_restarts
         if num_restarts == run.restarts.in_job:
             return False
         num_restarts += 1
@@ -209,7 +221,8 @@ def check(run: Run, *, every_file: bool) -> int | None:
 
     Args:
         run: the configuration, on its ranks.
-        every_file: look at every file of the corpus, too (one process of a run is enough).
+        every_file: look at every file of the corpus and of the checkpoint, too (one process of a
+            run is enough).
 
     Raises:
         ValueError, DataError, CheckpointError: see `start`.
@@ -223,7 +236,7 @@ def check(run: Run, *, every_file: bool) -> int | None:
         if every_file:
             check_files(corpus.train)
             check_files(corpus.validation)
-        return _check_checkpoint(run, corpus)
+        return _check_checkpoint(run, corpus, sizes=every_file)
 
 
 def _check_validation(run: Run, corpus: Corpus) -> None:
@@ -236,7 +249,7 @@ def _check_validation(run: Run, corpus: Corpus) -> None:
     check_cuts(run.model, layout=run.layout, sequence_tokens=length)
 
 
-def _check_checkpoint(run: Run, corpus: Corpus) -> int | None:
+def _check_checkpoint(run: Run, corpus: Corpus, *, sizes: bool) -> int | None:
     root = run.folder / "checkpoints"
     if run.resume == "never" and list_checkpoints(root):
         raise CheckpointError(
@@ -245,7 +258,7 @@ def _check_checkpoint(run: Run, corpus: Corpus) -> int | None:
         )
     check_schema(root)
     digest = corpus.manifest.tokenizer_digest
-    found = find_newest(root, digests=False)  # the ranks read every byte, together
+    found = find_newest(root, digests=False, sizes=sizes)  # the ranks read every byte, together
     if found is None or starts_again(run, newest=found[1]):
         if run.initial_weights is not None:
             check_given(run.initial_weights, key="initial_weights")

@@ -386,6 +386,6 @@ def fit(
         own = torch.tensor([float(should_stop()), float(trainer.saver.is_busy)])
         stop, is_busy = max_over_all(own.to(trainer.device)).tolist()  # synchronises
         checkpoint(bool(is_busy))
-        if stop:
+        if stop and not trainer.is_finished:
             return False
     return True

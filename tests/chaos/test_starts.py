@@ -20,7 +20,9 @@ from pretrain.checkpoint.lease import read_attempts
 from pretrain.checkpoint.manifest import list_checkpoints
 from pretrain.monitor.incidents import read_incidents
 from pretrain.monitor.records import read_metrics
+from pretrain.training.exit_file import write_exit
 from pretrain.training.run import Run
+from pretrain.training.start import start
 from tests.chaos.faults import damage
 from tests.chaos.oracles import Truth, violations, wrong_data
 from tests.chaos.play import Played, play
@@ -29,6 +31,10 @@ from tests.chaos.scenario import LAYOUTS, Scenario
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 MakeRun = Callable[..., Run]
+
+
+class StopError(Exception):
+    """The chain goes no further here."""
 
 
 @pytest.fixture
@@ -51,6 +57,46 @@ def test_three_starts_in_vain_and_the_run_is_not_started_again(make_run: MakeRun
     assert kinds == Counter(rank_died=3, no_progress=1)
     assert play(run).codes == (93,)  # without the fault, too: nobody has changed anything
     assert kinds == Counter(str(record["kind"]) for record in read_incidents(run.folder))
+
+
+def test_ranks_that_die_before_they_begin_are_not_started_for_ever(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attempt that progressed long ago forgives nothing."""
+    run = make_run(in_job=3)
+    with pytest.raises(StopError):
+        play(run, ["step.begin:term:rank=0:step=9"], between=stop_there)
+    codes: list[int] = []
+
+    def die(*_: object, may_restart: Callable[[int], bool], **__: object) -> int:
+        while True:
+            codes.append(85)
+            assert len(codes) < 10
+            if not may_restart(85):
+                return 85
+
+    monkeypatch.setattr("pretrain.training.start.run_ranks", die)
+    start(run, config_yaml="")
+    assert len(codes) == 4
+
+
+def stop_there(_run: Run, _number: int) -> None:
+    raise StopError
+
+
+def test_a_refused_start_beside_a_live_run_leaves_its_word_alone(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each job of a batch system believes its own word; and a failure is said over another's."""
+    run = make_run()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    write_exit(run.folder, code=2, reason="a typing error of somebody")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    write_exit(run.folder, code=85, reason="a rank died")
+    said = json.loads((run.folder / "exit.json").read_text())
+    assert (said["code"], said["job"]) == (85, "8")
+    write_exit(run.folder, code=1, reason="and this one has lost it")
+    assert json.loads((run.folder / "exit.json").read_text())["code"] == 85
 
 
 def test_another_configuration_starts_anew(make_run: MakeRun, truth: Truth) -> None:
@@ -148,13 +194,9 @@ def test_a_run_goes_on_with_other_ranks_and_reads_the_same(
 
 def _start_once(run: Run, faults: list[str]) -> int:
     codes: list[int] = []
-
-    def stop(_run: Run, _number: int) -> None:
-        raise StopIteration
-
     try:
-        codes += play(run, faults, between=stop).codes
-    except StopIteration:
+        codes += play(run, faults, between=stop_there).codes
+    except StopError:
         codes.append(85)
     return codes[-1]
 

@@ -109,3 +109,25 @@ def test_ranks_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, "ranks train on unseen"
         threading.Event().wait(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["group", "fork server"])
+def test_ranks_do_not_outlive_the_process_they_were_forked_from(lost: str, tmp_path: Path) -> None:
+    """SIGTERM to the whole process group, as batch systems send it, and the fork server killed."""
+    code = (
+        "from parallel.agent import run_ranks; import sys;"
+        f"sys.exit(run_ranks('tests.parallel.deaths:write_pid_and_wait', ({str(tmp_path)!r},),"
+        " num_ranks=2))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
+    while len(found := list(tmp_path.glob("pid_*"))) < 2:
+        assert parent.poll() is None
+        threading.Event().wait(0.05)
+    pids = [int(path.name.removeprefix("pid_")) for path in found]
+    if lost == "group":
+        os.killpg(parent.pid, signal.SIGTERM)
+    else:
+        os.kill(int(Path(f"/proc/{pids[0]}/stat").read_text().split()[3]), signal.SIGKILL)
+    assert parent.wait(30) == 85
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

@@ -191,7 +191,25 @@ def test_a_file_that_cannot_be_read_holds_nobody_up(tmp_path: Path) -> None:
     """A disk that filled up has left half a file of an older program."""
     (tmp_path / "attempts").mkdir()
     (tmp_path / "attempts" / "00000004.json").write_text('{"number": 4, "own')
-    assert take_lease(tmp_path, lease_s=60, wait=never).number == 5
+    assert take_lease(tmp_path, lease_s=0.2).number == 5
+
+
+def test_one_read_that_fails_does_not_replace_an_owner(
+    holder: Holder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = lease_module._read
+    answers = iter([None, None])
+    monkeypatch.setattr(lease_module, "_read", lambda path: next(answers, read(path)))
+    with pytest.raises(LeaseError, match="is held by"):
+        take_lease(tmp_path, lease_s=0.6)
+    assert holder.ask() == "still mine"
+
+
+def test_a_file_of_newer_code_is_read(holder: Holder, tmp_path: Path) -> None:
+    path = tmp_path / "attempts" / "00000001.json"
+    holder.process.send_signal(signal.SIGSTOP)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mood": "good"}))
+    assert read_attempts(tmp_path)[0].number == 1
 
 
 def test_a_full_disk_does_not_end_the_renewal(

@@ -21,12 +21,13 @@ from pretrain.checkpoint import saver as saver_module
 from pretrain.checkpoint import staging as staging_module
 from pretrain.checkpoint.manifest import (
     CheckpointError,
+    UnreadableError,
     list_checkpoints,
     read_manifest,
     write_manifest,
 )
 from pretrain.checkpoint.resume import find_newest
-from pretrain.checkpoint.retention import find_damage_together
+from pretrain.checkpoint.retention import find_damage_together, remove_debris
 from pretrain.checkpoint.sharded import agree_on_newest
 from pretrain.training.run import CheckpointPolicy, Run
 from pretrain.training.trainer import Trainer
@@ -246,6 +247,55 @@ def test_every_flipped_bit_of_every_file_is_found_before_use(
             shutil.move(root(trainer) / "damaged_step_00000002.0", newest)
             path.write_bytes(whole)
     assert agree_on_newest(root(trainer), on_damage=never)[0] == newest  # type: ignore[index]
+
+
+def test_a_file_that_is_gone_before_the_commit_costs_the_save(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a rank sees another folder than rank 0: its digest comes, its file does not."""
+    save_step(trainer)
+    write = saver_module.write_chunks
+
+    def write_elsewhere(path: Path, boxes: Any) -> Any:
+        written = write(path, boxes)
+        path.unlink()
+        return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver_module, "write_chunks", write_elsewhere)
+        patch.setattr(saver_module, "compare_with_disk", lambda *_: None)
+        trainer.step(trainer.next_batch())
+        with pytest.raises(CheckpointError, match=r"__0_0\.distcp is missing"):
+            trainer.save()
+    assert names(root(trainer)) == ["latest", "step_00000001"]
+
+
+def test_storage_that_does_not_answer_is_no_damage(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_step(trainer)
+    monkeypatch.setattr(manifest_module, "_WAITS_S", (0.0,))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest_module, "digest_file", refuse)
+        with pytest.raises(UnreadableError, match="Stale file handle"):
+            agree_on_newest(root(trainer), on_damage=never)
+        fresh = make_trainer(trainer.run)
+        fresh._move_to(1)
+        save_step(fresh)  # it is committed, and nothing is removed or set aside
+    assert names(root(trainer)) == ["latest", "step_00000001", "step_00000002"]
+    assert agree_on_newest(root(trainer), on_damage=never) is not None
+
+
+def test_what_an_attempt_with_a_higher_number_writes_is_no_debris(tmp_path: Path) -> None:
+    for name in (".writing_step_00000004.00000002", ".writing_step_00000004.00000004"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".deleting_step_00000001").mkdir()
+    remove_debris(tmp_path, below="00000003")
+    assert [path.name for path in tmp_path.iterdir()] == [".writing_step_00000004.00000004"]
 
 
 def test_all_damaged_is_an_error_and_no_fresh_start(trainer: Trainer) -> None:
