@@ -90,6 +90,11 @@ class Stopper:
             if self.received:
                 os.kill(process.pid or 0, signal.SIGTERM)
 
+    def remind(self) -> None:
+        """Send the request again: a rank that had just been forked has not heard the first."""
+        if self.received:
+            self._send(signal.SIGTERM)
+
     def _send(self, signum: int) -> None:
         for process in self._processes:
             if process.is_alive() and process.pid:
@@ -164,7 +169,8 @@ def _run_once(
         ]
         try:
             stopper.start(processes)
-            return worst_code(_wait_for_all(processes, on_death=on_death), severity=severity)
+            codes = _wait_for_all(processes, on_death=on_death, remind=stopper.remind)
+            return worst_code(codes, severity=severity)
         finally:
             for process in processes:
                 if process.pid and process.is_alive():
@@ -206,14 +212,18 @@ def _end_with_parent() -> None:
 
 
 def _wait_for_all(
-    processes: Sequence[BaseProcess], *, on_death: Callable[[Death], None]
+    processes: Sequence[BaseProcess],
+    *,
+    on_death: Callable[[Death], None],
+    remind: Callable[[], None],
 ) -> list[int]:
     """Return the ranks' exit codes in the order in which they ended; negative: by a signal."""
     codes: list[int] = []
     deadline = float("inf")
     alive = dict(enumerate(processes))
     while alive:
-        wait([process.sentinel for process in alive.values()], _POLL_S)
+        if not wait([process.sentinel for process in alive.values()], _POLL_S):
+            remind()
         ended = {rank: p for rank, p in alive.items() if p.exitcode is not None}
         for rank, process in ended.items():
             process.join()
