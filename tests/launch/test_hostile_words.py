@@ -218,7 +218,7 @@ def test_every_command_is_guarded_alike() -> None:
     for path in sorted((ROOT / "launch").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         if "@hydra.main" in text and path.name != "compose.py":
-            assert re.search(r"(sys\.exit\(|code = )run\(main", text), path
+            assert re.search(r"(sys\.exit\(|code = )run\((main|command)\b", text), path
 
 
 def test_no_module_of_the_working_folder_is_imported(tmp_path: Path) -> None:
