@@ -63,6 +63,7 @@ def test_a_rank_that_dies_is_replaced_within_the_job(disturb: Disturb, truth: Tr
     assert violations(played, truth, codes=[0], incidents=Counter(rank_died=1)) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_a_flipped_bit_cost_a_save_each(disturb: Disturb, truth: Truth) -> None:
     played = disturb(
         "save.half_file:full:rank=1:step=8",

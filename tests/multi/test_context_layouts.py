@@ -50,7 +50,7 @@ def test_two_context_ranks_draw_the_loss_curve_of_one(
         pytest.param(Layout(num_ranks=4, cp=4), marks=pytest.mark.slow),
         pytest.param(Layout(num_ranks=4, cp=2, ep=4), marks=pytest.mark.slow),
         pytest.param(Layout(num_ranks=4, cp=2, pp=2, ep=2), marks=pytest.mark.slow),
-        Layout(num_ranks=4, cp=2, tp=2, ep=2),
+        pytest.param(Layout(num_ranks=4, cp=2, tp=2, ep=2), marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -92,6 +92,7 @@ def doomed_ranks() -> Iterator[RankPool]:
     pool.close()
 
 
+@pytest.mark.slow
 def test_ranks_killed_after_the_save_are_replaced_without_a_trace(
     tiny_run: MakeRun, doomed_ranks: RankPool, two_ranks: RankPool
 ) -> None:

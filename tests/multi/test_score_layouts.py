@@ -53,7 +53,9 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     "layout",
     [
-        *("tp=2 ep=2", "ep=2", "pp=2"),
+        "tp=2 ep=2",
+        pytest.param("ep=2", marks=pytest.mark.slow),
+        pytest.param("pp=2", marks=pytest.mark.slow),
         pytest.param("ep=2 pp=2", marks=pytest.mark.slow),
         pytest.param("cp=2", marks=pytest.mark.slow),
         pytest.param("cp=2 tp=2 ep=2", marks=pytest.mark.slow),
