@@ -52,7 +52,11 @@ def test_eight_ranks_have_146_factorisations() -> None:
 EACH_AXIS = [s for s in factorisations(2) if sorted(s.values()) == [1, 1, 1, 1, 2, 2]]
 
 
-@pytest.mark.parametrize("sizes", EACH_AXIS, ids=lambda s: " ".join(map(str, s.values())))
+@pytest.mark.parametrize(
+    "sizes",
+    [EACH_AXIS[0], *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in EACH_AXIS[1:])],
+    ids=lambda s: " ".join(map(str, s.values())),
+)
 def test_a_layout_of_two_ranks_is_the_model_of_one(
     sizes: dict[str, int],
     asked: Verification,

@@ -45,6 +45,7 @@ def give_no_json() -> None:
     all_gather_json(object())
 
 
+@pytest.mark.slow
 def test_what_is_no_json_is_refused(two_ranks: RankPool) -> None:
     with pytest.raises(RankError, match="is not JSON serializable"):
         two_ranks.run(give_no_json)
@@ -91,6 +92,7 @@ def test_arrays_of_unlike_ranks_arrive_bit_by_bit_without_a_pickle(two_ranks: Ra
             assert found[name].shape == values.shape
 
 
+@pytest.mark.slow
 def test_arrays_of_objects_are_refused(two_ranks: RankPool) -> None:
     with pytest.raises(RankError, match="objects holds objects, arrays of numbers are allowed"):
         two_ranks.run(gathered_objects)

@@ -96,7 +96,9 @@ def norm_of_one_rank(tiny_run: MakeRun, one_rank: object) -> float:
     return norm_after_two_steps(tiny_run())
 
 
-@pytest.mark.parametrize("sizes", [{"tp": 2}, {"etp": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param({"tp": 2}, marks=pytest.mark.slow), {"etp": 2}], ids=str
+)
 def test_gradients_are_summed_where_experts_are_spread_unlike_dense_layers(
     sizes: dict[str, int], norm_of_one_rank: float, tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:
