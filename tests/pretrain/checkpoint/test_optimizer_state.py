@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pretrain.checkpoint import optimizer_state
+from pretrain.checkpoint import pieces
 from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
 from pretrain.checkpoint.optimizer_state import flat_parts, load_state, num_updates, state_boxes
 from pretrain.checkpoint.stored import StoredTensors
@@ -70,11 +70,9 @@ def test_boxes_hold_every_value_of_the_optimizer_once(trainer: Trainer) -> None:
 def test_state_without_a_place_is_not_lost_in_silence(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = optimizer_state.boxes
+    whole = pieces.boxes
     lost = "decoder.layers.1.mlp.router.weight"
-    monkeypatch.setattr(
-        optimizer_state, "boxes", lambda chunks: (b for b in whole(chunks) if b.key != lost)
-    )
+    monkeypatch.setattr(pieces, "boxes", lambda chunks: (b for b in whole(chunks) if b.key != lost))
     with pytest.raises(CheckpointError, match="0 of them have a place"):
         trainer.save()
 
