@@ -253,7 +253,7 @@ def _rewrapped(
                 record_exit_code(_report(error, full_error=full_error))
             except SystemExit as stop:
                 record_exit_code(_status(stop))
-            except Exception as error:
+            except Exception as error:  # a mistake of ours ends its job, not the sweep
                 if not in_sweep():
                     raise
                 print_traceback(error)
