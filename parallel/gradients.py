@@ -4,8 +4,9 @@
 
 megatron's ChainedOptimizer knows which parameters are shared or duplicated on which axis. Its
 `step` computes the norm, clips and updates in one go, so a NaN would reach the weights; here the
-same three parts run with the verdict between them. The norm is reduced over all ranks, so every
-rank reaches the same verdict.
+same three parts run with the verdict between them: `measure_gradients`, whatever the caller makes
+of the norm, `apply_gradients`. The norm is reduced over all ranks, so every rank reaches the same
+verdict.
 """
 
 import math
@@ -18,28 +19,36 @@ class NonFiniteGradientError(RuntimeError):
     """The gradient norm is NaN or infinite; nothing was updated."""
 
 
-def apply_gradients(optimizer: Any, *, clip_norm: float) -> float:
-    """Clip the gradients to `clip_norm` and update the weights.
+def measure_gradients(optimizer: Any) -> float:
+    """Return the global gradient norm, before any clip; NaN if a gradient overflowed.
 
     Args:
         optimizer: megatron's ChainedOptimizer, gradients reduced.
-        clip_norm: largest global norm, > 0.
 
-    Returns:
-        The global gradient norm before the clip.
+    Collective: every rank calls it, and gets the same number.
+    """
+    overflow = optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())  # the step's one host-device sync
+    return math.nan if overflow else norm
+
+
+def apply_gradients(optimizer: Any, *, norm: float, clip_norm: float) -> None:
+    """Clip the gradients to `clip_norm` and update the weights.
+
+    Args:
+        optimizer: megatron's ChainedOptimizer, gradients measured.
+        norm: their global norm (measure_gradients).
+        clip_norm: largest global norm, > 0.
 
     Raises:
         NonFiniteGradientError: on all ranks, before any weight has changed.
 
     Collective: every rank calls it.
     """
-    overflow = optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())  # the step's one host-device sync
-    if overflow or not math.isfinite(norm):
+    if not math.isfinite(norm):
         raise NonFiniteGradientError(f"the global gradient norm is {norm}; no weight was updated")
     for part in optimizer.chained_optimizers:
         parameters = part.get_parameters()
         if parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=clip_norm, total_norm=norm)
     optimizer.step_with_ready_grads()
-    return norm

@@ -29,7 +29,8 @@ class ExpertLoad:
             num_experts: E.
         """
         device = next(chunks[0].parameters()).device
-        self._counts_LE = torch.zeros(num_layers, num_experts, device=device)
+        self.counts_LE = torch.zeros(num_layers, num_experts, device=device)
+        """Since the last `take`; one tensor for ever, so that a step can be undone."""
         for layer, router in routers_by_layer(chunks, num_layers=num_layers):
             router.register_forward_hook(self._counter(layer))
 
@@ -37,14 +38,14 @@ class ExpertLoad:
         def count(module: torch.nn.Module, _inputs: object, output: tuple[Tensor, Tensor]) -> None:
             if module.training and torch.is_grad_enabled():
                 routing_map_TE = output[1]
-                self._counts_LE[layer] += routing_map_TE.detach().sum(0)
+                self.counts_LE[layer] += routing_map_TE.detach().sum(0)
 
         return count
 
     def take(self) -> Tensor:
         """Return this rank's counts `[L, E]` fp32 and begin anew; dense layers stay zero."""
-        counts_LE = self._counts_LE.clone()
-        self._counts_LE.zero_()
+        counts_LE = self.counts_LE.clone()
+        self.counts_LE.zero_()
         return counts_LE
 
 

@@ -38,6 +38,7 @@ from pretrain.training.exit_file import (
     INTERRUPTED,
     write_exit,
 )
+from pretrain.training.fit import fit
 from pretrain.training.going_on import record_going_on
 from pretrain.training.observe import Observer, Score, make_throughput
 from pretrain.training.run import Run, as_json
@@ -45,7 +46,7 @@ from pretrain.training.saves import Saves
 from pretrain.training.start import move_aside, starts_again
 from pretrain.training.stop_request import StopRequest, remove_request, working_time_s
 from pretrain.training.train_step import StepResult
-from pretrain.training.trainer import Trainer, fit
+from pretrain.training.trainer import Trainer
 from pretrain.training.watching import RunWatch, watching
 
 log = logging.getLogger(__name__)

@@ -78,6 +78,7 @@ class Observer:
         self._load = ExpertLoad(
             trainer.modules, num_layers=num_layers, num_experts=run.model.num_routed_experts
         )
+        trainer.step_state.include(self._load.counts_LE)
         self._microbatches_unread = 0
         self.losses: list[float] = []
         """Loss of each step of this attempt, nats per token."""

@@ -1,9 +1,12 @@
 """What happens in one training step?
 
-Gradients of one global batch, their norm and the finite verdict, the clip, the update: nothing
-    else, and nothing of it knows where the batch came from or who watches.
+Gradients of one global batch and their norm (`measure_step`), then the clip and the update
+(`apply_step`): nothing else, and nothing of it knows where the batch came from or who watches.
+Between the two nothing has moved that StepState (step_state.py) does not put back, so a step may
+be taken again or left out.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from parallel.failpoints import failpoint
-from parallel.gradients import apply_gradients
+from parallel.gradients import apply_gradients, measure_gradients
 from parallel.groups import is_last_stage
 from parallel.reduce import from_last_stage, sum_over_data
 from parallel.schedule import MicroBatch, forward_backward
@@ -31,6 +34,11 @@ class StepResult:
     lr: float
     """Learning rate that it was taken with."""
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradients are numbers; the same on every rank."""
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
 
 def train_step(
     chunks: Sequence[torch.nn.Module],
@@ -40,7 +48,7 @@ def train_step(
     lr: float,
     clip_norm: float,
 ) -> StepResult:
-    """Train on one global batch.
+    """Train on one global batch: `measure_step`, then `apply_step`.
 
     Args:
         chunks: this rank's wrapped model chunks.
@@ -54,6 +62,28 @@ def train_step(
 
     Collective: every rank calls it.
     """
+    result = measure_step(chunks, optimizer, batches, lr=lr)
+    apply_step(optimizer, result, clip_norm=clip_norm)
+    return result
+
+
+def measure_step(
+    chunks: Sequence[torch.nn.Module],
+    optimizer: Any,
+    batches: Sequence[MicroBatch],
+    *,
+    lr: float,
+) -> StepResult:
+    """Compute the reduced gradients of one global batch, its loss and their norm.
+
+    Args:
+        chunks: this rank's wrapped model chunks.
+        optimizer: megatron's optimizer over them.
+        batches: this replica's micro-batches, all of one shape `[B, S]`.
+        lr: learning rate that the step would be applied with.
+
+    Collective: every rank calls it, and gets the same result.
+    """
     zero_gradients(chunks, optimizer)
     count_choices(chunks, batches)
     micro_batch_size, sequence_length = batches[0].tokens.shape
@@ -65,13 +95,30 @@ def train_step(
         sequence_length=sequence_length,
         read_loss=_sum_and_count,
     )
-    set_lr(optimizer, lr)
-    failpoint("step.before_optimizer")
-    gradient_norm = apply_gradients(optimizer, clip_norm=clip_norm)
-    failpoint("step.after_optimizer")
+    sum_and_count = _loss_over_all(kept, batches[0].loss_mask.device)
+    gradient_norm = measure_gradients(optimizer)
     return StepResult(
-        loss=_mean_loss(kept, batches[0].loss_mask.device), gradient_norm=gradient_norm, lr=lr
+        loss=float(sum_and_count[0] / sum_and_count[1]), gradient_norm=gradient_norm, lr=lr
     )
+
+
+def apply_step(optimizer: Any, result: StepResult, *, clip_norm: float) -> None:
+    """Clip the gradients that `measure_step` has left and update the weights.
+
+    Args:
+        optimizer: megatron's optimizer.
+        result: what measure_step returned.
+        clip_norm: largest global gradient norm.
+
+    Raises:
+        NonFiniteGradientError: on every rank, before any weight has changed.
+
+    Collective: every rank calls it.
+    """
+    set_lr(optimizer, result.lr)
+    failpoint("step.before_optimizer")
+    apply_gradients(optimizer, norm=result.gradient_norm, clip_norm=clip_norm)
+    failpoint("step.after_optimizer")
 
 
 def count_choices(chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch]) -> None:
@@ -109,15 +156,14 @@ def _sum_and_count(batch: MicroBatch, token_loss_BS: Tensor) -> Tensor:
     return torch.stack([(token_loss_BS.float() * batch.loss_mask).sum(), batch.loss_mask.sum()])
 
 
-def _mean_loss(kept: Sequence[Tensor], device: torch.device) -> float:
-    """Return the loss of the global batch; summed in fp64, so that replicas do not show."""
+def _loss_over_all(kept: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the loss of the global batch and its tokens, summed in fp64: replicas do not show."""
     total = torch.zeros(2, dtype=torch.float64, device=device)
     if is_last_stage():
         for sum_and_count in kept:
             total += sum_and_count
         total = sum_over_data(total)
-    total = from_last_stage(total)
-    return float(total[0] / total[1])
+    return from_last_stage(total)
 
 
 def micro_batches(

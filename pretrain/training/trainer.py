@@ -1,8 +1,8 @@
-"""How does a run go from its first token to its last?
+"""What does one rank of a run hold, and what can be done with it?
 
-`fit` is the loop: next batch, train step, monitor, checkpoint. Everything else here brings the
-parts of a rank together before it and takes leave after it. The state of a run in its data
-is one integer, the steps done; with the ledger and the seed it decides which windows come next.
+Model, optimizer and place in the data: read a batch, train on it or leave it out, validate, save,
+load. The loop over them is fit.py. The state of a run in its data is one integer, the steps
+done; with the ledger and the seed it decides which windows come next.
 """
 
 import logging
@@ -18,15 +18,14 @@ import torch
 
 from data.indexed.format import DataError
 from data.stream.consumed import MASK
-from data.stream.ledger import write_ledger
+from data.stream.ledger import Entry, write_ledger
 from data.stream.loader import BatchReader, Share
 from data.stream.order import Segment
 from parallel import groups
 from parallel.agreement import from_first_rank
-from parallel.beats import Phase
 from parallel.device import Device
-from parallel.failpoints import at_step, failpoint
-from parallel.reduce import max_over_all, sum_over_data
+from parallel.failpoints import failpoint
+from parallel.reduce import sum_over_data
 from parallel.schedule import MicroBatch
 from parallel.seeds import seed_ranks
 from pretrain.checkpoint.environment import running_versions
@@ -45,7 +44,8 @@ from pretrain.training.model_failpoints import plant_in_model
 from pretrain.training.optimizer import make_optimizer, set_coefficients, wrap_chunks
 from pretrain.training.replaced_windows import ReplacedWindows
 from pretrain.training.run import Run, as_json
-from pretrain.training.train_step import StepResult, micro_batches, train_step
+from pretrain.training.step_state import StepState
+from pretrain.training.train_step import StepResult, apply_step, measure_step, micro_batches
 
 log = logging.getLogger(__name__)
 
@@ -96,19 +96,9 @@ class Trainer:
         self._move_to(0)
         self.consumed = 0  # digest of the windows read since `consumed_from_step`
         self.consumed_from_step = 0
+        self._digest = 0  # of the batch read last
         self._replaced = ReplacedWindows(device=self.device)
-        self.reader = BatchReader(
-            corpus.train,
-            corpus.ledger,
-            seed=run.seed,
-            share=Share(
-                replicas=run.layout.dp,
-                replica=groups.data_rank(),
-                micro_batch_tokens=run.micro_batch_tokens,
-            ),
-            reading=run.data.reading,
-            allocate=partial(_host_memory, pinned=self.device.type != "cpu"),
-        )
+        self.reader = self._open_reader()
         self._domain_idx = torch.tensor(
             [corpus.domains.index(bucket.domain) for bucket in corpus.ledger.last_plan.buckets]
         )
@@ -117,6 +107,7 @@ class Trainer:
         plant_in_model(self.modules)
         self.chunks = wrap_chunks(self.modules, config=self.modules[0].config, adamw=run.optimizer)
         self.optimizer = make_optimizer(self.chunks, adamw=run.optimizer, precision=run.precision)
+        self.step_state = StepState(self.modules)
         self.saver = Saver(
             SaverConfig(
                 root=run.folder / "checkpoints",
@@ -126,6 +117,20 @@ class Trainer:
             ),
             device=self.device,
             is_fenced=is_fenced,
+        )
+
+    def _open_reader(self) -> BatchReader:
+        return BatchReader(
+            self.corpus.train,
+            self.ledger,
+            seed=self.run.seed,
+            share=Share(
+                replicas=self.run.layout.dp,
+                replica=groups.data_rank(),
+                micro_batch_tokens=self.run.micro_batch_tokens,
+            ),
+            reading=self.run.data.reading,
+            allocate=partial(_host_memory, pinned=self.device.type != "cpu"),
         )
 
     @property
@@ -157,6 +162,7 @@ class Trainer:
         started = time.monotonic()
         failpoint("data.fetch")
         found = self.reader.read(self.position.step)
+        self._digest = found.digest
         self.consumed = (self.consumed + found.digest) & MASK
         within = self.run.data.document_attention
         loss_mask, documents = found.windows.described(across_documents=not within)
@@ -193,15 +199,40 @@ class Trainer:
         Raises:
             NonFiniteGradientError: see train_step.
         """
-        result = train_step(
+        self.step_state.take()
+        result = self.measure(batches)
+        apply_step(self.optimizer, result, clip_norm=self.run.optimizer.clip_norm)
+        self._move_to(self.position.step + 1)
+        return result
+
+    def measure(self, batches: Sequence[MicroBatch]) -> StepResult:
+        """Compute the gradients of the step to come; `step_state` undoes it; collective."""
+        return measure_step(
             self.chunks,
             self.optimizer,
             batches,
             lr=self.lr_after(self.timetable.tokens_before(self.batch + 1)),
-            clip_norm=self.run.optimizer.clip_norm,
         )
-        self._move_to(self.position.step + 1)
-        return result
+
+    def leave_out(self, reason: str) -> None:
+        """Leave the batch that was read last out of the run: an entry of the ledger; collective.
+
+        What the pass over it has moved is put back, and the step is taken with the batch after it.
+
+        Args:
+            reason: for whoever reads the ledger; the same on every rank.
+        """
+        self.step_state.restore()
+        self.settle_damage()
+        skip = Entry(kind="skip", first_batch=self.batch, num_batches=1, reason=reason)
+        self.ledger = self.ledger.with_entry(skip)
+        self._write_ledger()
+        self.consumed = (self.consumed - self._digest) & MASK
+        self.total_steps = self.ledger.num_steps
+        self._move_to(self.position.step)
+        self.reader.close()
+        self.reader = self._open_reader()
+        self._replaced = ReplacedWindows(device=self.device)
 
     def _move_to(self, step: int) -> None:
         batch = min(self.ledger.batch_of(step), self.timetable.num_batches)
@@ -244,14 +275,17 @@ class Trainer:
         num_replaced, most = len(self.ledger.replaced()), self.run.data.reading.max_replaced
         if num_replaced == before:
             return
-        if torch.distributed.get_rank() == 0:
-            self.run.folder.mkdir(parents=True, exist_ok=True)
-            write_ledger(self.run.folder / LEDGER_NAME, self.ledger)
+        self._write_ledger()
         if num_replaced > most:
             raise DataError(
                 f"{num_replaced} windows are damaged and replaced, data.reading.max_replaced={most}"
                 f" are allowed; they stand in {self.run.folder / LEDGER_NAME}"
             )
+
+    def _write_ledger(self) -> None:
+        if torch.distributed.get_rank() == 0:
+            self.run.folder.mkdir(parents=True, exist_ok=True)
+            write_ledger(self.run.folder / LEDGER_NAME, self.ledger)
 
     def save(self) -> None:
         """Write a checkpoint of this moment and wait until it is committed; collective.
@@ -348,44 +382,3 @@ def build_modules(run: Run, device: Device) -> Sequence[Any]:
         layout=run.layout,
         max_tokens=run.longest_window_tokens,
     )
-
-
-def fit(
-    trainer: Trainer,
-    *,
-    monitor: Callable[[StepResult, int], None],
-    checkpoint: Callable[[bool], None],
-    should_stop: Callable[[], bool],
-    enter: Callable[[Phase, int], None],
-) -> bool:
-    """Train until the last token or until a rank is asked to stop.
-
-    Args:
-        trainer: this rank's part of the run.
-        monitor: shown each step's result and the sequences of its global batch.
-        checkpoint: called after each step with whether a rank still writes the last checkpoint;
-            decides by itself whether to begin one, on all ranks alike.
-        should_stop: whether this rank has been asked to stop; all ranks stop after the same step.
-        enter: told what this rank does next, and the steps done (training/watching.py).
-
-    Returns:
-        True if the run is finished, False if it was stopped.
-
-    Collective: every rank calls it.
-    """
-    while not trainer.is_finished:
-        at_step(trainer.position.step)
-        failpoint("step.begin")
-        num_sequences = trainer.segment.global_sequences
-        enter("data", trainer.position.step)
-        batch = trainer.next_batch()
-        enter("step", trainer.position.step)
-        result = trainer.step(batch)
-        enter("observe", trainer.position.step)
-        monitor(result, num_sequences)
-        own = torch.tensor([float(should_stop()), float(trainer.saver.is_busy)])
-        stop, is_busy = max_over_all(own.to(trainer.device)).tolist()  # synchronises
-        checkpoint(bool(is_busy))
-        if stop and not trainer.is_finished:
-            return False
-    return True

@@ -11,10 +11,10 @@ from pretrain.checkpoint.resume import find_newest
 from pretrain.monitor.telemetry import open_telemetry
 from pretrain.training.corpus import LEDGER_NAME
 from pretrain.training.exit_file import FINISHED, write_exit
+from pretrain.training.fit import fit
 from pretrain.training.observe import Observer, make_throughput
 from pretrain.training.run import Run
 from pretrain.training.train_step import StepResult
-from pretrain.training.trainer import fit
 from pretrain.training.verify import make_trainer
 
 
