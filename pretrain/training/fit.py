@@ -3,14 +3,14 @@
 Next batch, train step, monitor, checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from parallel.beats import Phase
 from parallel.failpoints import at_step, failpoint
 from parallel.reduce import max_over_all
-from pretrain.training.train_step import StepResult
+from pretrain.training.train_step import Judge, StepResult
 from pretrain.training.trainer import Trainer
 
 
@@ -21,6 +21,7 @@ def fit(
     checkpoint: Callable[[bool], None],
     should_stop: Callable[[], bool],
     enter: Callable[[Phase, int], None],
+    judges: Sequence[Judge] = (),
 ) -> bool:
     """Train until the last token or until a rank is asked to stop.
 
@@ -31,6 +32,7 @@ def fit(
             decides by itself whether to begin one, on all ranks alike.
         should_stop: whether this rank has been asked to stop; all ranks stop after the same step.
         enter: told what this rank does next, and the steps done (training/watching.py).
+        judges: decide whether a step is applied; a batch that is left out is no step.
 
     Returns:
         True if the run is finished, False if it was stopped.
@@ -44,7 +46,9 @@ def fit(
         enter("data", trainer.position.step)
         batch = trainer.next_batch()
         enter("step", trainer.position.step)
-        result = trainer.step(batch)
+        result = trainer.try_step(batch, judges=judges)
+        if result is None:
+            continue
         enter("observe", trainer.position.step)
         monitor(result, num_sequences)
         own = torch.tensor([float(should_stop()), float(trainer.saver.is_busy)])

@@ -7,7 +7,7 @@ be taken again or left out.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,20 @@ class StepResult:
     def is_finite(self) -> bool:
         """Whether loss and gradients are numbers; the same on every rank."""
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What becomes of a step that is measured and not applied; the same on every rank."""
+
+    result: StepResult
+    """What the step measures: as given, or of another pass over the same batch."""
+    leave_out: str = ""
+    """Why its batch is left out, for the ledger; "": it is applied."""
+
+
+Judge = Callable[[Sequence[MicroBatch], StepResult], Verdict]
+"""Looks at a measured step, and may compute it again (Trainer.measure); collective."""
 
 
 def train_step(

@@ -34,9 +34,8 @@ from pretrain.checkpoint.optimizer_state import num_updates
 from pretrain.checkpoint.pieces import pieces_of_rank
 from pretrain.checkpoint.saver import Saver, SaverConfig
 from pretrain.checkpoint.sharded import load_checkpoint, load_weights
-from pretrain.model.assemble import build_chunks
 from pretrain.model.initialise import initialise_weights
-from pretrain.model.transformer_config import transformer_config
+from pretrain.training.build import build_modules
 from pretrain.training.corpus import LEDGER_NAME, Corpus, validation_window_tokens
 from pretrain.training.evaluate import ValidationLoss, validation_loss
 from pretrain.training.lr_schedule import step_lr
@@ -45,7 +44,7 @@ from pretrain.training.optimizer import make_optimizer, set_coefficients, wrap_c
 from pretrain.training.replaced_windows import ReplacedWindows
 from pretrain.training.run import Run, as_json
 from pretrain.training.step_state import StepState
-from pretrain.training.train_step import StepResult, apply_step, measure_step, micro_batches
+from pretrain.training.train_step import Judge, StepResult, apply_step, measure_step, micro_batches
 
 log = logging.getLogger(__name__)
 
@@ -199,8 +198,33 @@ class Trainer:
         Raises:
             NonFiniteGradientError: see train_step.
         """
+        result = self.try_step(batches, judges=())
+        assert result is not None, "nobody had it left out"
+        return result
+
+    def try_step(
+        self, batches: Sequence[MicroBatch], *, judges: Sequence[Judge]
+    ) -> StepResult | None:
+        """Train on one global batch and move on, or leave the batch out; collective.
+
+        Args:
+            batches: this replica's part of it, as `next_batch` gave it.
+            judges: asked in turn, before anything has moved for good.
+
+        Returns:
+            What the step measured, None if a judge had the batch left out.
+
+        Raises:
+            NonFiniteGradientError: see train_step.
+        """
         self.step_state.take()
         result = self.measure(batches)
+        for judge in judges:
+            verdict = judge(batches, result)
+            if verdict.leave_out:
+                self.leave_out(verdict.leave_out)
+                return None
+            result = verdict.result
         apply_step(self.optimizer, result, clip_norm=self.run.optimizer.clip_norm)
         self._move_to(self.position.step + 1)
         return result
@@ -361,24 +385,3 @@ def _host_memory(shape: tuple[int, int], *, pinned: bool) -> Any:
     """Return int32 memory that windows are read into, pinned where a device copies from it."""
     failpoint("data.read")  # in the thread that reads ahead
     return torch.empty(shape, dtype=torch.int32, pin_memory=pinned).numpy()
-
-
-def build_modules(run: Run, device: Device) -> Sequence[Any]:
-    """Return this rank's model chunks, weights not drawn; reads the current groups."""
-    config = transformer_config(
-        run.model,
-        layout=run.layout,
-        device=device,
-        precision=run.precision,
-        load_balance=run.load_balance,
-        mtp_loss_weight=run.mtp_loss_weight,
-        exchange=run.exchange,
-        recompute=run.recompute,
-    )
-    return build_chunks(
-        run.model,
-        config=config,
-        device=device,
-        layout=run.layout,
-        max_tokens=run.longest_window_tokens,
-    )

@@ -22,8 +22,8 @@ from pretrain.model.initialise import initialise_weights
 from pretrain.model.recompute import Recompute
 from pretrain.model.spec import Rope
 from pretrain.serving.names import to_hugging_face
+from pretrain.training.build import build_modules
 from pretrain.training.run import Run
-from pretrain.training.trainer import build_modules
 from tests.pretrain.model.test_transformers_parity import YARN, gradients, hub_gradients
 from tests.pretrain.serving import twin
 

@@ -1,14 +1,17 @@
 """Steps that are computed and not taken, for test_step_state.py; run on every rank."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from parallel.schedule import MicroBatch
 from pretrain.checkpoint.pieces import pieces_of_rank
 from pretrain.model.expert_load import ExpertLoad
 from pretrain.model.extra_losses import take_aux_loss, take_mtp_loss
 from pretrain.training.run import Run
+from pretrain.training.train_step import Judge, StepResult, Verdict
 from pretrain.training.trainer import Trainer
 from pretrain.training.verify import make_trainer
 
@@ -33,19 +36,25 @@ def three_steps(run: Run, *, undo: str, at_step: int) -> tuple[list[float], str]
     said: list[float] = []
     for step in range(3):
         batches = trainer.next_batch()
-        if step == at_step and undo != "nothing":
-            trainer.step_state.take()
-            trainer.measure(batches)
-            if undo == "out":
-                trainer.leave_out("a test")
-                batches = trainer.next_batch()
-            else:
-                trainer.step_state.restore()
-        said.append(trainer.batch)
-        result = trainer.step(batches)
+        judges = [_judge(trainer, undo)] if step == at_step else []
+        result = trainer.try_step(batches, judges=judges)
+        if result is None:
+            batches = trainer.next_batch()
+            result = trainer.step(batches)
+        said.append(trainer.position.step)
         said += [result.loss, result.gradient_norm, _mtp(trainer, len(batches))]
         said.append(_aux(trainer, len(batches)))
     return said, _digest(trainer, load.counts_LE)
+
+
+def _judge(trainer: Trainer, undo: str) -> Judge:
+    def judge(batches: Sequence[MicroBatch], result: StepResult) -> Verdict:
+        if undo == "again":
+            trainer.step_state.restore()
+            result = trainer.measure(batches)
+        return Verdict(result=result, leave_out="a test" if undo == "out" else "")
+
+    return judge
 
 
 def _mtp(trainer: Trainer, num_microbatches: int) -> float:
