@@ -26,6 +26,7 @@ from pretrain.monitor.metrics import Record, Value
 
 log = logging.getLogger(__name__)
 
+METRICS_NAME = "metrics.jsonl"
 _MAX_PENDING_RECORDS = 10_000
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -109,8 +110,9 @@ def read_metrics(path: Path) -> list[dict[str, Value]]:
 
     Records of one step and attempt (training, validation, checkpoint) are merged, the last value
     of a name winning. Steps that a later attempt took over are left out: if attempt 1 reached
-    step 120 and attempt 2 resumed at 100, nothing after the first step logged by attempt 2 comes
-    from attempt 1, even while attempt 2 has not yet passed 120.
+    step 120 and attempt 2 resumed at 100, nothing after the first step trained by attempt 2 comes
+    from attempt 1, even while attempt 2 has not yet passed 120. An attempt that trains nothing,
+    because only the last validation was left, adds to what there is.
 
     Args:
         path: a metrics.jsonl.
@@ -125,8 +127,10 @@ def read_metrics(path: Path) -> list[dict[str, Value]]:
     history: dict[int, dict[str, Value]] = {}
     for attempt in sorted(by_attempt):
         steps = by_attempt[attempt]
-        first = min(steps)
-        history = {step: record for step, record in history.items() if step < first} | steps
+        first = min((step for step, record in steps.items() if "loss" in record), default=math.inf)
+        history = {step: record for step, record in history.items() if step < first}
+        for step, record in steps.items():
+            history.setdefault(step, {}).update(record)
     return [history[step] for step in sorted(history)]
 
 

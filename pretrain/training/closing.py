@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pretrain.monitor.plots import plot_run
 from pretrain.monitor.provenance import provenance
-from pretrain.monitor.records import read_metrics
+from pretrain.monitor.records import METRICS_NAME, read_metrics
 from pretrain.monitor.summary import RunSummary, TextScore
 from pretrain.monitor.throughput import Throughput
-from pretrain.training.corpus import Corpus
+from pretrain.training.corpus import SUMMARY_NAME, Corpus
 from pretrain.training.observe import Observer, Score
 from pretrain.training.run import Run
 from pretrain.training.trainer import Trainer
@@ -36,7 +36,9 @@ def summarise(
         scores: the last validation, by domain and `all`.
         elapsed_s: wall clock of this attempt, in seconds.
     """
-    run, losses = trainer.run, observer.losses
+    run = trainer.run
+    # an attempt that was started to validate alone has no losses of its own
+    losses = observer.losses or _recorded_losses(run.folder / METRICS_NAME)
     tokens_per_s, flop_per_s = throughput.average_tokens_per_s, throughput.average_flop_per_s
     last = losses[-_LAST_STEPS:]
     return RunSummary(
@@ -61,15 +63,25 @@ def summarise(
     )
 
 
+def _recorded_losses(path: Path) -> list[float]:
+    """Return the loss of every step that a run has recorded; none without a file."""
+    if not path.exists():
+        return []
+    return [float(record["loss"]) for record in read_metrics(path) if "loss" in record]
+
+
 def write_summary(summary: RunSummary, folder: Path) -> None:
-    """Write the figures as `summary.json`, with the command and commit that made them."""
+    """Write the figures as `summary.json`, with the command and commit that made them.
+
+    With it the run is over (corpus.is_over): it comes last.
+    """
     record = {
         **provenance(),
         **asdict(summary),
     }
     writing = folder / ".summary.json"
     writing.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(writing, folder / "summary.json")
+    os.replace(writing, folder / SUMMARY_NAME)
 
 
 def draw_curves(run: Run, corpus: Corpus) -> None:
@@ -82,7 +94,7 @@ def draw_curves(run: Run, corpus: Corpus) -> None:
         else {"gzip": 8 * totals.gzip_bytes / num_bytes, "xz": 8 * totals.xz_bytes / num_bytes}
     )
     plot_run(
-        read_metrics(run.folder / "metrics.jsonl"),
+        read_metrics(run.folder / METRICS_NAME),
         run.folder / "curves.png",
         title=run.name,
         vocabulary_size=run.model.vocab_size,
@@ -110,8 +122,8 @@ def _text_score(name: str, scores: Mapping[str, Score], corpus: Corpus) -> TextS
 def _places(run: Run) -> dict[str, str]:
     names = {
         "curves": "curves.png",
-        "metrics": "metrics.jsonl",
-        "summary": "summary.json",
+        "metrics": METRICS_NAME,
+        "summary": SUMMARY_NAME,
         "configuration": "config.yaml",
         "checkpoints": "checkpoints",
     }

@@ -1,5 +1,6 @@
 """Which text does a run read, and in which order? No torch."""
 
+import json
 from dataclasses import dataclass
 
 from data.corpus.manifest import TOKENIZER_NAME, CorpusManifest, dataset_path, file_sha256
@@ -21,6 +22,7 @@ from pretrain.training.change import range_of
 from pretrain.training.run import Run
 
 LEDGER_NAME = "ledger.jsonl"
+SUMMARY_NAME = "summary.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,6 +212,23 @@ def changed_ledger(ledger: Ledger, run: Run, corpus: Corpus, *, step: int) -> Le
         )
         ledger = ledger.with_entry(entry)
     return ledger
+
+
+def is_over(run: Run, newest: Manifest, ledger: Ledger) -> bool:
+    """Return whether nothing is left to do: the last step is saved, validated and summarised.
+
+    Args:
+        run: its configuration.
+        newest: of its newest checkpoint.
+        ledger: which it follows.
+    """
+    if newest.step < ledger.num_steps:
+        return False
+    try:
+        summary = json.loads((run.folder / SUMMARY_NAME).read_text(encoding="utf-8"))
+        return int(summary["step"]) >= newest.step
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # it was killed in its last validation, or after it
 
 
 def ledger_to_follow(run: Run, corpus: Corpus, *, newest: Manifest | None) -> Ledger:

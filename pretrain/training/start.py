@@ -33,6 +33,7 @@ from pretrain.model.recompute import check_recompute_available
 from pretrain.monitor.incidents import Incident, record_incident, this_node
 from pretrain.training.corpus import (
     Corpus,
+    is_over,
     ledger_to_follow,
     open_run_corpus,
     stored_ledger,
@@ -275,7 +276,7 @@ def _check_checkpoint(run: Run, corpus: Corpus, *, sizes: bool) -> int | None:
         windows_digest=corpus.train.header.tokenizer_sha256,
     )
     ledger = ledger_to_follow(run, corpus, newest=manifest)
-    if manifest.step >= ledger.num_steps:
+    if is_over(run, manifest, ledger):
         return manifest.step
     if run.on_other_environment == "refuse":
         check_same_environment(manifest, folder=folder)
@@ -287,7 +288,7 @@ def starts_again(run: Run, *, newest: Manifest) -> bool:
     if run.when_finished != "start_again":
         return False
     # without a ledger it cannot be gone on with, finished or not
-    return not newest.ledger or newest.step >= stored_ledger(run, newest).num_steps
+    return not newest.ledger or is_over(run, newest, stored_ledger(run, newest))
 
 
 def move_aside(folder: Path) -> Path:

@@ -241,6 +241,21 @@ def test_a_second_job_is_refused_and_the_first_goes_on(
     assert len(read_attempts(run.folder)) == 1
 
 
+def test_a_run_killed_in_its_last_validation_validates_again(
+    make_run: MakeRun, truth: Truth
+) -> None:
+    """All of its steps are saved by then; what is missing is what its user reads."""
+    run = make_run()
+    last = "evaluation.begin:{}:rank=0:step=23"
+    played = play(run, [last.format("sleep=3"), last.format("kill")])
+    assert violations(played, truth, codes=[85, 0], incidents=Counter(rank_died=1)) == []
+    assert [attempt.from_step for attempt in read_attempts(run.folder)] == [0, 24]
+    summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
+    assert summary["step"] == 24
+    assert summary["first_train_loss"] > summary["train_loss"] > 0
+    assert read_metrics(run.folder / "metrics.jsonl")[-1]["validation/loss"] > 0
+
+
 def test_a_command_that_is_killed_leaves_no_ranks_and_is_followed_at_once(
     make_run: MakeRun, tmp_path: Path, truth: Truth
 ) -> None:

@@ -96,6 +96,16 @@ def test_steps_that_a_later_attempt_took_over_are_gone_before_it_repeats_them(tm
     assert len(read_attempts(path)) == 13
 
 
+def test_an_attempt_that_only_validates_adds_to_the_last_step(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    write_attempt(path, range(1, 4), 1.0)
+    sink = JsonLinesSink(path, attempt=2)
+    sink.log({"step": 3, "validation/loss": 2.5})
+    sink.close()
+    assert [record["loss"] for record in read_metrics(path)] == [1.0] * 3
+    assert read_metrics(path)[-1]["validation/loss"] == 2.5
+
+
 def test_records_of_one_step_are_merged(tmp_path: Path):
     sink = JsonLinesSink(tmp_path / "metrics.jsonl")
     sink.log({"step": 5, "loss": 2.0})

@@ -93,6 +93,7 @@ def test_a_finished_run_that_is_started_again_changes_nothing_but_its_exit_file(
     environment: str, run: Run
 ) -> None:
     save(run, step=STEPS, versions={"torch": "1.0"})
+    (run.folder / "summary.json").write_text(json.dumps({"step": STEPS}), encoding="utf-8")
     before = contents(run.folder)
     again = replace(run, on_other_environment=environment)
     assert start(again, config_yaml="", environment={}) == FINISHED
@@ -100,6 +101,15 @@ def test_a_finished_run_that_is_started_again_changes_nothing_but_its_exit_file(
     record = json.loads((run.folder / "exit.json").read_text(encoding="utf-8"))
     assert (record["code"], record["reason"]) == (0, "was finished already")
     assert record["step"] == STEPS
+
+
+@pytest.mark.parametrize("summary", ["", '{"step": 3}', '{"step": 4'])
+def test_a_run_that_was_killed_before_its_last_word_is_started(summary: str, run: Run) -> None:
+    """Its last step is saved; the last validation or its figures are missing, cut, or older."""
+    save(run, step=STEPS)
+    if summary:
+        (run.folder / "summary.json").write_text(summary, encoding="utf-8")
+    assert start(run, config_yaml="", environment={}) == 99
 
 
 def test_a_run_with_steps_left_is_started(run: Run) -> None:
