@@ -12,6 +12,7 @@ Ranks meet through a file in a temporary folder, not a TCP port: nothing listens
 import importlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -194,18 +195,26 @@ def _rank_main(
     arm()
     _end_with_parent()
     enter_rank(rank, num_ranks, store_path, threads)
-    code = find_function(target)(*args)
-    importlib.import_module("parallel.groups").leave_world()
+    try:
+        code = find_function(target)(*args)
+        importlib.import_module("parallel.groups").leave_world()
+    finally:
+        if not _parent().is_alive():  # nobody else is left to tidy up
+            shutil.rmtree(Path(store_path).parent, ignore_errors=True)
     sys.exit(code)
+
+
+def _parent() -> Any:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a rank is started by a parent"
+    return parent
 
 
 def _end_with_parent() -> None:
     """Send this process SIGTERM when its parent is gone, so that it saves and ends."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a rank is started by a parent"
 
     def watch() -> None:
-        parent.join()
+        _parent().join()
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()

@@ -91,7 +91,7 @@ def train(run: Run, config_yaml: str) -> int:
         write_exit(run.folder, code=code, reason=reason, step=progress.step)
     if progress.attempt is not None:
         progress.attempt.end(code=code, reason=reason)
-    if rank == 0 and code == INTERRUPTED:
+    if rank == 0 and code in (FINISHED, INTERRUPTED):  # a request may have come too late
         remove_request(run.folder)
     return code
 

@@ -269,3 +269,4 @@ def test_a_command_that_is_killed_leaves_no_ranks_and_is_followed_at_once(
         command.wait(10)
     played = play(run)
     assert violations(played, truth, codes=[0]) == []
+    assert not list(Path("/dev/shm").glob(f"ranks-{command.pid}-*"))
