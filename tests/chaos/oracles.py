@@ -3,7 +3,7 @@
 1. losses: the loss and the gradient norm of every step, to the bit.
 2. state: every tensor of the last checkpoint, to the bit, and what its manifest says.
 3. data: what was read, by the digests that the run recorded and by its ledger's order.
-4. lost work: each start goes on from the newest checkpoint that was committed.
+4. lost work: each start goes on from the newest whole checkpoint on the disk.
 5. exit codes: the last is 0, and those before it are what the faults should give.
 6. leftovers: no process, no temporary file, no half-written checkpoint.
 7. incidents: each fault that ends a start or a save has one record.
@@ -95,7 +95,7 @@ def violations(
         found += wrong_losses(folder, truth) + wrong_state(folder, truth)
         found += wrong_data(played.run)
         found += [f"leftovers: {name}" for name in half_written(folder)]
-    found += lost_work(folder)
+    found += lost_work(played)
     found += [f"leftovers: {name}" for name in played.left_over]
     kinds = Counter(str(record["kind"]) for record in read_incidents(folder))
     if incidents is not None and kinds != incidents:
@@ -148,17 +148,20 @@ def half_written(folder: Path) -> list[str]:
     return [p.name for p in root.iterdir() if p.name.startswith((".writing", ".deleting"))]
 
 
-def lost_work(folder: Path) -> list[str]:
-    """Find starts that did not go on from the newest commit before them."""
+def lost_work(played: Played) -> list[str]:
+    """Find attempts that did not go on from the newest commit before them.
+
+    Of a start, the disk tells; of one that began its ranks again, what the attempt before had
+    committed.
+    """
     found: list[str] = []
     newest = 0
-    for attempt in read_attempts(folder):
+    for attempt in read_attempts(played.run.folder):
+        newest = played.stood_at.get(attempt.number, newest)
         if attempt.from_step is not None and attempt.from_step < newest:
-            damaged = any(folder.glob("checkpoints/damaged_*"))
-            if not damaged:
-                found.append(
-                    f"lost work: start {attempt.number} went on from step {attempt.from_step},"
-                    f" step {newest} was committed"
-                )
+            found.append(
+                f"lost work: attempt {attempt.number} went on from step {attempt.from_step},"
+                f" step {newest} was committed"
+            )
         newest = max(newest, attempt.committed_step or 0, attempt.from_step or 0)
     return found

@@ -7,11 +7,18 @@ errors and real damage to files. Between two starts a scene may change what lies
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.compose import to_yaml
+from pretrain.checkpoint.lease import read_attempts
+from pretrain.checkpoint.manifest import (
+    CheckpointError,
+    find_damage,
+    list_checkpoints,
+    read_manifest,
+)
 from pretrain.training.exit_file import STOPS_CHAIN
 from pretrain.training.run import Run
 from pretrain.training.start import USER_ERRORS, start
@@ -33,6 +40,9 @@ class Played:
     """From the first start to the end."""
     left_over: tuple[str, ...] = ()
     """Processes and temporary files that outlived it."""
+    stood_at: Mapping[int, int] = field(default_factory=dict[int, int])
+    """Number of an attempt -> step of the newest whole checkpoint on the disk when its start of the
+    chain began: it may not go on from less."""
 
 
 class Environment:
@@ -72,6 +82,7 @@ def play(
         environment: taken before anything was started; None: leftovers are not looked for.
     """
     started, codes = time.monotonic(), list[int]()
+    stood_at: dict[int, int] = {}
     kept = tempfile.gettempdir()
     with tempfile.TemporaryDirectory(prefix="faults-") as marks:
         if environment is not None:
@@ -81,6 +92,7 @@ def play(
             while not codes or codes[-1] not in STOPS_CHAIN:
                 if codes:
                     between(run, len(codes))
+                stood_at[_next_attempt(run)] = _newest_whole(run)
                 codes.append(_start(run))
                 assert len(codes) < _MOST_STARTS, f"it never ends: {codes}"
         finally:
@@ -93,7 +105,25 @@ def play(
         struck=struck,
         seconds=time.monotonic() - started,
         left_over=() if environment is None else environment.left_over(),
+        stood_at=stood_at,
     )
+
+
+def _next_attempt(run: Run) -> int:
+    attempts = read_attempts(run.folder)
+    return attempts[-1].number + 1 if attempts else 1
+
+
+def _newest_whole(run: Run) -> int:
+    """Return the step of the newest checkpoint whose every byte is as it was written; 0: none."""
+    for folder in reversed(list_checkpoints(run.folder / "checkpoints")):
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointError:
+            continue
+        if not find_damage(folder, manifest, digests=True):
+            return manifest.step
+    return 0
 
 
 def _start(run: Run) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from pretrain.checkpoint.lease import read_attempts
 from pretrain.checkpoint.manifest import list_checkpoints
 from pretrain.monitor.incidents import read_incidents
 from pretrain.monitor.provenance import provenance
@@ -74,7 +75,8 @@ class Soak:
         draw = random.Random(seed)
         layout = draw.choice(layouts)
         truth = self._truth(layout)
-        scenario = Scenario(layout=layout, without_progress=99)
+        in_job = draw.choice((0, 0, 2))
+        scenario = Scenario(layout=layout, in_job=in_job, without_progress=99)
         run = scenario.run(self._folder / "runs", corpus=self._corpus, name=f"soak_{seed}")
         planted = draw_faults(
             draw,
@@ -98,7 +100,10 @@ class Soak:
         struck = [fault for fault in planted if _has_struck(fault, played.struck)]
         kinds = Counter(str(record["kind"]) for record in read_incidents(run.folder))
         found = violations(played, truth) + wrong_incidents(
-            kinds, codes=played.codes, planted=struck, num_damaged=len(damaged)
+            kinds,
+            codes=[attempt.code for attempt in read_attempts(run.folder)],
+            planted=struck,
+            num_damaged=len(damaged),
         )
         return Row(
             seed=seed,

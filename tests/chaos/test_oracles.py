@@ -91,7 +91,10 @@ def test_work_that_was_committed_and_done_again_is_seen(copied: Played, truth: T
     (attempts / "00000001.json").write_text(json.dumps({**record, "committed_step": 12}))
     later = {**record, "number": 2, "from_step": 8}
     (attempts / "00000002.json").write_text(json.dumps(later))
-    one(violations(copied, truth), "lost work: start 2 went on from step 8, step 12")
+    one(violations(copied, truth), "lost work: attempt 2 went on from step 8, step 12")
+    one(violations(replace(copied, stood_at={2: 16}), truth), "lost work: attempt 2 went on from")
+    # what was committed was damaged between the two, and only what is whole counts
+    assert violations(replace(copied, stood_at={2: 8}), truth) == []
 
 
 def test_another_exit_code_is_seen(copied: Played, truth: Truth) -> None:
