@@ -99,6 +99,6 @@ HOSTILE = {
 @pytest.mark.parametrize("page", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_page_of_a_megabyte_takes_about_a_second(page: str) -> None:
     """Half a second on one core; with names of any length it would be hours."""
-    began = time.perf_counter()
+    began = time.process_time()
     plain_text(page)
-    assert time.perf_counter() - began < 3.0
+    assert time.process_time() - began < 3.0

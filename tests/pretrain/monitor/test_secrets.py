@@ -164,10 +164,10 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:12])
-def test_a_hostile_line_of_a_megabyte_takes_less_than_a_second(text: str) -> None:
-    began = time.perf_counter()
+def test_a_hostile_line_of_a_megabyte_takes_less_than_a_second_of_a_processor(text: str) -> None:
+    began = time.process_time()
     scrub(text, environment={"A_TOKEN": "aaaaaaaab"})
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
 
 
 WORDS = "no answer to https://me:correct-horse@host/"
