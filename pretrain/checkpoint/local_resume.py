@@ -40,6 +40,8 @@ class LocalFound:
     """Steps that count, oldest first; of those before the newest only manifests were read."""
     passed_over: tuple[Verdict, ...]
     """Newer ones that do not, with the reason, newest first."""
+    damaged: tuple[int, ...]
+    """Steps of which a rank has found its part damaged."""
 
 
 def find_local(
@@ -53,24 +55,29 @@ def find_local(
         went_on_from: the same.
         on_damage: told on rank 0 of a step and of what is wrong with it on which ranks.
     """
-    held, damaged = _read_held(place.root)
-    _tell(damaged, on_damage=on_damage)
+    held, unreadable = _read_held(place.root)
+    damaged = _tell(unreadable, on_damage=on_damage)
     by_rank = [[Held(**one) for one in said] for said in all_gather_json(as_json(held))]
     verdicts = judge(by_rank, config=config, went_on_from=went_on_from)
     passed_over: list[Verdict] = []
     for idx, verdict in enumerate(verdicts):
         if not verdict.problem:
             folder = step_folder(place.root, verdict.step)
-            if not _tell({verdict.step: _damage(folder)}, on_damage=on_damage):
+            found = _tell({verdict.step: _damage(folder)}, on_damage=on_damage)
+            damaged += found
+            if not found:
                 older = [v.step for v in verdicts[idx:] if not v.problem]
                 return LocalFound(
                     newest=(folder, read_manifest(folder)),
                     counting=tuple(reversed(older)),
                     passed_over=tuple(passed_over),
+                    damaged=tuple(damaged),
                 )
             verdict = Verdict(step=verdict.step, problem="it is damaged")
         passed_over.append(verdict)
-    return LocalFound(newest=None, counting=(), passed_over=tuple(passed_over))
+    return LocalFound(
+        newest=None, counting=(), passed_over=tuple(passed_over), damaged=tuple(damaged)
+    )
 
 
 def _read_held(root: Path) -> tuple[list[Held], dict[int, str]]:
@@ -97,15 +104,15 @@ def _damage(folder: Path) -> str:
         return str(error)
 
 
-def _tell(own: Mapping[int, str], *, on_damage: OnDamage) -> bool:
-    """Say on rank 0 what any rank finds damaged; return whether there is any; collective."""
+def _tell(own: Mapping[int, str], *, on_damage: OnDamage) -> list[int]:
+    """Say on rank 0 what any rank finds damaged; return the steps; collective."""
     said = all_gather_json({str(step): text for step, text in own.items() if text})
     steps = sorted({int(step) for words in said for step in words})
     if torch.distributed.get_rank() == 0:
         for step in steps:
             found = {rank: w[str(step)] for rank, w in enumerate(said) if str(step) in w}
             on_damage(step, found)
-    return bool(steps)
+    return steps
 
 
 def keep_only(place: LocalPlace, *, steps: tuple[int, ...], node: str) -> None:

@@ -1,8 +1,8 @@
 """From which of its checkpoints does a run go on: shared storage, or the nodes' own disks?
 
 From the later one. What the nodes hold counts only if all ranks hold it whole
-(checkpoint/local_steps.py); where a later local step does not count, the run says why it goes back
-to shared storage.
+(checkpoint/local_steps.py); where a later local step does not count, an incident says why the run
+goes back to an earlier one.
 """
 
 import logging
@@ -62,14 +62,15 @@ def find_begin(run: Run) -> Begin:
         on_damage=partial(_local_damaged, run),
     )
     found = local.newest
-    shared_step = from_first_rank([_step(folder) for folder in list_checkpoints(root)[-1:]])
-    if found is None or (shared_step and shared_step[0] >= found[1].step):
+    steps: list[int] = from_first_rank([_step(folder) for folder in list_checkpoints(root)])
+    shared_step = max(steps, default=0)
+    if found is None or (steps and shared_step >= found[1].step):
         shared = agree_on_newest(root, on_damage=partial(_damaged, run))
         if found is None or (shared is not None and shared[1].step >= found[1].step):
             found = shared
     step = 0 if found is None else found[1].step
     if place.rank == 0:
-        _say_what_is_lost(run, local, step=step, found=found)
+        _say_what_is_lost(run, local, step=step, shared_step=shared_step, found=found)
     counting = tuple(held for held in local.counting if held <= step)
     keep_only(place, steps=counting, node=this_node())
     return Begin(found=found, place=place, counting=counting)
@@ -135,19 +136,22 @@ def _went_on_from(run: Run) -> dict[int, int]:
     return {number: step for number, step in from_first_rank(pairs)}
 
 
-def _say_what_is_lost(run: Run, local: LocalFound, *, step: int, found: Found | None) -> None:
-    """Say why later local steps are not taken."""
+def _say_what_is_lost(
+    run: Run, local: LocalFound, *, step: int, shared_step: int, found: Found | None
+) -> None:
+    """Record that a step which was committed on the nodes is not gone on from, and why."""
+    begun = [attempt for attempt in read_attempts(run.folder) if attempt.from_step is not None]
+    reached = max(begun[-1].from_step or 0, begun[-1].committed_step or 0) if begun else 0
+    if reached <= step or reached <= shared_step or reached in local.damaged:
+        return  # nothing is lost, or its damage is an incident already
     reasons = [f"step {v.step}: {v.problem}" for v in local.passed_over if v.step > step]
-    committed = max((a.committed_step or 0 for a in read_attempts(run.folder)[-2:]), default=0)
-    if not reasons and committed > step:
-        reasons = [f"step {committed} was committed, and no rank has it any more"]
-    if reasons:
-        where = "from the beginning" if found is None else f"from {found[0]}"
-        log.warning(
-            "going on %s, though later steps were saved on the nodes: %s",
-            where,
-            "; ".join(reasons[:4]),
-        )
+    reasons = reasons or [f"step {reached}: no rank has it any more"]
+    where = "from the beginning" if found is None else f"from {found[0]}"
+    text = f"going on {where}, though later steps were saved on the nodes: {reasons[-1]}"
+    record_incident(
+        run.folder,
+        Incident(kind="local_lost", text=text, step=step, detail={"reasons": reasons[-20:]}),
+    )
 
 
 def check_local(run: Run, corpus: Corpus, begin: Begin) -> None:
