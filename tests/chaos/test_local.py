@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from pretrain.checkpoint.lease import read_attempts
+from pretrain.checkpoint.local_place import make_identity
 from pretrain.checkpoint.manifest import list_checkpoints
 from pretrain.monitor.incidents import read_incidents
 from pretrain.training.run import Run
@@ -247,3 +248,10 @@ def test_a_local_folder_that_others_can_write_into_is_refused(
     run = make_run()
     assert play(run).codes == (2,)
     assert "checkpoints.local.folder" in (run.folder / "exit.json").read_text()
+
+
+def test_resume_never_refuses_a_run_whose_nodes_may_have_checkpoints(make_run: MakeRun) -> None:
+    run = replace(make_run(), resume="never")
+    make_identity(run.folder / "checkpoints")
+    assert play(run).codes == (2,)
+    assert "resume=never given" in (run.folder / "exit.json").read_text()
