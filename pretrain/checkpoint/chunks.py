@@ -8,7 +8,7 @@ No torch: dtypes are named as torch names them, without `torch.`.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -88,23 +88,44 @@ def by_tensor(
         CheckpointError: if the chunks of a tensor do not cover it, overlap, or differ in dtype; or
             belong to no tensor.
     """
-    found: dict[str, list[Chunk]] = {key: [] for key in shapes}
+    tensors = held_by_tensor(chunks, shapes, what=what)
+    for key, tensor in tensors.items():
+        held = sum(prod(chunk.size) for chunk in tensor.chunks)
+        if held != prod(tensor.shape):
+            raise CheckpointError(f"{what}: {key} has {held} of {prod(tensor.shape)} values")
+    if missing := sorted(set(shapes) - set(tensors)):
+        key = missing[0]
+        raise CheckpointError(f"{what}: {key} has 0 of {prod(shapes[key])} values")
+    return tensors
+
+
+def held_by_tensor(
+    chunks: Iterable[Chunk], shapes: Mapping[str, Sequence[int]], *, what: str
+) -> dict[str, TensorChunks]:
+    """Return the chunks of every tensor that has any, no value of which stands in two of them.
+
+    Args:
+        chunks: of all files.
+        shapes: of every tensor, by key.
+        what: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: if the chunks of a tensor overlap, or differ in dtype; or belong to no
+            tensor.
+    """
+    found: dict[str, list[Chunk]] = {}
     for chunk in chunks:
-        if chunk.key not in found:
+        if chunk.key not in shapes:
             raise CheckpointError(f"{what}: a chunk of {chunk.key} belongs to no tensor")
-        found[chunk.key].append(chunk)
+        found.setdefault(chunk.key, []).append(chunk)
     tensors: dict[str, TensorChunks] = {}
     for key, own in found.items():
-        shape = tuple(shapes[key])
-        held = sum(prod(chunk.size) for chunk in own)
-        if held != prod(shape):
-            raise CheckpointError(f"{what}: {key} has {held} of {prod(shape)} values")
         if have_overlap(own):
             raise CheckpointError(f"{what}: chunks of {key} overlap")
         dtypes = sorted({chunk.dtype for chunk in own})
         if len(dtypes) > 1:
             raise CheckpointError(f"{what}: {key} has values of {' and of '.join(dtypes)}")
-        tensors[key] = TensorChunks(shape=shape, dtype=dtypes[0], chunks=tuple(own))
+        tensors[key] = TensorChunks(shape=tuple(shapes[key]), dtype=dtypes[0], chunks=tuple(own))
     return tensors
 
 
@@ -146,12 +167,15 @@ def encode_tensors(tensors: Mapping[str, TensorChunks]) -> bytes:
     return json.dumps({"files": files, "tensors": table}, separators=(",", ":")).encode()
 
 
-def decode_tensors(content: bytes, *, path: object) -> dict[str, TensorChunks]:
+def decode_tensors(
+    content: bytes, *, path: object, group: Callable[..., dict[str, TensorChunks]] = by_tensor
+) -> dict[str, TensorChunks]:
     """Return what `encode_tensors` was given.
 
     Args:
         content: of a `chunks.json` whose digest was checked.
         path: where it is from, for messages.
+        group: `by_tensor`, or `held_by_tensor` for the table of one rank.
 
     Raises:
         CheckpointError: if it is no such file, or its chunks are not whole tensors.
@@ -167,4 +191,4 @@ def decode_tensors(content: bytes, *, path: object) -> dict[str, TensorChunks]:
         ]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read as a table of chunks: {error}") from error
-    return by_tensor(chunks, shapes, what=str(path))
+    return group(chunks, shapes, what=str(path))

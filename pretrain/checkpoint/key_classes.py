@@ -54,6 +54,7 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
         "": "name output_root micro_batch_tokens resume when_finished on_other_environment",
         "change": "allow",
         "checkpoints": "interval_steps keep read_back",
+        "checkpoints.local": "folder interval_steps",
         "cluster": "name num_nodes gpus_per_node gpu_memory_bytes node_link_bytes_per_s"
         " network_bytes_per_s other_num_nodes time_limit_s time_margin_s environment",
         "data.reading": "depth timeout_s on_damage max_replaced",

@@ -20,6 +20,8 @@ from typing import Any
 
 MANIFEST_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
+HELD_NAME = "held.json"
+"""In a checkpoint of one rank on its node's disk: which part of each tensor it has."""
 SCHEMA_VERSION = 2
 _WAITS_S = (1.0, 4.0)
 """Before storage that does not answer is asked again."""
@@ -74,6 +76,11 @@ class Manifest:
     """Updates that the optimizer has made; steps without those that were skipped."""
     written_by: str = ""
     """The attempt that wrote it: its lease's epoch, or a number drawn at its start."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is one rank's own, on its node's disk: of use to that rank alone."""
+        return HELD_NAME in self.files
 
 
 def step_folder(root: Path, step: int) -> Path:

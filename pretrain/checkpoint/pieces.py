@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing import ShardedObject
 from torch import Tensor
 
 from parallel.seeds import random_state, restore_random_state
-from pretrain.checkpoint.boxes import boxes, model_state, unwrap
+from pretrain.checkpoint.boxes import Box, boxes, model_state, unwrap
 from pretrain.checkpoint.manifest import CheckpointError
-from pretrain.checkpoint.optimizer_state import state_boxes
+from pretrain.checkpoint.optimizer_state import StateBox, state_boxes
 from pretrain.checkpoint.stored import StoredTensors
 
 _RANDOM = "random_state."
@@ -52,15 +52,39 @@ def pieces_of_rank(chunks: Sequence[Any], optimizer: Any) -> list[Piece]:
     Collective: every rank calls it.
     """
     gather_weights(chunks)
-    weights = list(boxes(chunks))
-    found = [
-        Piece(key=b.key, start=b.start, size=b.size, whole=b.whole, values=b.values)
-        for b in (*weights, *state_boxes(chunks, optimizer, weights=weights))
-        if b.is_owner
-    ]
+    found = [_piece(box) for box in _all_boxes(chunks, optimizer) if box.is_owner]
     found += _random_pieces()
-    found += [_extra_piece(key, values) for key, values in _extra_states(chunks) if values.numel()]
+    found += [_extra_piece(s) for s in _extra_states(chunks) if not _replica_of_another(s)]
     return found
+
+
+def pieces_to_go_on(chunks: Sequence[Any], optimizer: Any) -> list[Piece]:
+    """Return all that this rank needs to go on by itself, whoever else holds it, too.
+
+    Args:
+        chunks: this rank's wrapped model chunks.
+        optimizer: megatron's ChainedOptimizer over them.
+
+    Raises:
+        CheckpointError: if something has no place in a checkpoint: it would be lost.
+
+    Collective: every rank calls it.
+    """
+    gather_weights(chunks)
+    found = [_piece(box) for box in _all_boxes(chunks, optimizer)]
+    found += _random_pieces()
+    found += [_extra_piece(state) for state in _extra_states(chunks)]
+    # a weight that stands twice on a rank has two boxes of the same values
+    return list({(piece.key, piece.start): piece for piece in found}.values())
+
+
+def _all_boxes(chunks: Sequence[Any], optimizer: Any) -> list[Box | StateBox]:
+    weights = list(boxes(chunks))
+    return [*weights, *state_boxes(chunks, optimizer, weights=weights)]
+
+
+def _piece(box: Box | StateBox) -> Piece:
+    return Piece(key=box.key, start=box.start, size=box.size, whole=box.whole, values=box.values)
 
 
 def gather_weights(chunks: Sequence[Any]) -> None:
@@ -107,11 +131,11 @@ def restore_random_pieces(stored: StoredTensors) -> None:
     restore_random_state(states)
 
 
-def _extra_states(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield what layers keep beside weights, by key: bytes that only they understand."""
+def _extra_states(chunks: Sequence[Any]) -> Iterator[ShardedObject]:
+    """Yield what layers keep beside weights: bytes that only they understand, none of them none."""
     for state in model_state(chunks).values():
         for sharded in state.values():
-            if isinstance(sharded, ShardedObject) and not _replica_of_another(sharded):
+            if isinstance(sharded, ShardedObject):
                 values: Any = sharded.data
                 if values is None:
                     continue
@@ -120,7 +144,8 @@ def _extra_states(chunks: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
                         f"{sharded.key} is a {type(values).__name__}; a checkpoint holds tensors"
                         " of bytes"
                     )
-                yield sharded.unique_key, values
+                if values.numel():
+                    yield sharded
 
 
 def _replica_of_another(sharded: Any) -> bool:
@@ -128,9 +153,10 @@ def _replica_of_another(sharded: Any) -> bool:
     return any(replica) if isinstance(replica, tuple) else bool(replica)
 
 
-def _extra_piece(key: str, values: Tensor) -> Piece:
+def _extra_piece(sharded: ShardedObject) -> Piece:
+    values: Any = sharded.data
     size = (values.numel(),)
-    return Piece(key=_EXTRA + key, start=(0,), size=size, whole=size, values=values)
+    return Piece(key=_EXTRA + sharded.unique_key, start=(0,), size=size, whole=size, values=values)
 
 
 def restore_extra_pieces(stored: StoredTensors, chunks: Sequence[Any]) -> None:

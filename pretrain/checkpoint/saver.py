@@ -17,29 +17,25 @@ way. A process that is killed anywhere leaves a folder that nobody takes for a c
 Source: our choice, docs/decisions/0008.
 """
 
-import errno
-import hashlib
 import logging
 import os
-import random
 import shutil
 import threading
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from parallel.agreement import from_first_rank, gather_json
 from parallel.failpoints import failpoint
 from parallel.groups import cpu_group
-from pretrain.checkpoint.chunk_files import finish_folder, write_chunks
-from pretrain.checkpoint.chunks import Chunk, decode_chunk, encode_chunk
+from pretrain.checkpoint.chunk_files import finish_folder
+from pretrain.checkpoint.chunks import decode_chunk, encode_chunk
+from pretrain.checkpoint.local_place import LocalPlace
+from pretrain.checkpoint.local_saver import LocalSaver
 from pretrain.checkpoint.manifest import (
     CheckpointError,
     FileRecord,
@@ -49,41 +45,16 @@ from pretrain.checkpoint.manifest import (
     sync_folder,
     write_manifest,
 )
+from pretrain.checkpoint.outcome import SAVE_ERRORS, Boxes, Copied, Outcome
 from pretrain.checkpoint.pieces import Piece
+from pretrain.checkpoint.rank_file import rank_file_name, write_rank_file
 from pretrain.checkpoint.retention import Retention
 from pretrain.checkpoint.staging import Staging, live_boxes
-from pretrain.checkpoint.stored import bytes_of
 
 log = logging.getLogger(__name__)
 
-Box = tuple[str, tuple[int, ...], Tensor]
-Boxes = Callable[[], Iterator[Box]]
-
 _PURPOSE = "saver"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-_WAITS_S = (1.0, 4.0)
-"""Before a file that storage refused is written again; a full disk is not asked twice."""
-_SAVE_ERRORS = (OSError, CheckpointError, ValueError, MemoryError, zipfile.BadZipFile)
-"""What costs the save that it happens to, and nothing else."""
 LATEST_NAME = "latest"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """How a save went; the same on every rank but for its duration and bytes."""
-
-    step: int
-    folder: Path
-    problem: str = ""
-    """Empty: it is committed."""
-    ranks: tuple[int, ...] = ()
-    """Which could not write."""
-    blocking_s: float
-    """Seconds that training stood still, on the slowest rank."""
-    duration_s: float
-    """Seconds from the begin to the commit on this rank."""
-    num_bytes: int
-    """Written by this rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +95,7 @@ class Saver:
         self._retention = Retention(
             config.root, keep=config.keep, purpose=_PURPOSE, token=config.token
         )
+        self._local: LocalSaver | None = None
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
@@ -142,6 +114,26 @@ class Saver:
         """Count a checkpoint as verified: this attempt has checked its digests."""
         self._retention.trust(folder)
 
+    def open_local(self, place: LocalPlace) -> LocalSaver:
+        """Take the node's own disk into use, and return its saver.
+
+        Args:
+            place: where this rank writes.
+        """
+        self._local = LocalSaver(
+            place,
+            token=self._config.token,
+            read_back=self._config.read_back,
+            is_fenced=self._is_fenced,
+            purpose=_PURPOSE,
+        )
+        return self._local
+
+    def clear_local(self) -> None:
+        """Remove this rank's own checkpoints: shared storage has the last step of the job."""
+        if self._local is not None:
+            self._local.clear()
+
     def begin(self, collect: Callable[[], Sequence[Piece]], manifest: Manifest) -> None:
         """Copy the state and start writing it; every rank calls it at the same step.
 
@@ -155,10 +147,33 @@ class Saver:
         Raises:
             AssertionError: if a save is under way.
         """
+        self._begin(collect, manifest, points="save", save=self._save)
+
+    def begin_local(self, collect: Callable[[], Sequence[Piece]], manifest: Manifest) -> None:
+        """Do the same to the nodes' own disks; `open_local` comes first.
+
+        Args:
+            collect: returns all that this rank needs to go on.
+            manifest: all but `files`, `written_by`.
+
+        Raises:
+            AssertionError: if a save is under way, or there are no local ones.
+        """
+        assert self._local is not None, "open_local comes first"
+        self._begin(collect, manifest, points="local", save=self._local.save)
+
+    def _begin(
+        self,
+        collect: Callable[[], Sequence[Piece]],
+        manifest: Manifest,
+        *,
+        points: str,
+        save: Callable[[Copied], Outcome],
+    ) -> None:
         assert not self.is_busy, "one save at a time"
         assert self._outcome is None, "the last outcome was not taken"
-        started = time.monotonic()
-        failpoint("save.begin", step=manifest.step)
+        begun_s = time.monotonic()
+        failpoint(f"{points}.begin", step=manifest.step)
         pieces = collect()
         boxes: Boxes
         try:
@@ -167,13 +182,18 @@ class Saver:
         except MemoryError as error:
             log.warning("step %d is saved while training waits: %s", manifest.step, error)
             boxes, waits = lambda: live_boxes(pieces), True
-        failpoint("save.staged", step=manifest.step)
-        shapes = {piece.key: piece.whole for piece in pieces}
-        blocking_s = time.monotonic() - started
+        failpoint(f"{points}.staged", step=manifest.step)
+        copied = Copied(
+            manifest=manifest,
+            boxes=boxes,
+            shapes={piece.key: piece.whole for piece in pieces},
+            begun_s=begun_s,
+            blocking_s=time.monotonic() - begun_s,
+        )
 
         def work() -> None:
             try:
-                self._outcome = self._save(manifest, boxes, shapes, started, blocking_s)
+                self._outcome = save(copied)
             except BaseException as error:  # a rank is gone, or our own mistake
                 self._error = error
 
@@ -201,30 +221,29 @@ class Saver:
         outcome, self._outcome = self._outcome, None
         return outcome
 
-    def _save(
-        self,
-        manifest: Manifest,
-        boxes: Boxes,
-        shapes: Mapping[str, Sequence[int]],
-        started: float,
-        blocking_s: float,
-    ) -> Outcome:
+    def _save(self, copied: Copied) -> Outcome:
         """Do the saver's thread's work and say how it went."""
-        config = self._config
+        config, manifest = self._config, copied.manifest
         final = step_folder(config.root, manifest.step)
         writing = config.root / f".writing_{final.name}.{config.token}"
         num_bytes = 0
         try:
-            chunks, record = self._write_own(writing, boxes, step=manifest.step)
+            chunks, record = write_rank_file(
+                writing,
+                copied.boxes,
+                step=manifest.step,
+                read_back=config.read_back,
+                points="save",
+            )
             num_bytes = record.size_bytes
             said: dict[str, Any] = {
-                "blocking_s": blocking_s,
+                "blocking_s": copied.blocking_s,
                 "chunks": [encode_chunk(chunk) for chunk in chunks],
-                "shapes": shapes,
+                "shapes": copied.shapes,
                 "record": asdict(record),
             }
-        except _SAVE_ERRORS as error:
-            said = {"blocking_s": blocking_s, "problem": str(error)}
+        except SAVE_ERRORS as error:
+            said = {"blocking_s": copied.blocking_s, "problem": str(error)}
         everyone = gather_json(said, purpose=_PURPOSE)
         verdict: dict[str, Any] = {}
         if everyone is not None:
@@ -239,59 +258,9 @@ class Saver:
             problem=verdict["problem"],
             ranks=tuple(verdict["ranks"]),
             blocking_s=verdict["blocking_s"],
-            duration_s=time.monotonic() - started,
+            duration_s=time.monotonic() - copied.begun_s,
             num_bytes=num_bytes,
         )
-
-    def _write_own(
-        self,
-        writing: Path,
-        boxes: Boxes,
-        *,
-        step: int,
-    ) -> tuple[list[Chunk], FileRecord]:
-        """Write this rank's file; storage that hiccups is asked again.
-
-        Raises:
-            OSError: if it keeps refusing.
-            CheckpointError: if the disk gives back something else than was written.
-        """
-        rank = torch.distributed.get_rank()
-        path = writing / f"__{rank}_0.distcp"
-        for wait_s in (*_WAITS_S, None):
-            try:
-                writing.mkdir(parents=True, exist_ok=True)
-                return self._write_file(path, boxes, step=step, rank=rank)
-            except OSError as error:
-                if error.errno in _FULL or wait_s is None:
-                    raise
-                log.warning("%s: %s; written again in %.0f s", path, error, wait_s)
-                time.sleep(wait_s)
-        raise AssertionError("the last try returns or raises")
-
-    def _write_file(
-        self,
-        path: Path,
-        boxes: Boxes,
-        *,
-        step: int,
-        rank: int,
-    ) -> tuple[list[Chunk], FileRecord]:
-        draw = random.Random(f"{step} {rank}")
-        before: dict[tuple[str, tuple[int, ...]], str] = {}
-
-        def digested() -> Iterator[Box]:
-            for number, (key, start, values) in enumerate(boxes()):
-                if draw.random() < self._config.read_back:
-                    before[key, start] = hashlib.sha256(bytes_of(values)).hexdigest()
-                if number == 1 and failpoint("save.half_file", step=step) == "flip":
-                    bytes_of(values)[0] ^= 1
-                yield key, start, values
-
-        chunks, record = write_chunks(path, digested())
-        failpoint("save.file_written", step=step)
-        compare_with_disk(path, chunks, before)
-        return chunks, replace(record, owner=rank)
 
     def _decide(
         self,
@@ -307,7 +276,7 @@ class Saver:
         try:
             if not problem:
                 self._commit(everyone, manifest, writing=writing, final=final)
-        except _SAVE_ERRORS as error:
+        except SAVE_ERRORS as error:
             problem, refused = str(error), [0]
         if problem:
             shutil.rmtree(writing, ignore_errors=True)  # room for the next
@@ -331,7 +300,7 @@ class Saver:
                 if shapes.setdefault(key, shape) != shape:
                     raise CheckpointError(f"{key} has shape {shape} and {shapes[key]} on two ranks")
         records = [FileRecord(**said["record"]) for said in everyone]
-        files = {f"__{record.owner}_0.distcp": record for record in records}
+        files = {rank_file_name(rank): record for rank, record in enumerate(records)}
         files |= finish_folder(writing, shapes, chunks)
         write_manifest(writing, replace(manifest, files=files, written_by=self._config.token))
         sync_folder(writing)
@@ -359,34 +328,3 @@ def _write_latest(final: Path) -> None:
         os.replace(writing, final.parent / LATEST_NAME)
     except OSError as error:
         log.warning("%s not written: %s", final.parent / LATEST_NAME, error)
-
-
-def compare_with_disk(
-    path: Path, chunks: Sequence[Chunk], digests: Mapping[tuple[str, tuple[int, ...]], str]
-) -> None:
-    """Read chunks of a file back from the disk and compare them with what was to be written.
-
-    Args:
-        path: the file, synced.
-        chunks: what it holds.
-        digests: SHA-256 of the values, by key and start, of the chunks to look at.
-
-    Raises:
-        CheckpointError: names the file and the tensor.
-    """
-    if not digests:
-        return
-    with path.open("rb") as file:
-        if hasattr(os, "posix_fadvise"):  # from the disk, not from memory
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        for chunk in chunks:
-            wanted = digests.get((chunk.key, chunk.start))
-            if wanted is None:
-                continue
-            file.seek(chunk.values_at)
-            dtype: torch.dtype = getattr(torch, chunk.dtype)
-            content = file.read(prod(chunk.size) * dtype.itemsize)
-            if hashlib.sha256(content).hexdigest() != wanted:
-                raise CheckpointError(
-                    f"{path}: {chunk.key} at {chunk.start} was written, and reads back otherwise"
-                )

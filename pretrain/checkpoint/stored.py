@@ -16,8 +16,19 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.chunks import CHUNKS_NAME, Chunk, decode_tensors
-from pretrain.checkpoint.manifest import CheckpointError, digest_bytes, read_manifest
+from pretrain.checkpoint.chunks import (
+    CHUNKS_NAME,
+    Chunk,
+    by_tensor,
+    decode_tensors,
+    held_by_tensor,
+)
+from pretrain.checkpoint.manifest import (
+    HELD_NAME,
+    CheckpointError,
+    digest_bytes,
+    read_manifest,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,22 +46,23 @@ class StoredTensors:
         """Read which tensors there are; none of their values.
 
         Args:
-            folder: a checkpoint with a manifest.
+            folder: a checkpoint with a manifest; one rank's own has parts of tensors only.
 
         Raises:
             CheckpointError: if the folder is no checkpoint, or `chunks.json` is not as it was
                 written (it is not parsed then).
         """
         self.folder = folder
-        path = folder / CHUNKS_NAME
-        files = read_manifest(folder).files
-        record = files.get(CHUNKS_NAME)
+        manifest = read_manifest(folder)
+        name, files = HELD_NAME if manifest.is_local else CHUNKS_NAME, manifest.files
+        path, record = folder / name, files.get(name)
         if record is None or not path.is_file():
-            raise CheckpointError(f"{folder} is not a sharded checkpoint: {CHUNKS_NAME} is missing")
+            raise CheckpointError(f"{folder} is not a sharded checkpoint: {name} is missing")
         content = path.read_bytes()
         if digest_bytes(content) != (record.size_bytes, record.sha256):
             raise CheckpointError(f"{path} has another SHA-256 than when it was written")
-        table = decode_tensors(content, path=path)
+        group = held_by_tensor if manifest.is_local else by_tensor
+        table = decode_tensors(content, path=path, group=group)
         strangers = {c.file for tensor in table.values() for c in tensor.chunks} - files.keys()
         if strangers:
             raise CheckpointError(f"{path} names {min(strangers)}, which the manifest does not")

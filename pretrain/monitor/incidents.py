@@ -29,6 +29,7 @@ Kind = Literal[
     "failure",  # an exception of our own code
     "save_failed",  # a checkpoint could not be written; training goes on
     "damaged_checkpoint",  # found before use, set aside
+    "local_lost",  # a later step on the nodes' own disks does not count; back to an earlier one
     "data",  # windows missing, damaged or not read in time
     "non_finite",  # a loss or gradient that is no number
     "lease_taken",  # a lease whose holder was gone has been taken over

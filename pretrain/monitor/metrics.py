@@ -318,6 +318,20 @@ METRICS: tuple[Metric, ...] = (
         description="time that training stood still for a checkpoint, on the slowest rank",
         interval="checkpoint",
     ),
+    Metric(
+        name="local_checkpoint_save_s",
+        unit="s",
+        reduction="max",
+        description="time from the begin of a checkpoint on the nodes' own disks to its commit",
+        interval="checkpoint",
+    ),
+    Metric(
+        name="local_checkpoint_blocking_s",
+        unit="s",
+        reduction="max",
+        description="time that training stood still for one, on the slowest rank",
+        interval="checkpoint",
+    ),
 )
 
 _BY_NAME = {metric.name: metric for metric in METRICS if not metric.is_pattern}

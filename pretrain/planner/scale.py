@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from parallel.layout import Layout
 from pretrain.model.count import count_parameters
 from pretrain.model.spec import ModelSpec
 from pretrain.planner.goodput import Costs
@@ -52,8 +53,6 @@ class Goodput:
     """Of the whole cluster to shared storage."""
     read_bytes_per_s: float
     """Of the whole cluster from shared storage."""
-    local_interval_steps: int | None
-    """Steps between saves to the nodes' own disks; null: none are taken."""
     local_bytes_per_s: float
     """From one GPU's host memory to its node's disk, and back."""
     local_init_s: float
@@ -90,11 +89,9 @@ class Goodput:
                 f"goodput.num_runs={self.num_runs}, node_loss_share={self.node_loss_share} given;"
                 " 2 or more, and 0 to 1, are allowed"
             )
-        steps, step_s = self.local_interval_steps, self.step_time_s
-        if (steps is not None and steps < 1) or (step_s is not None and not step_s > 0):
+        if self.step_time_s is not None and not self.step_time_s > 0:
             raise ValueError(
-                f"goodput.local_interval_steps={steps}, step_time_s={step_s} given; 1 or more, and"
-                " above 0, or null, are allowed"
+                f"goodput.step_time_s={self.step_time_s} given, above 0 or null is allowed"
             )
 
 
@@ -108,6 +105,9 @@ class State:
     """Of each: weight, fp32 master where the weight is bf16, two fp32 moments."""
     num_ranks: int
     """That hold it, each about as much."""
+    held_bytes: int
+    """Of what one rank needs to go on by itself: all its weights, other ranks' copies too, and its
+    part of masters and moments."""
 
     @property
     def total_bytes(self) -> int:
@@ -120,22 +120,30 @@ class State:
         return self.total_bytes / self.num_ranks
 
 
-def state_of(spec: ModelSpec, *, is_low: bool, num_ranks: int) -> State:
+def state_of(spec: ModelSpec, *, is_low: bool, layout: Layout) -> State:
     """Return the size of a checkpoint of a model.
 
     A.X K1 in bf16 with fp32 masters and moments: 14 bytes a parameter, 7.39 TB with MTP (7.27
-    without), 4.8 GB on each of 1,536 ranks.
+    without), 4.8 GB on each of 1,536 ranks. On PP 16, EP 8 a rank holds the weights of 1/128 of the
+    experts and of 1/16 of the rest, as every replica does: 13.7 GB with its part of the state.
 
     Args:
         spec: the model.
         is_low: whether weights are bf16 with fp32 masters (Precision.is_low).
-        num_ranks: of the run.
+        layout: of the run; stages count as equally large.
     """
-    weight = _BF16_BYTES + _FP32_BYTES if is_low else _FP32_BYTES
+    weight_bytes, master_bytes = (_BF16_BYTES, _FP32_BYTES) if is_low else (_FP32_BYTES, 0)
+    state_bytes = master_bytes + _MOMENTS * _FP32_BYTES
+    total = count_parameters(spec).total
+    num_moe_layers = spec.num_moe_layers + spec.num_mtp_layers
+    expert = 3 * spec.hidden_size * spec.expert_ffn_size
+    experts = num_moe_layers * spec.num_routed_experts * expert
+    held = experts / (layout.ep * layout.etp) + (total - experts) / layout.tp
     return State(
-        num_parameters=count_parameters(spec).total,
-        parameter_bytes=weight + _MOMENTS * _FP32_BYTES,
-        num_ranks=num_ranks,
+        num_parameters=total,
+        parameter_bytes=weight_bytes + state_bytes,
+        num_ranks=layout.num_ranks,
+        held_bytes=round(held / layout.pp * weight_bytes + total / layout.num_ranks * state_bytes),
     )
 
 
@@ -169,6 +177,11 @@ class Times:
     def blocking_s(self) -> float:
         """Training stands still for each save."""
         return self.seconds("agreement", "copy to the host")
+
+    @property
+    def local_blocking_s(self) -> float:
+        """The same for each save to the nodes' own disks, which holds more of each rank."""
+        return self.seconds("agreement", "copy of all held")
 
     @property
     def persist_s(self) -> float:
@@ -206,7 +219,7 @@ class Times:
         if self.local_interval_s is not None:
             local = Tier(
                 interval_s=self.local_interval_s,
-                blocking_s=self.blocking_s,
+                blocking_s=self.local_blocking_s,
                 persist_s=self.seconds("write to the node"),
                 restart_s=self.seconds("processes in place", "read from the node", "warm-up"),
             )
@@ -232,6 +245,7 @@ def times_of(
     state: State,
     measured: Mapping[str, float],
     interval_steps: int,
+    local_interval_steps: int | None,
     batch_tokens: int,
 ) -> Times:
     """Return how long everything takes on a cluster.
@@ -241,11 +255,11 @@ def times_of(
         state: what a checkpoint holds.
         measured: values that take the place of the assumed ones, by key.
         interval_steps: steps between two shared saves, at least 1.
+        local_interval_steps: between saves to the nodes' own disks; None: none are taken.
         batch_tokens: of a full batch.
 
     Raises:
-        ValueError: if the run never saves, something was measured that is not asked for, or local
-            saves do not fit between shared ones.
+        ValueError: if the run never saves, or something was measured that is not asked for.
     """
     if interval_steps < 1:
         raise ValueError(
@@ -254,12 +268,7 @@ def times_of(
         )
     if unknown := sorted(set(measured) - set(_MEASURED_KEYS)):
         raise ValueError(f"goodput.measured has {unknown[0]}; allowed: {', '.join(_MEASURED_KEYS)}")
-    local = goodput.local_interval_steps
-    if local is not None and interval_steps % local:
-        raise ValueError(
-            f"goodput.local_interval_steps={local} given; it must divide"
-            f" checkpoints.interval_steps={interval_steps}, so that one copy serves both"
-        )
+    local = local_interval_steps
     step_s = step_time_s(goodput, batch_tokens=batch_tokens)
 
     def plain(name: str, key: str) -> Part:
@@ -281,9 +290,10 @@ def times_of(
     ]
     if local is not None:
         parts += [
-            bytes_over("write to the node", state.rank_bytes, "local_bytes_per_s"),
+            bytes_over("copy of all held", state.held_bytes, "pcie_bytes_per_s"),
+            bytes_over("write to the node", state.held_bytes, "local_bytes_per_s"),
             plain("processes in place", "local_init_s"),
-            bytes_over("read from the node", state.rank_bytes, "local_bytes_per_s"),
+            bytes_over("read from the node", state.held_bytes, "local_bytes_per_s"),
         ]
     return Times(
         parts=tuple(parts),

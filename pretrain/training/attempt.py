@@ -148,7 +148,7 @@ def _refuse_without_progress(run: Run, attempts: Sequence[Attempt], *, digest: s
         progressed = attempt.has_progressed or reached > (attempt.from_step or 0)
         if attempt.digest != digest or progressed or attempt.code in _REGULAR_ENDS:
             break
-        reached = min(reached, attempt.from_step or 0)
+        reached = attempt.from_step or 0  # what those before it had reached, on whatever disk
         in_vain.append(attempt)
     if len(in_vain) < most:
         return

@@ -10,8 +10,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -20,9 +18,7 @@ from parallel import groups
 from parallel.agreement import from_first_rank, require_same_on_all
 from parallel.device import Device
 from pretrain.checkpoint.lease import HeldError, incident_mark
-from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.resume import open_checkpoint
-from pretrain.checkpoint.sharded import agree_on_newest
 from pretrain.monitor.incidents import Incident, record_incident, this_node
 from pretrain.monitor.secrets import guard_tracebacks, print_traceback, scrub, start_log
 from pretrain.monitor.summary import summary_table
@@ -45,6 +41,7 @@ from pretrain.training.run import Run, as_json
 from pretrain.training.saves import Saves
 from pretrain.training.start import move_aside, starts_again
 from pretrain.training.stop_request import StopRequest, remove_request, working_time_s
+from pretrain.training.tiers import Begin, check_local, find_begin
 from pretrain.training.train_step import StepResult
 from pretrain.training.trainer import Trainer
 from pretrain.training.watching import RunWatch, watching
@@ -145,19 +142,20 @@ def _report(run: Run, error: Exception, ending: Ending, *, progress: Progress, r
     record_incident(run.folder, incident, mark=mark)
 
 
-def _claim(run: Run, progress: Progress) -> tuple[Path, Manifest] | None:
+def _claim(run: Run, progress: Progress) -> Begin:
     """Make the run's folder this start's and return where it goes on from; collective."""
     progress.attempt = begin_attempt(run)
-    found = agree_on_newest(run.folder / "checkpoints", on_damage=partial(_damaged, run))
-    if found is None or not starts_again(run, newest=found[1]):
-        return found
+    begin = find_begin(run)
+    found = begin.found
+    if found is None or found[1].is_local or not starts_again(run, newest=found[1]):
+        return begin
     progress.attempt.end(code=FINISHED, reason="starts anew")
     torch.distributed.barrier()  # nobody reads the folder any more
     if _is_first():
         _say(f"the finished run {run.name} is kept in {move_aside(run.folder)}; training anew")
     torch.distributed.barrier()
     progress.attempt = begin_attempt(run)
-    return None
+    return find_begin(run)
 
 
 def _train(
@@ -168,10 +166,11 @@ def _train(
     progress: Progress,
     watch: RunWatch,
 ) -> tuple[int, str]:
-    found = _claim(run, progress)
-    attempt = progress.attempt
+    begin = _claim(run, progress)
+    attempt, found = progress.attempt, begin.found
     assert attempt is not None, "it was claimed"
     corpus = open_run_corpus(run)
+    check_local(run, corpus, begin)
     ledger = ledger_to_follow(run, corpus, newest=None if found is None else found[1])
     require_same_on_all("ledger", ledger.digest)
     require_same_on_all("validation windows", corpus.validation.digest.hex())
@@ -179,6 +178,8 @@ def _train(
     trainer = Trainer(
         run, device=device, corpus=corpus, number=attempt.number, is_fenced=attempt.why_lost
     )
+    if begin.place is not None:
+        trainer.saver.open_local(begin.place).trust(begin.counting)
     if found is not None:
         trainer.load(*found)
         if _is_first():
@@ -199,13 +200,6 @@ def _train(
         trainer.saver.wait(_LAST_WAIT_S)  # after an error, too: what is under way may be committed
         trainer.close()
         corpus.close()
-
-
-def _damaged(run: Run, folder: Path, damage: list[str]) -> None:
-    text = f"{folder.name} is damaged and set aside; the run goes on from the one before"
-    record_incident(
-        run.folder, Incident(kind="damaged_checkpoint", text=text, detail={"files": damage[:20]})
-    )
 
 
 def _open_telemetry(run: Run, trainer: Trainer, config_yaml: str, attempt: RunAttempt) -> Telemetry:

@@ -164,11 +164,12 @@ class Observer:
 
     def saved(self, outcome: Outcome) -> None:
         """Record a checkpoint that is committed."""
+        name = "checkpoint" if outcome.tier == "shared" else "local_checkpoint"
         self._write(
             {
                 "step": outcome.step,
-                "checkpoint_save_s": outcome.duration_s,
-                "checkpoint_blocking_s": outcome.blocking_s,
+                f"{name}_save_s": outcome.duration_s,
+                f"{name}_blocking_s": outcome.blocking_s,
             }
         )
 

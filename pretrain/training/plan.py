@@ -56,12 +56,14 @@ def goodput_report(run: Run, goodput: Goodput) -> Report:
         segment.global_sequences * segment.window_tokens for segment in run.timetable.segments
     )
     ranks = run.layout.num_ranks
-    state = state_of(run.model, is_low=run.precision.is_low, num_ranks=ranks)
+    state = state_of(run.model, is_low=run.precision.is_low, layout=run.layout)
+    local = run.checkpoints.local
     times = times_of(
         goodput,
         state=state,
         measured={} if goodput.measured is None else read_measured(goodput.measured),
         interval_steps=run.checkpoints.interval_steps,
+        local_interval_steps=None if local.folder is None else local.interval_steps,
         batch_tokens=batch_tokens,
     )
     return Report(

@@ -21,6 +21,7 @@ from data.stream.timetable import Timetable
 from parallel.beats import Watch
 from parallel.cluster import Cluster
 from parallel.layout import Layout
+from pretrain.checkpoint.local_place import LocalTier
 from pretrain.model.cuts import check_cuts
 from pretrain.model.exchange import Exchange, check_exchange
 from pretrain.model.load_balance import LoadBalance
@@ -192,6 +193,8 @@ class CheckpointPolicy:
     """Newest whole checkpoints that stay."""
     read_back: float = 1 / 16
     """Share of what was written that is read back from the disk and compared, 0 to 1."""
+    local: LocalTier = field(default_factory=LocalTier)
+    """Between these, on the nodes' own disks."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.read_back <= 1:
@@ -201,6 +204,12 @@ class CheckpointPolicy:
                 f"checkpoints.interval_steps={self.interval_steps}, keep={self.keep} given; 0 or"
                 f" more, and 1 or more,"
                 " are allowed"
+            )
+        local = self.local.interval_steps
+        if local and self.interval_steps % local:
+            raise ValueError(
+                f"checkpoints.local.interval_steps={local} given, which must divide"
+                f" checkpoints.interval_steps={self.interval_steps}, so that one save serves both"
             )
 
 

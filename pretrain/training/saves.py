@@ -1,20 +1,23 @@
 """When is a checkpoint begun, and what becomes of one that fails?
 
-Every `checkpoints.interval_steps`, unless the one before is still being written: then as soon as it
-is. A save that fails is an incident, and training goes on; the next one is due as always. At the
-end of a run or of a job the last step is saved, and tried again if storage refuses.
+Every `checkpoints.interval_steps` on shared storage, every `checkpoints.local.interval_steps` on
+the nodes' own disks; where both are due the shared one serves. Unless the one before is still being
+written: then as soon as it is. A save that fails is an incident, and training goes on; the next one
+is due as always. At the end of a run or of a job the last step is saved on shared storage, and
+tried again if that refuses.
 """
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from parallel.beats import Phase
-from pretrain.checkpoint.saver import Outcome
+from pretrain.checkpoint.outcome import Outcome, Tier
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.training.observe import Observer
+from pretrain.training.run import CheckpointPolicy
 from pretrain.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -23,8 +26,26 @@ _LAST_WAITS_S = (5.0, 30.0)
 """Before the last save of a job is tried again."""
 
 
+_WHERE: Mapping[Tier, str] = {"shared": "shared storage", "local": "the nodes' own disks"}
+
+
 class StorageError(RuntimeError):
     """The last step of a job could not be saved; what was trained since the last commit is lost."""
+
+
+def due_tier(step: int, *, policy: CheckpointPolicy) -> Tier | None:
+    """Return where a step is to be saved; None: nowhere.
+
+    Args:
+        step: optimizer steps done, at least 1.
+        policy: the run's.
+    """
+    interval, local = policy.interval_steps, policy.local
+    if interval and step % interval == 0:
+        return "shared"
+    if local.folder is not None and step % local.interval_steps == 0:
+        return "local"
+    return None
 
 
 class Saves:
@@ -51,7 +72,8 @@ class Saves:
         self._trainer = trainer
         self._observer = observer
         self._committed_step = trainer.position.step
-        self._is_due = False
+        self._is_last_shared = trainer.is_saved
+        self._due: Tier | None = None
 
     @property
     def committed_step(self) -> int:
@@ -66,13 +88,13 @@ class Saves:
         """
         self._hear()
         run, step = self._trainer.run, self._trainer.position.step
-        interval = run.checkpoints.interval_steps
-        if interval and step % interval == 0:
+        tier = due_tier(step, policy=run.checkpoints)
+        if tier is not None:
             if is_busy:
                 log.warning("step %d is saved later: the checkpoint before it is not written", step)
-            self._is_due = True
-        if self._is_due and not is_busy:
-            self._begin()
+            self._due = "shared" if "shared" in (tier, self._due) else tier
+        if self._due is not None and not is_busy:
+            self._begin(self._due)
 
     def finish(self) -> None:
         """Save the step that the run stands at, if it is not saved; collective.
@@ -84,9 +106,10 @@ class Saves:
         self._trainer.saver.wait()
         self._hear()
         for wait_s in (*_LAST_WAITS_S, None):
-            if self._committed_step == self._trainer.position.step:
+            if self._is_last_shared and self._committed_step == self._trainer.position.step:
+                self._trainer.saver.clear_local()
                 return
-            self._begin()
+            self._begin("shared")
             self._trainer.saver.wait()
             outcome = self._hear()
             if outcome is not None and outcome.problem:
@@ -97,12 +120,15 @@ class Saves:
                     )
                 time.sleep(wait_s)
 
-    def _begin(self) -> None:
-        self._is_due = False
+    def _begin(self, tier: Tier) -> None:
+        self._due = None
         self._enter("save", self._trainer.position.step)
         with self._observer.throughput.pause():
             self._observer.save_begun()
-            self._trainer.begin_save()
+            if tier == "shared":
+                self._trainer.begin_save()
+            else:
+                self._trainer.begin_local_save()
 
     def _hear(self) -> Outcome | None:
         outcome = self._trainer.saver.take_outcome()
@@ -110,6 +136,7 @@ class Saves:
             return None
         if not outcome.problem:
             self._committed_step = outcome.step
+            self._is_last_shared = outcome.tier == "shared"
             self._committed(outcome.step)
             self._observer.saved(outcome)
         elif torch.distributed.get_rank() == 0:
@@ -117,11 +144,12 @@ class Saves:
                 self._trainer.run.folder,
                 Incident(
                     kind="save_failed",
-                    text=f"step {outcome.step} could not be saved: {outcome.problem}; training"
-                    f" goes on, the newest checkpoint is step {self._committed_step}",
+                    text=f"step {outcome.step} could not be saved on {_WHERE[outcome.tier]}:"
+                    f" {outcome.problem}; training goes on, the newest checkpoint is step"
+                    f" {self._committed_step}",
                     step=outcome.step,
                     rank=outcome.ranks[0] if outcome.ranks else None,
-                    detail={"ranks": list(outcome.ranks)},
+                    detail={"ranks": list(outcome.ranks), "tier": outcome.tier},
                 ),
             )
         return outcome

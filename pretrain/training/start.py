@@ -19,6 +19,7 @@ from parallel.spawn import find_function, usable_cores
 from pretrain.checkpoint.continuity import check_same_model, check_same_run, check_schema
 from pretrain.checkpoint.environment import check_same_environment
 from pretrain.checkpoint.lease import incident_mark, read_attempts
+from pretrain.checkpoint.local_place import read_identity
 from pretrain.checkpoint.manifest import (
     CheckpointError,
     Manifest,
@@ -252,10 +253,10 @@ def _check_validation(run: Run, corpus: Corpus) -> None:
 
 def _check_checkpoint(run: Run, corpus: Corpus, *, sizes: bool) -> int | None:
     root = run.folder / "checkpoints"
-    if run.resume == "never" and list_checkpoints(root):
+    if run.resume == "never" and (list_checkpoints(root) or read_identity(root)):
         raise CheckpointError(
-            f"resume=never given, but {root} has checkpoints: set resume=auto to go on from"
-            " them, choose another name, or move the folder away"
+            f"resume=never given, but {root} has checkpoints, or its nodes have: set resume=auto to"
+            " go on from them, choose another name, or move the folder away"
         )
     check_schema(root)
     digest = corpus.manifest.tokenizer_digest

@@ -31,7 +31,7 @@ from parallel.seeds import seed_ranks
 from pretrain.checkpoint.environment import running_versions
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.checkpoint.optimizer_state import num_updates
-from pretrain.checkpoint.pieces import pieces_of_rank
+from pretrain.checkpoint.pieces import pieces_of_rank, pieces_to_go_on
 from pretrain.checkpoint.saver import Saver, SaverConfig
 from pretrain.checkpoint.sharded import load_checkpoint, load_weights
 from pretrain.model.initialise import initialise_weights
@@ -92,6 +92,7 @@ class Trainer:
         self.timetable = corpus.ledger.timetable()
         self.total_steps = corpus.ledger.num_steps
         self.position = Position()
+        self.is_saved = True  # on shared storage, or new
         self._move_to(0)
         self.consumed = 0  # digest of the windows read since `consumed_from_step`
         self.consumed_from_step = 0
@@ -333,8 +334,19 @@ class Trainer:
             DataError: see settle_damage; and if the manifest of the training windows is another one
                 than at the start, when the checkpoint is written all the same.
         """
+        manifest = self._manifest()
+        self.saver.begin(lambda: pieces_of_rank(self.chunks, self.optimizer), manifest)
+        self.corpus.train.check_unchanged()
+
+    def begin_local_save(self) -> None:
+        """Do the same to the nodes' own disks; collective."""
+        manifest = self._manifest()
+        self.saver.begin_local(lambda: pieces_to_go_on(self.chunks, self.optimizer), manifest)
+        self.corpus.train.check_unchanged()
+
+    def _manifest(self) -> Manifest:
         self.settle_damage()
-        manifest = Manifest(
+        return Manifest(
             step=self.position.step,
             sequences=self.position.sequences,
             tokens=self.tokens,
@@ -345,8 +357,6 @@ class Trainer:
             ledger=self.ledger.as_json(),
             updates=num_updates(self.optimizer),
         )
-        self.saver.begin(lambda: pieces_of_rank(self.chunks, self.optimizer), manifest)
-        self.corpus.train.check_unchanged()
 
     def start_from(self, folder: Path) -> None:
         """Take only the weights of a verified checkpoint, of any layout; collective.
@@ -371,7 +381,9 @@ class Trainer:
             optimizer=self.optimizer,
             same_ranks=same_ranks,
         )
-        self.saver.trust(folder)
+        self.is_saved = not manifest.is_local
+        if self.is_saved:
+            self.saver.trust(folder)
         set_coefficients(self.optimizer, self.run.optimizer)
         self._move_to(manifest.step)
         self.consumed_from_step = manifest.step

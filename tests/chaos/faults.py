@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.failpoints import POINTS
-from tests.chaos.scenario import INTERVAL, KEEP, NUM_STEPS
+from tests.chaos.scenario import (
+    INTERVAL,
+    KEEP,
+    LOCAL_INTERVAL,
+    NUM_STEPS,
+    SHARED_INTERVAL,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +57,17 @@ KINDS = (
     Kind(action="term", points=_STEP + _SAVE, incident="", ends_start=True),
     Kind(action="sleep=0.3", points=_STEP + _SAVE, incident="", ends_start=False),
 )
+_LOCAL = tuple(point for point in POINTS if point.startswith("local."))
+LOCAL_KINDS = (
+    Kind(action="kill", points=_LOCAL, incident="rank_died", ends_start=True),
+    Kind(action="raise", points=_LOCAL[:4], incident="failure", ends_start=True),
+    Kind(action="full", points=_LOCAL[2:6], incident="save_failed", ends_start=False),
+    Kind(action="eio", points=_LOCAL[2:4], incident="", ends_start=False),
+    Kind(action="flip", points=("local.half_file",), incident="save_failed", ends_start=False),
+    Kind(action="term", points=_LOCAL[:4], incident="", ends_start=True),
+    Kind(action="sleep=0.3", points=_LOCAL[:4], incident="", ends_start=False),
+)
+"""Those of checkpoints on the nodes' own disks; they strike on any rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +80,7 @@ class Planted:
 
 
 def draw_faults(
-    draw: random.Random, *, num_faults: int, num_ranks: int, num_steps: int
+    draw: random.Random, *, num_faults: int, num_ranks: int, num_steps: int, has_local: bool = False
 ) -> list[Planted]:
     """Return faults for one run, at steps that are not the same.
 
@@ -72,19 +89,25 @@ def draw_faults(
     steps = draw.sample(range(1, num_steps), k=num_faults)
     found: list[Planted] = []
     for step in sorted(steps):
-        kind = draw.choice(KINDS)
-        found.append(Planted(kind=kind, text=_place(draw, kind, step=step, num_ranks=num_ranks)))
+        kind = draw.choice(KINDS + LOCAL_KINDS if has_local else KINDS)
+        interval = SHARED_INTERVAL if has_local else INTERVAL
+        text = _place(draw, kind, step=step, num_ranks=num_ranks, interval=interval)
+        found.append(Planted(kind=kind, text=text))
     return found
 
 
-def _place(draw: random.Random, kind: Kind, *, step: int, num_ranks: int) -> str:
+def _place(draw: random.Random, kind: Kind, *, step: int, num_ranks: int, interval: int) -> str:
     point = draw.choice(kind.points)
     rank = 0 if point in _ON_RANK_0 else draw.randrange(num_ranks)
-    last = NUM_STEPS // INTERVAL + 1
+    last = NUM_STEPS // interval + 1
     if point == "save.retention":
-        step = INTERVAL * draw.randrange(KEEP + 1, last)  # there is something to remove
+        # there is something to remove
+        step = interval * draw.randrange(KEEP + 1, max(KEEP + 2, last))
     elif point.startswith("save."):
-        step = INTERVAL * draw.randrange(1, last)
+        step = interval * draw.randrange(1, last)
+    elif point.startswith("local."):
+        due = range(LOCAL_INTERVAL, NUM_STEPS, LOCAL_INTERVAL)
+        step = draw.choice([step for step in due if step % SHARED_INTERVAL])
     elif point == "evaluation.begin":
         step = 6 * draw.randrange(1, 5) - 1
     everywhere = kind.action == "kill" and point not in _ON_RANK_0
@@ -105,6 +128,7 @@ def wrong_incidents(
     codes: Sequence[int | None],
     planted: Sequence[Planted],
     num_damaged: int,
+    num_local: int = 0,
 ) -> list[str]:
     """Return what does not fit between the faults of a run and its records.
 
@@ -116,6 +140,8 @@ def wrong_incidents(
         codes: exit codes of the attempts; None: it did not live to say one.
         planted: the faults that struck.
         num_damaged: checkpoints that were damaged between starts.
+        num_local: those on the nodes' own disks, damaged or taken away; one that nobody would have
+            gone on from leaves no record.
     """
     found: list[str] = []
     num_ended = sum(code not in (0, 75) for code in codes)
@@ -128,9 +154,13 @@ def wrong_incidents(
         found.append(
             f"incidents: {len(failing)} saves were made to fail, recorded are {dict(kinds)}"
         )
-    if kinds["damaged_checkpoint"] != num_damaged:
-        found.append(f"incidents: {num_damaged} checkpoints damaged, recorded are {dict(kinds)}")
-    strange = kinds.keys() - ENDS - {"save_failed", "damaged_checkpoint"}
+    told = kinds["damaged_checkpoint"] + kinds["local_lost"]
+    if not num_damaged <= told <= num_damaged + num_local:
+        found.append(
+            f"incidents: {num_damaged} checkpoints damaged, {num_local} local ones damaged or taken"
+            f" away, recorded are {dict(kinds)}"
+        )
+    strange = kinds.keys() - ENDS - {"save_failed", "damaged_checkpoint", "local_lost"}
     found += [f"incidents: {kind} was not planted" for kind in sorted(strange)]
     return found
 

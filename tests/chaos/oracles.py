@@ -148,16 +148,20 @@ def half_written(folder: Path) -> list[str]:
     return [p.name for p in root.iterdir() if p.name.startswith((".writing", ".deleting"))]
 
 
-def lost_work(played: Played) -> list[str]:
+def lost_work(played: Played, *, is_damaged: bool = True) -> list[str]:
     """Find attempts that did not go on from the newest commit before them.
 
-    Of a start, the disk tells; of one that began its ranks again, what the attempt before had
-    committed.
+    Args:
+        played: the run. Of a start, the shared disk tells what it may not fall behind; of one that
+            began its ranks again, what the attempt before had committed.
+        is_damaged: whether checkpoints may have been damaged between two starts; if not, what an
+            attempt has committed counts for every later one, wherever it is.
     """
     found: list[str] = []
     newest = 0
     for attempt in read_attempts(played.run.folder):
-        newest = played.stood_at.get(attempt.number, newest)
+        stood_at = played.stood_at.get(attempt.number, newest)
+        newest = stood_at if is_damaged else max(stood_at, newest)
         if attempt.from_step is not None and attempt.from_step < newest:
             found.append(
                 f"lost work: attempt {attempt.number} went on from step {attempt.from_step},"

@@ -1,14 +1,16 @@
 """What is trained while faults strike: small, and with every part that a save could lose.
 
 24 steps in two stages of other window lengths, a mixture that moves, MTP, router bias, several
-buckets of gradients with overlap, a checkpoint every four steps of which two stay.
+buckets of gradients with overlap, a checkpoint every four steps of which two stay. With a local
+tier: one on the node every two steps, one on shared storage every eight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.stream.curriculum import Curriculum, Mixture, Stage
 from parallel.layout import Layout
+from pretrain.checkpoint.local_place import LocalTier
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.spec import ModelSpec
@@ -19,6 +21,7 @@ from pretrain.training.run import AdamW, CheckpointPolicy, Data, Evaluation, Run
 from tests.conftest import TINY_MODEL
 
 INTERVAL, KEEP = 4, 2
+LOCAL_INTERVAL, SHARED_INTERVAL = 2, 8
 NUM_STEPS = 24
 CURRICULUM = Curriculum(
     stages={
@@ -56,6 +59,8 @@ class Scenario:
     """Restarts by the command itself; 0: whoever started it starts it again, as a batch system."""
     without_progress: int = 3
     """Starts in vain before the run gives up."""
+    local: Path | None = None
+    """Folder of checkpoints on the node's own disk; with it shared ones are seldom."""
 
     def run(self, output_root: Path, *, corpus: Path, name: str) -> Run:
         """Return its configuration.
@@ -66,6 +71,10 @@ class Scenario:
             name: of the run.
         """
         layout = LAYOUTS[self.layout]
+        policy = CheckpointPolicy(interval_steps=INTERVAL, keep=KEEP, read_back=1.0)
+        if self.local is not None:
+            tier = LocalTier(folder=self.local, interval_steps=LOCAL_INTERVAL)
+            policy = replace(policy, interval_steps=SHARED_INTERVAL, local=tier)
         return Run(
             name=name,
             output_root=output_root,
@@ -83,7 +92,7 @@ class Scenario:
             evaluation=Evaluation(
                 interval_steps=6, windows_per_domain=1, final_windows_per_domain=1
             ),
-            checkpoints=CheckpointPolicy(interval_steps=INTERVAL, keep=KEEP, read_back=1.0),
+            checkpoints=policy,
             telemetry=TelemetryConfig(wandb="disabled", console_interval_steps=3),
             restarts=Restarts(
                 in_job=self.in_job, without_progress=self.without_progress, lease_s=5.0

@@ -4,12 +4,14 @@
 
 Each run gets a few faults from its own seed, which is printed, so that one run can be played
 again: `python tests/chaos/soak.py only=17`. Between two starts the newest checkpoint may be
-damaged. Ends with 1 if any oracle was violated.
+damaged. A share of the runs has checkpoints on the node's own disk, too; there it is those of one
+rank that are damaged or taken away. Ends with 1 if any oracle was violated.
 """
 
 import json
 import logging
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from pretrain.monitor.incidents import read_incidents
 from pretrain.monitor.provenance import provenance
 from pretrain.training.run import Run
 from tests.chaos.faults import Planted, damage, draw_faults, wrong_incidents
-from tests.chaos.oracles import Truth, truth_of, violations
+from tests.chaos.oracles import Truth, lost_work, truth_of, violations
 from tests.chaos.play import Environment, play
 from tests.chaos.quiet import quiet
 from tests.chaos.scenario import LAYOUTS, NUM_STEPS, Scenario
@@ -34,6 +36,7 @@ from tests.tiny_corpus import write_corpus
 
 _FAULTS_PER_RUN = (2, 6)
 _DAMAGE_SHARE = 0.3
+_LOCAL_SHARE = 0.4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,17 +79,23 @@ class Soak:
         layout = draw.choice(layouts)
         truth = self._truth(layout)
         in_job = draw.choice((0, 0, 2))
-        scenario = Scenario(layout=layout, in_job=in_job, without_progress=99)
+        node = self._folder / f"node_{seed}" if draw.random() < _LOCAL_SHARE else None
+        scenario = Scenario(layout=layout, in_job=in_job, without_progress=99, local=node)
         run = scenario.run(self._folder / "runs", corpus=self._corpus, name=f"soak_{seed}")
         planted = draw_faults(
             draw,
             num_faults=draw.randrange(*_FAULTS_PER_RUN),
             num_ranks=run.layout.num_ranks,
             num_steps=NUM_STEPS,
+            has_local=node is not None,
         )
         damaged: list[str] = []
 
         def between(run: Run, _: int) -> None:
+            if node is not None:
+                if draw.random() < _DAMAGE_SHARE:
+                    damaged.extend(harm_one_rank(node, draw))
+                return
             folders = list_checkpoints(run.folder / "checkpoints")
             if len(folders) > 1 and draw.random() < _DAMAGE_SHARE:
                 damaged.append(f"{folders[-1].name}: {damage(folders[-1], draw)}")
@@ -99,15 +108,21 @@ class Soak:
             self._environment = Environment(self._folder / "temporary")
         struck = [fault for fault in planted if _has_struck(fault, played.struck)]
         kinds = Counter(str(record["kind"]) for record in read_incidents(run.folder))
-        found = violations(played, truth) + wrong_incidents(
+        found = violations(played, truth)
+        if not damaged:
+            found += lost_work(played, is_damaged=False)
+        if node is not None:
+            found += [f"leftovers: {path}" for path in sorted(node.glob("*"))]
+        found += wrong_incidents(
             kinds,
             codes=[attempt.code for attempt in read_attempts(run.folder)],
             planted=struck,
-            num_damaged=len(damaged),
+            num_damaged=0 if node is not None else len(damaged),
+            num_local=len(damaged) if node is not None else 0,
         )
         return Row(
             seed=seed,
-            layout=layout,
+            layout=layout if node is None else f"{layout} local",
             faults=tuple(fault.text for fault in struck),
             damage=tuple(damaged),
             codes=played.codes,
@@ -126,6 +141,19 @@ class Soak:
             if wrong:
                 raise RuntimeError(f"the undisturbed run of {layout} is wrong: {wrong}")
         return self._truths[layout]
+
+
+def harm_one_rank(node: Path, draw: random.Random) -> list[str]:
+    """Damage the newest checkpoint of one rank on its disk, or take all away; say what was done."""
+    ranks = sorted(node.glob("*/*/rank_*"))
+    if not ranks:
+        return []
+    own = draw.choice(ranks)
+    folders = list_checkpoints(own)
+    if not folders or draw.random() < 0.5:
+        shutil.rmtree(own)
+        return [f"removed {own.name} from its disk"]
+    return [f"{own.name}: {folders[-1].name}: {damage(folders[-1], draw)}"]
 
 
 def _has_struck(fault: Planted, marks: frozenset[str]) -> bool:
@@ -151,7 +179,7 @@ def main(arguments: list[str]) -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         soak = Soak(Path(folder))
-        print(f"{'seed':>6}  {'layout':8} {'faults':>6}  {'time':>6}  {'left':>7}  codes")
+        print(f"{'seed':>6}  {'layout':14} {'faults':>6}  {'time':>6}  {'left':>7}  codes")
         while sum(row.num_faults for row in rows) < (1 if "only" in given else wanted):
             row = soak.play_one(int(given.get("only", seed + len(rows))), layouts=layouts)
             rows.append(row)
@@ -163,7 +191,7 @@ def _print_row(row: Row, rows: list[Row], *, wanted: int, elapsed_s: float) -> N
     done = sum(row.num_faults for row in rows)
     left_s = elapsed_s / max(1, done) * max(0, wanted - done)
     print(
-        f"{row.seed:6}  {row.layout:8} {row.num_faults:6}  {row.seconds:5.1f}s"
+        f"{row.seed:6}  {row.layout:14} {row.num_faults:6}  {row.seconds:5.1f}s"
         f"  {left_s / 60:5.1f}min"
         f"  {' '.join(map(str, row.codes))}",
         flush=True,

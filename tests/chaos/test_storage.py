@@ -1,11 +1,8 @@
 """Storage that is full, slow, read-only or gone: training goes on, or ends with 85 and goes on."""
 
-import shutil
-import subprocess
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from pretrain.training.run import Run
 from tests.chaos.oracles import Truth, violations
 from tests.chaos.play import Played, play
 from tests.chaos.scenario import Scenario
+from tests.chaos.storage import mounted
 
 MakeRun = Callable[..., Run]
 
@@ -32,19 +30,6 @@ def make_run(tiny_corpus: Path, tmp_path: Path, whole: Played) -> MakeRun:
         return scenario.run(tmp_path / "runs", corpus=tiny_corpus, name="disturbed")
 
     return make
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Generator[None]:
-    """Make a folder a small file system of its own; skip where that is not allowed."""
-    folder.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("this machine does not let a test mount a tmpfs")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def kinds(run: Run) -> Counter[str]:

@@ -72,7 +72,8 @@ def test_a_cheap_local_tier_helps_where_nodes_stay(plan: Command, tmp_path: Path
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return next(r["simulated"]["ettr"] for r in rows if r["name"] == "RSC, by jobs")
 
-    assert ettr("goodput.local_interval_steps=5", f"json={path}") > ettr(f"json={path}") + 0.02
+    tier = ("checkpoints.local.folder=/nvme/run", "checkpoints.local.interval_steps=5")
+    assert ettr(*tier, f"json={path}") > ettr(f"json={path}") + 0.02
 
 
 def test_measured_times_take_the_place_of_assumed_ones(plan: Command, tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_measured_times_take_the_place_of_assumed_ones(plan: Command, tmp_path: 
         (["action=memory"], ["action", "'memory'", "goodput"]),
         (["checkpoints.interval_steps=0"], ["checkpoints.interval_steps=0", "give 1 or more"]),
         (["goodput.tokens_per_s=0"], ["goodput.tokens_per_s=0", "above 0"]),
-        (["goodput.local_interval_steps=7"], ["goodput.local_interval_steps=7", "divide"]),
+        (["checkpoints.local.interval_steps=7"], ["checkpoints.local.interval_steps=7", "divide"]),
         (["goodput.measured=nowhere.json"], ["goodput.measured=nowhere.json", "measured"]),
         (["goodput.persist=1"], ["goodput.persist", "persist_bytes_per_s"]),
         (["layout.pp=7"], ["layout.pp=7", "1536 ranks"]),

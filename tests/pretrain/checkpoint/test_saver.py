@@ -17,7 +17,7 @@ from parallel.failpoints import read_faults
 from parallel.layout import Layout
 from parallel.spawn import RankPool
 from pretrain.checkpoint import manifest as manifest_module
-from pretrain.checkpoint import saver as saver_module
+from pretrain.checkpoint import rank_file
 from pretrain.checkpoint import staging as staging_module
 from pretrain.checkpoint.manifest import (
     CheckpointError,
@@ -69,13 +69,13 @@ def test_what_is_saved_is_the_moment_of_the_call(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The writer waits until training has gone on for two steps, and writes the copy."""
-    may_write, write = threading.Event(), saver_module.write_chunks
+    may_write, write = threading.Event(), rank_file.write_chunks
 
     def wait_and_write(*args: Any) -> Any:
         assert may_write.wait(60)
         return write(*args)
 
-    monkeypatch.setattr(saver_module, "write_chunks", wait_and_write)
+    monkeypatch.setattr(rank_file, "write_chunks", wait_and_write)
     trainer.step(trainer.next_batch())
     saved = weights_digest(trainer)
     trainer.begin_save()
@@ -144,7 +144,7 @@ def test_a_full_disk_costs_the_save_and_nothing_else(
 def test_storage_that_hiccups_is_asked_again(
     trainer: Trainer, plant: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saver_module, "_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(rank_file, "_WAITS_S", (0.0, 0.0))
     plant("save.file_written:eio")
     trainer.save()
     assert names(root(trainer)) == ["latest", "step_00000000"]
@@ -153,7 +153,7 @@ def test_storage_that_hiccups_is_asked_again(
 def test_storage_that_keeps_refusing_is_not_asked_for_ever(
     trainer: Trainer, plant: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saver_module, "_WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(rank_file, "_WAITS_S", (0.0, 0.0))
     plant("save.file_written:eio:every")
     with pytest.raises(CheckpointError, match=f"{errno.EIO}|Input/output"):
         trainer.save()
@@ -254,7 +254,7 @@ def test_a_file_that_is_gone_before_the_commit_costs_the_save(
 ) -> None:
     """As when a rank sees another folder than rank 0: its digest comes, its file does not."""
     save_step(trainer)
-    write = saver_module.write_chunks
+    write = rank_file.write_chunks
 
     def write_elsewhere(path: Path, boxes: Any) -> Any:
         written = write(path, boxes)
@@ -262,8 +262,8 @@ def test_a_file_that_is_gone_before_the_commit_costs_the_save(
         return written
 
     with monkeypatch.context() as patch:
-        patch.setattr(saver_module, "write_chunks", write_elsewhere)
-        patch.setattr(saver_module, "compare_with_disk", lambda *_: None)
+        patch.setattr(rank_file, "write_chunks", write_elsewhere)
+        patch.setattr(rank_file, "compare_with_disk", lambda *_: None)
         trainer.step(trainer.next_batch())
         with pytest.raises(CheckpointError, match=r"__0_0\.distcp is missing"):
             trainer.save()

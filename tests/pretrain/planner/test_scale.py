@@ -9,9 +9,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from launch.compose import build
+from parallel.layout import Layout
 from pretrain.model.spec import ModelSpec
 from pretrain.planner.scale import Goodput, Times, state_of, times_of
 
+REPORT = Layout(num_ranks=1536, pp=16, ep=8)
 CONF = Path(__file__).resolve().parents[3] / "conf"
 
 
@@ -32,18 +34,38 @@ def goodput(composed: Any) -> Goodput:
 
 
 def times(goodput: Goodput, axk1: ModelSpec, **changes: Any) -> Times:
-    options = {"measured": {}, "interval_steps": 60, "batch_tokens": 62_914_560, **changes}
-    return times_of(goodput, state=state_of(axk1, is_low=True, num_ranks=1536), **options)
+    options = {
+        "measured": {},
+        "interval_steps": 60,
+        "local_interval_steps": None,
+        "batch_tokens": 62_914_560,
+        **changes,
+    }
+    return times_of(goodput, state=state_of(axk1, is_low=True, layout=REPORT), **options)
 
 
 def test_the_state_of_the_full_model(axk1: ModelSpec) -> None:
     """519.0e9 parameters and MTP's 8.7e9; 2 + 4 + 4 + 4 bytes each, 4 + 4 + 4 in fp32."""
-    state = state_of(axk1, is_low=True, num_ranks=1536)
+    state = state_of(axk1, is_low=True, layout=REPORT)
     assert state.total_bytes == 14 * (518_983_052_288 + 8_705_060_864)
     assert state.rank_bytes / 1e9 == pytest.approx(4.81, abs=0.005)
-    without = state_of(replace(axk1, num_mtp_layers=0), is_low=True, num_ranks=1536)
+    without = state_of(replace(axk1, num_mtp_layers=0), is_low=True, layout=REPORT)
     assert without.total_bytes / 1e12 == pytest.approx(7.27, abs=0.005)
-    assert state_of(axk1, is_low=False, num_ranks=1).total_bytes == 12 * 527_688_113_152
+    assert state_of(axk1, is_low=False, layout=Layout()).total_bytes == 12 * 527_688_113_152
+
+
+def test_what_a_rank_needs_to_go_on_by_itself(axk1: ModelSpec) -> None:
+    """Experts of 192 * 44,040,192 in 61 layers are cut in 128, the rest in 16; 12 bytes of state.
+
+    One rank alone holds everything once, and so does every rank if nothing is cut but the state.
+    """
+    experts = 61 * 192 * 44_040_192
+    total = 527_688_113_152
+    held = 2 * (experts / 128 + (total - experts) / 16) + 12 * total / 1536
+    assert state_of(axk1, is_low=True, layout=REPORT).held_bytes == pytest.approx(held, abs=1)
+    assert state_of(axk1, is_low=True, layout=Layout()).held_bytes == 14 * total
+    two = state_of(axk1, is_low=False, layout=Layout(num_ranks=2))
+    assert two.held_bytes == 4 * total + 8 * total / 2
 
 
 def test_seconds_follow_from_bytes_and_rates(goodput: Goodput, axk1: ModelSpec) -> None:
@@ -75,14 +97,14 @@ def test_what_was_measured_takes_the_place_of_what_was_assumed(
 
 
 def test_a_local_tier_is_on_the_grid_of_the_shared_one(goodput: Goodput, axk1: ModelSpec) -> None:
-    found = times(replace(goodput, local_interval_steps=10), axk1)
+    found = times(goodput, axk1, local_interval_steps=10)
     scenario = found.scenario(mtbf_s=1e5, node_loss_share=0.5)
     assert scenario.local is not None
     assert scenario.shared_every == 6
-    assert scenario.local.restart_s == pytest.approx(60 + 4.81 / 2 + 120, abs=0.01)
-    assert scenario.local.persist_s == pytest.approx(4.81 / 2, abs=0.01)
-    with pytest.raises(ValueError, match=r"local_interval_steps=7 given; it must divide .*=60"):
-        times(replace(goodput, local_interval_steps=7), axk1)
+    held_gb = state_of(axk1, is_low=True, layout=REPORT).held_bytes / 1e9
+    assert scenario.local.restart_s == pytest.approx(60 + held_gb / 2 + 120, abs=0.01)
+    assert scenario.local.persist_s == pytest.approx(held_gb / 2, abs=0.01)
+    assert scenario.local.blocking_s == pytest.approx(5 + held_gb / 25, abs=0.001)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +115,6 @@ def test_a_local_tier_is_on_the_grid_of_the_shared_one(goodput: Goodput, axk1: M
         ({"init_s": -1.0}, "goodput.init_s=-1.0 given, 0 or more"),
         ({"num_runs": 1}, "goodput.num_runs=1"),
         ({"node_loss_share": 2.0}, "node_loss_share=2.0"),
-        ({"local_interval_steps": 0}, "goodput.local_interval_steps=0"),
         ({"step_time_s": 0.0}, "step_time_s=0.0"),
     ],
     ids=str,
