@@ -54,8 +54,8 @@ class FaultPolicy:
     half_life_s: float = 604_800.0
     """After so long an event counts half."""
     threshold: float = 1.5
-    """A node with at least this score is left out: one event does it only where a device was seen to
-    compute wrongly."""
+    """A node with at least this score is left out: one event alone does it only where a device
+    was seen to compute wrongly."""
     max_excluded_share: float = 0.05
     """Of the nodes that a run needs, at most so many are left out."""
 

@@ -67,9 +67,7 @@ def ending_of(error: BaseException, *, has_begun: bool) -> Ending:
         return Ending(code=code, reason=text, kind="data")
     if isinstance(error, SuspectDeviceError | LeftOutError):  # who raised it has recorded it
         suspect = isinstance(error, SuspectDeviceError)
-        return Ending(
-            code=SUSPECT_HARDWARE if suspect else DO_NOT_REQUEUE, reason=text, kind=None
-        )
+        return Ending(code=SUSPECT_HARDWARE if suspect else DO_NOT_REQUEUE, reason=text, kind=None)
     if isinstance(error, NonFiniteGradientError):
         return Ending(code=FAILED, reason=text, kind="non_finite")
     if isinstance(error, ValidationError):

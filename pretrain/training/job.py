@@ -40,13 +40,11 @@ from pretrain.training.exit_file import (
 )
 from pretrain.training.fit import fit
 from pretrain.training.going_on import record_going_on
+from pretrain.training.judges import judges_of
 from pretrain.training.observe import Observer, Score, make_throughput
-from pretrain.training.recheck import StepRecheck
 from pretrain.training.run import Run, as_json
 from pretrain.training.saves import Saves
 from pretrain.training.start import move_aside, starts_again
-from pretrain.training.state_audit import StateAudit
-from pretrain.training.step_sample import StepSample
 from pretrain.training.stop_request import StopRequest, remove_request, working_time_s
 from pretrain.training.train_step import StepResult
 from pretrain.training.trainer import Trainer
@@ -241,17 +239,10 @@ def _fit(
     attempt = progress.attempt
     assert attempt is not None, "it was claimed"
 
-    def record(incident: Incident) -> None:
-        ends = incident.kind == "suspect_device"  # what neighbours say later is no news
-        mark = incident_mark(run.folder, attempt.number) if ends else None
-        record_incident(run.folder, replace(incident, attempt=attempt.number), mark=mark)
-
-    audit = StateAudit(trainer, record=record)
-    recheck = StepRecheck(trainer, record=record, enter=watch.enter)
-    sample = StepSample(trainer, record=record, enter=watch.enter)
+    judges = judges_of(trainer, attempt=attempt.number, enter=watch.enter)
 
     def monitor(result: StepResult, num_sequences: int) -> None:
-        audit.after_update()
+        judges.audit.after_update()
         progress.step = trainer.position.step
         observer.step_done(result, num_sequences=num_sequences)
         watch.step_done(trainer.position.step, device=trainer.device)
@@ -266,7 +257,7 @@ def _fit(
         observer,
         enter=watch.enter,
         committed=lambda s: attempt.note(committed_step=s),
-        audit=audit.before_save,
+        audit=judges.audit.before_save,
     )
     throughput.start()
     finished = fit(
@@ -275,7 +266,7 @@ def _fit(
         checkpoint=saves.after_step,
         should_stop=lambda: stop() or attempt.is_lost,
         enter=watch.enter,
-        judges=(audit, recheck, sample),
+        judges=judges.of_steps,
     )
     lost = from_first_rank(attempt.why_lost())
     if lost:

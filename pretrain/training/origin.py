@@ -226,7 +226,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, show: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  torch's form
         ctx.show = show
-        return values.view_as(values)
+        return values.data  # no view: megatron's cross entropy works in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]  torch's form

@@ -33,4 +33,6 @@ class Recheck:
     def __post_init__(self) -> None:
         for name in self.__slots__:
             if getattr(self, name) < 0:
-                raise ValueError(f"recheck.{name}={getattr(self, name)} given, 0 or more is allowed")
+                raise ValueError(
+                    f"recheck.{name}={getattr(self, name)} given, 0 or more is allowed"
+                )

@@ -180,5 +180,3 @@ def wrong_holders(said: Sequence[Sequence[Any]], *, owners_are_right: bool) -> s
                     value = held[owner]
                 wrong.update(r for r in ranks if held[r] != value)
     return wrong
-
-

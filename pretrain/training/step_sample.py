@@ -119,7 +119,5 @@ def _why_not(trainer: Trainer) -> str:
     if precision.kind == "fp8_hybrid" and precision.fp8_recipe == "delayed":
         return "precision.fp8_recipe=delayed keeps histories that cannot be undone"
     if trainer.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled():
-        return (
-            "torch is not told to use deterministic algorithms, so two passes may rightly differ"
-        )
+        return "torch is not told to use deterministic algorithms, so two passes may rightly differ"
     return ""

@@ -11,7 +11,7 @@ Record = Callable[[Incident], None]
 
 
 class SuspectDeviceError(RuntimeError):
-    """A rank's memory or arithmetic is wrong; what is trained since the last checkpoint is given up.
+    """A rank's memory or arithmetic is wrong; the run goes on from its newest checkpoint.
 
     The incident is recorded by whoever raises it, on every rank.
     """
