@@ -44,14 +44,15 @@ def _joined(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     num_bytes = 0
     for tensor in tensors:
         flat = tensor.detach().reshape(-1).view(torch.uint8)
-        if flat.numel() >= _JOINED_BYTES:
-            yield flat
-            continue
-        small.append(flat)
-        num_bytes += flat.numel()
-        if num_bytes >= _JOINED_BYTES:
+        is_small = flat.numel() < _JOINED_BYTES
+        if small and (not is_small or num_bytes + flat.numel() > _JOINED_BYTES):
             yield torch.cat(small)
             small, num_bytes = [], 0
+        if is_small:
+            small.append(flat)
+            num_bytes += flat.numel()
+        else:
+            yield flat
     if small:
         yield torch.cat(small)
 

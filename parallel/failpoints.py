@@ -49,7 +49,7 @@ POINTS = (
     "load.begin",
     "load.half",
 )
-_DONE_BY_THE_POINT = ("flip", "flip_copy", "flip_moment", "nan", "scale")
+_DONE_BY_THE_POINT = ("flip", "flip_copy", "flip_moment", "nan", "scale", "drift")
 
 
 class PlantedError(RuntimeError):

@@ -3,6 +3,7 @@
 Hooks, set only where a fault is planted there (parallel/failpoints.py): a real run has none.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from parallel.replicas import shared_buffers
 
 _EXPONENT_BIT = 30
 _FINGERPRINT_PRIME = 1_000_003
+_drift = itertools.count(1)  # another factor each time
 
 
 def plant_in_model(modules: Sequence[torch.nn.Module]) -> None:
@@ -115,4 +117,5 @@ def _strike_at_backward(_module: torch.nn.Module, _inputs: Any, output: Any) -> 
 
 def _strike(gradient: Tensor) -> Tensor | None:
     action = failpoint("step.backward")
-    return {"nan": gradient * float("nan"), "scale": gradient * 1.5}.get(action)
+    factors = {"nan": float("nan"), "scale": 1.5, "drift": 1.0 + 1e-3 * next(_drift)}
+    return gradient * factors[action] if action in factors else None
