@@ -33,6 +33,9 @@ class Shared:
     group: Any
     """Of the holders."""
     of_experts: bool
+    of_stages: tuple[tuple[int, int, int], ...]
+    """(bucket, first, last): gradients that are also summed over stages, rising. The embedding's,
+    of which MTP has a second copy."""
 
     def weight_shards(self, owner: int) -> Iterator[Tensor]:
         """Yield the part of each bucket that a holder owns."""
@@ -43,10 +46,26 @@ class Shared:
         yield from (_shard(bucket, owner, len(self.ranks)) for bucket in self.gradients)
 
     def own_gradients(self) -> Iterator[Tensor]:
-        """Yield the gradients that this rank alone has computed; a lone holder's are all."""
-        for owner in range(len(self.ranks)):
-            if owner != self.place or len(self.ranks) == 1:
-                yield from self.gradient_shards(owner)
+        """Yield the gradients that this rank alone has computed; a lone holder's are all.
+
+        Those that stages share are left out.
+        """
+        for number, bucket in enumerate(self.gradients):
+            size = bucket.numel() // len(self.ranks)
+            own = range(self.place * size, (self.place + 1) * size) if len(self.ranks) > 1 else ()
+            edges = sorted({0, bucket.numel(), *([own[0], own[-1] + 1] if own else [])})
+            for first, last in zip(edges, edges[1:], strict=False):
+                if first not in own:
+                    yield from self._without_stages(number, first, last)
+
+    def _without_stages(self, number: int, first: int, last: int) -> Iterator[Tensor]:
+        for bucket, begin, end in self.of_stages:
+            if bucket == number and begin < last and end > first:
+                if begin > first:
+                    yield self.gradients[number][first:begin]
+                first = end
+        if first < last:
+            yield self.gradients[number][first:last]
 
 
 def _shard(bucket: Tensor, owner: int, num_shards: int) -> Tensor:
@@ -70,9 +89,20 @@ def shared_buffers(chunks: Sequence[Any]) -> list[Shared]:
                         place=ranks.index(torch.distributed.get_rank()),
                         group=group,
                         of_experts=bool(of_experts),
+                        of_stages=tuple(sorted(_of_stages(buffer.buckets))),
                     )
                 )
     return found
+
+
+def _of_stages(buckets: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
+    for number, bucket in enumerate(buckets):
+        for parameter in bucket.params_list:
+            if getattr(parameter, "shared_embedding", False):
+                gradient = parameter.main_grad
+                offset = gradient.data_ptr() - bucket.grad_data.data_ptr()
+                first = offset // gradient.element_size()
+                yield number, first, first + gradient.numel()
 
 
 def from_holders(values: Tensor, group: Any) -> Tensor:
