@@ -16,16 +16,19 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-_ROW_WORDS = 8192
+_ROW_WORDS = 4096
+_BLOCK_ROWS = 64
+"""Of 2 MiB: on a CPU the second sum finds them in a cache. Devices take all rows at once."""
 _SPREAD = 0x1E3779B97F4A7C15
-_JOINED_BYTES = 1 << 24
+_JOINED_BYTES = 1 << 20
+"""Of a copy, so that it stays in a cache and takes memory that is there already."""
 
 
 def digest(tensors: Iterable[Tensor]) -> Tensor:
     """Return `[2]` int64 of the bytes of tensors, in order; on their device, no synchronisation.
 
     Args:
-        tensors: of one device, of any dtype and shape; small ones are copied together, up to 16 MiB
+        tensors: of one device, of any dtype and shape; small ones are copied together, up to 1 MiB
             at a time.
 
     Returns:
@@ -66,11 +69,16 @@ def _of_bytes(flat: Tensor) -> Tensor:
     rows = words[: num_rows * _ROW_WORDS].view(num_rows, _ROW_WORDS)
     last = words[num_rows * _ROW_WORDS :]
     odd = flat[num_words * 8 :].long()  # fewer than a word
-    columns = rows.sum(0)
+    blocks = rows.split(_BLOCK_ROWS) if flat.device.type == "cpu" and num_rows else (rows,)
+    columns = words.new_zeros(_ROW_WORDS)
+    by_row: list[Tensor] = []
+    for block in blocks:
+        by_row.append(block.sum(1))
+        columns += block.sum(0)
     columns[: last.numel()] += last
     columns[: odd.numel()] += odd * _SPREAD
-    by_row = torch.cat([rows.sum(1), (last * _weights(last)).sum()[None], odd.sum()[None]])
-    return torch.stack([(by_row * _weights(by_row)).sum(), (columns * _weights(columns)).sum()])
+    sums = torch.cat([*by_row, (last * _weights(last)).sum()[None], odd.sum()[None]])
+    return torch.stack([(sums * _weights(sums)).sum(), (columns * _weights(columns)).sum()])
 
 
 def _weights(like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ holders: its owner updates a shard and all gather it. Gradients are summed into 
 in the other shards each rank's own gradients stay as it has computed them.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class Shared:
             size = bucket.numel() // len(self.ranks)
             own = range(self.place * size, (self.place + 1) * size) if len(self.ranks) > 1 else ()
             edges = sorted({0, bucket.numel(), *([own[0], own[-1] + 1] if own else [])})
-            for first, last in zip(edges, edges[1:], strict=False):
+            for first, last in itertools.pairwise(edges):
                 if first not in own:
                     yield from self._without_stages(number, first, last)
 
