@@ -123,7 +123,8 @@ def is_armed(point: str) -> bool:
 def planted_values(point: str) -> tuple[float, ...]:
     """Return the values of the faults that are planted for this rank at `point`."""
     own = int(os.environ.get("RANK", "0"))
-    return tuple(f.value for f in _faults if f.point == point and f.rank in (None, own))
+    mine = (f for f in _faults if f.point == point and f.rank in (None, own))
+    return tuple(fault.value for fault in mine if fault.action == "nan")
 
 
 def failpoint(point: str, *, step: int | None = None) -> str:

@@ -8,7 +8,6 @@ holders: its owner updates a shard and all gather it. Gradients are summed into 
 in the other shards each rank's own gradients stay as it has computed them.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,12 +51,12 @@ class Shared:
         Those that stages share are left out.
         """
         for number, bucket in enumerate(self.gradients):
-            size = bucket.numel() // len(self.ranks)
-            own = range(self.place * size, (self.place + 1) * size) if len(self.ranks) > 1 else ()
-            edges = sorted({0, bucket.numel(), *([own[0], own[-1] + 1] if own else [])})
-            for first, last in itertools.pairwise(edges):
-                if first not in own:
-                    yield from self._without_stages(number, first, last)
+            num_values, num_shards = bucket.numel(), len(self.ranks)
+            size = num_values // num_shards
+            first, last = self.place * size, (self.place + 1) * size
+            others = [(0, first), (last, num_values)] if num_shards > 1 else [(0, num_values)]
+            for begin, end in others:
+                yield from self._without_stages(number, begin, end)
 
     def _without_stages(self, number: int, first: int, last: int) -> Iterator[Tensor]:
         for bucket, begin, end in self.of_stages:

@@ -24,7 +24,11 @@ class Kind:
     """Whether the start of the run ends by it."""
 
 
-_STEP = (*(point for point in POINTS if point.startswith("step.")), "data.fetch")
+_OF_WINDOWS = "step.window"  # strikes by content, not by step
+_STEP = (
+    *(point for point in POINTS if point.startswith("step.") and point != _OF_WINDOWS),
+    "data.fetch",
+)
 _SAVE = ("save.begin", "save.staged", "save.half_file", "save.file_written")
 _COMMIT = ("save.before_manifest", "save.before_commit", "save.committed", "save.retention")
 _ON_RANK_0 = frozenset(_COMMIT)
@@ -47,6 +51,10 @@ KINDS = (
         action="eio", points=("save.half_file", "save.file_written"), incident="", ends_start=False
     ),
     Kind(action="flip", points=("save.half_file",), incident="save_failed", ends_start=False),
+    Kind(action="nan", points=("step.forward",), incident="transient", ends_start=False),
+    Kind(action="nan", points=("step.backward",), incident="transient", ends_start=False),
+    Kind(action="flip", points=("step.begin",), incident="suspect_device", ends_start=True),
+    Kind(action="flip_moment", points=("step.begin",), incident="suspect_device", ends_start=True),
     Kind(action="term", points=_STEP + _SAVE, incident="", ends_start=True),
     Kind(action="sleep=0.3", points=_STEP + _SAVE, incident="", ends_start=False),
 )
@@ -91,7 +99,7 @@ def _place(draw: random.Random, kind: Kind, *, step: int, num_ranks: int) -> str
     return f"{point}:{kind.action}{where}"
 
 
-ENDS = frozenset({"rank_died", "failure"})
+ENDS = frozenset({"rank_died", "failure", "suspect_device"})
 """Kinds of incidents that end a start."""
 
 
@@ -110,15 +118,19 @@ def wrong_incidents(
         num_damaged: checkpoints that were damaged between starts.
     """
     found: list[str] = []
-    num_ended = sum(code in (1, 85) for code in codes)
+    num_ended = sum(code in (1, 16, 85) for code in codes)
     if sum(kinds[kind] for kind in ENDS) != num_ended:
         found.append(f"incidents: {num_ended} starts ended by a fault, recorded are {dict(kinds)}")
     failed = sum(fault.kind.incident == "save_failed" for fault in planted)
     if kinds["save_failed"] > failed:
         found.append(f"incidents: {failed} saves were made to fail, recorded are {dict(kinds)}")
+    for kind in ("transient", "suspect_device"):
+        struck = sum(fault.kind.incident == kind for fault in planted)
+        if kinds[kind] > struck:  # fewer where the start ended by another fault before they showed
+            found.append(f"incidents: {struck} faults are {kind}, recorded are {dict(kinds)}")
     if kinds["damaged_checkpoint"] != num_damaged:
         found.append(f"incidents: {num_damaged} checkpoints damaged, recorded are {dict(kinds)}")
-    strange = kinds.keys() - ENDS - {"save_failed", "damaged_checkpoint"}
+    strange = kinds.keys() - ENDS - {"save_failed", "damaged_checkpoint", "transient"}
     found += [f"incidents: {kind} was not planted" for kind in sorted(strange)]
     return found
 
