@@ -83,34 +83,39 @@ class StepSample:
             )
         if agrees and len(results) == 2:
             return Verdict(result=results[-1])
-        is_loss_right = results[0].loss == results[1].loss
-        suspects = ranks_that_differ(digests[0], digests[1], loss_is_right=is_loss_right)
+        suspects = ranks_that_differ(
+            digests[0], digests[1], loss_is_right=results[0].loss == results[1].loss
+        )
+        self._say(results, suspects, agrees=agrees)
+        return Verdict(result=results[-1])
+
+    def _say(
+        self, results: Sequence[StepResult], suspects: list[tuple[int, str]], *, agrees: bool
+    ) -> None:
+        """Record passes that differ; raise if no two agree."""
         step = self._trainer.position.step
-        losses = [one.loss for one in results]
         where = named(suspects) or "a rank that is not known"
+        detail: dict[str, object] = {"losses": [one.loss for one in results]}
         if agrees:
             text = (
                 f"the step after {step}, computed again, has other gradients, first on {where}; a"
                 " third pass agrees with one of the two, and the run goes on with that"
             )
-            detail = {"losses": losses}
             record_once(
                 self._record, "transient", text, step=step, suspects=suspects, detail=detail
             )
-            return Verdict(result=results[-1])
+            return
         text = (
             f"the step after {step}, computed three times, gives three results, first on {where};"
             " the run goes on from its newest checkpoint"
         )
-        others = [r for r in range(len(self._ranks())) if r not in dict(suspects)]
-        detail = {"losses": losses, "exonerated": others}
+        num_ranks = self._trainer.run.layout.num_ranks
+        others = [rank for rank in range(num_ranks) if rank not in dict(suspects)]
+        detail["exonerated"] = others if suspects else []
         record_once(
             self._record, "suspect_device", text, step=step, suspects=suspects, detail=detail
         )
         raise SuspectDeviceError(text)
-
-    def _ranks(self) -> range:
-        return range(self._trainer.run.layout.num_ranks)
 
 
 def _why_not(trainer: Trainer) -> str:
