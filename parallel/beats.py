@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-Phase = Literal["start", "data", "step", "observe", "evaluation", "save", "end"]
+Phase = Literal["start", "data", "step", "recheck", "observe", "evaluation", "save", "end"]
 
-SLOW_PHASES: frozenset[Phase] = frozenset({"start", "data", "evaluation", "save", "end"})
+SLOW_PHASES: frozenset[Phase] = frozenset({"start", "data", "recheck", "evaluation", "save", "end"})
 """Where a rank may rightly stand longer: files are read and written, kernels compiled."""
 ROUNDS_PER_INTERVAL = 5
 """Beats and looks in each interval. With SILENT_INTERVALS a stop is seen at most 0.2 + 1.1 + 0.2 =

@@ -9,10 +9,13 @@ FAULTS strikes the first time that its rank comes by its point at its step, then
 not in a later start of the run: the mark is a file in FAULTS_FOLDER. `every` strikes each time.
 Used by tests/chaos; nothing else sets the variables. No torch.
 
+A point that knows what it looks at (`step.window`) asks `planted_values` instead, and strikes each
+time that it sees one of them, at any step: `step.window:nan=FINGERPRINT`.
+
 Actions: `kill` SIGKILL, `stop` SIGSTOP, `term` SIGTERM, `raise` an exception, `full` ENOSPC, `eio`
 EIO, `sleep=SECONDS`, `hold=SECONDS` (the interpreter's lock is kept), `exit=CODE`, `limit=BYTES`
-(no file of this process grows beyond: EFBIG). What a fault cannot do by itself (flip a byte of a
-buffer, make a NaN) the point does: `failpoint` returns the action's name.
+(no file of this process grows beyond: EFBIG). What a fault cannot do by itself (flip a bit of a
+buffer, make a NaN, scale a gradient) the point does: `failpoint` returns the action's name.
 """
 
 import ctypes
@@ -29,6 +32,7 @@ POINTS = (
     "step.forward",
     "step.dispatch",
     "step.backward",
+    "step.window",
     "step.before_optimizer",
     "step.after_optimizer",
     "data.fetch",
@@ -53,7 +57,7 @@ POINTS = (
     "load.begin",
     "load.half",
 )
-_DONE_BY_THE_POINT = ("flip", "nan")
+_DONE_BY_THE_POINT = ("flip", "flip_copy", "flip_moment", "nan", "scale", "drift")
 
 
 class PlantedError(RuntimeError):
@@ -124,6 +128,13 @@ def is_armed(point: str) -> bool:
     return any(fault.point == point for fault in _faults)
 
 
+def planted_values(point: str) -> tuple[float, ...]:
+    """Return the values of the faults that are planted for this rank at `point`."""
+    own = int(os.environ.get("RANK", "0"))
+    mine = (f for f in _faults if f.point == point and f.rank in (None, own))
+    return tuple(fault.value for fault in mine if fault.action == "nan")
+
+
 def failpoint(point: str, *, step: int | None = None) -> str:
     """Do what is planted here, nothing in a real run.
 
@@ -132,7 +143,7 @@ def failpoint(point: str, *, step: int | None = None) -> str:
         step: optimizer steps done; None: where the training thread is.
 
     Returns:
-        The action that the caller has to take itself (`flip`, `nan`), or "".
+        The action that the caller has to take itself (such as `flip`, `nan`), or "".
     """
     for fault in _faults:
         if fault.point != point or fault.step not in (None, _step if step is None else step):

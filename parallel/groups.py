@@ -213,6 +213,11 @@ def context_group() -> Any:
     return parallel_state.get_context_parallel_group()
 
 
+def data_group() -> Any:
+    """Return the group of the replicas' ranks of this rank's place on all other axes."""
+    return parallel_state.get_data_parallel_group()
+
+
 def data_context_group() -> Any:
     """Return the group over which gradients and losses are summed (data x context)."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)

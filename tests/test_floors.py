@@ -41,7 +41,7 @@ MEGATRON = """
     pretrain/model/initialise.py pretrain/model/router.py pretrain/model/transformer_config.py
     pretrain/checkpoint/boxes.py
     pretrain/checkpoint/pieces.py
-    pretrain/training/optimizer.py pretrain/training/train_step.py
+    pretrain/training/optimizer.py pretrain/training/step_state.py pretrain/training/train_step.py
 """
 
 # third-party package -> the files that may import it; a package that is missing here is refused

@@ -64,6 +64,8 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
         "layout": "num_ranks tp cp pp vp ep etp",
         "optimizer": "overlap bucket_parameters",
         "recompute": "kind modules method num_layers",
+        "recheck": "max_left_out memory_interval_steps replicas_interval_steps"
+        " sample_interval_steps",
         "restarts": "in_job without_progress lease_s",
         "stragglers": "window_steps late_share excess_share repeat_steps",
         "telemetry": "wandb project entity console_interval_steps wandb_queue_records"

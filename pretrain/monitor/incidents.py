@@ -32,6 +32,8 @@ Kind = Literal[
     "local_lost",  # a later step on the nodes' own disks does not count; back to an earlier one
     "data",  # windows missing, damaged or not read in time
     "non_finite",  # a loss or gradient that is no number
+    "transient",  # numbers that were wrong once, and right when computed again
+    "suspect_device",  # a rank whose memory or arithmetic is wrong
     "lease_taken",  # a lease whose holder was gone has been taken over
     "no_progress",  # the run starts and starts and gets nowhere
     "environment",  # other packages or code than the checkpoint's

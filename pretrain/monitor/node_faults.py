@@ -29,7 +29,14 @@ _ONE_EVENT_S = 600.0
 
 
 def _default_weights() -> dict[str, float]:
-    return {"rank_died": 1.0, "hang": 1.0, "straggler": 0.5}
+    # one wrong number of a device is enough: nothing else would say that the next are right
+    return {
+        "rank_died": 1.0,
+        "hang": 1.0,
+        "straggler": 0.5,
+        "transient": 0.5,
+        "suspect_device": 2.0,
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +54,8 @@ class FaultPolicy:
     half_life_s: float = 604_800.0
     """After so long an event counts half."""
     threshold: float = 1.5
-    """A node with at least this score is left out: one event alone never does it."""
+    """A node with at least this score is left out: one event alone does it only where a device
+    was seen to compute wrongly."""
     max_excluded_share: float = 0.05
     """Of the nodes that a run needs, at most so many are left out."""
 

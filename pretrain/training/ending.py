@@ -20,10 +20,12 @@ from pretrain.training.exit_file import (
     DO_NOT_REQUEUE,
     FAILED,
     INFRASTRUCTURE,
+    SUSPECT_HARDWARE,
     VALIDATION_FAILED,
     WRONG_INPUT,
 )
 from pretrain.training.saves import StorageError
+from pretrain.training.suspicion import LeftOutError, SuspectDeviceError
 
 USER_ERRORS = (ValueError, DataError, CheckpointError)
 """What the user can mend, before training begins; each ends with exit code 2."""
@@ -63,6 +65,9 @@ def ending_of(error: BaseException, *, has_begun: bool) -> Ending:
     if isinstance(error, DataError):
         code = WRONG_INPUT if is_damage(error) else INFRASTRUCTURE
         return Ending(code=code, reason=text, kind="data")
+    if isinstance(error, SuspectDeviceError | LeftOutError):  # who raised it has recorded it
+        suspect = isinstance(error, SuspectDeviceError)
+        return Ending(code=SUSPECT_HARDWARE if suspect else DO_NOT_REQUEUE, reason=text, kind=None)
     if isinstance(error, NonFiniteGradientError):
         return Ending(code=FAILED, reason=text, kind="non_finite")
     if isinstance(error, ValidationError):

@@ -10,6 +10,7 @@ import torch
 from parallel.beats import Phase
 from parallel.failpoints import at_step, failpoint
 from parallel.reduce import max_over_all
+from pretrain.training.model_failpoints import strike_state
 from pretrain.training.train_step import Judge, StepResult
 from pretrain.training.trainer import Trainer
 
@@ -41,7 +42,8 @@ def fit(
     """
     while not trainer.is_finished:
         at_step(trainer.position.step)
-        failpoint("step.begin")
+        if planted := failpoint("step.begin"):
+            strike_state(planted, trainer.chunks, trainer.optimizer)
         num_sequences = trainer.segment.global_sequences
         enter("data", trainer.position.step)
         batch = trainer.next_batch()

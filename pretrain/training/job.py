@@ -36,6 +36,7 @@ from pretrain.training.exit_file import (
 )
 from pretrain.training.fit import fit
 from pretrain.training.going_on import record_going_on
+from pretrain.training.judges import judges_of
 from pretrain.training.observe import Observer, Score, make_throughput
 from pretrain.training.run import Run, as_json
 from pretrain.training.saves import Saves
@@ -232,7 +233,10 @@ def _fit(
     attempt = progress.attempt
     assert attempt is not None, "it was claimed"
 
+    judges = judges_of(trainer, attempt=attempt.number, enter=watch.enter)
+
     def monitor(result: StepResult, num_sequences: int) -> None:
+        judges.audit.after_update()
         progress.step = trainer.position.step
         observer.step_done(result, num_sequences=num_sequences)
         watch.step_done(trainer.position.step, device=trainer.device)
@@ -247,6 +251,7 @@ def _fit(
         observer,
         enter=watch.enter,
         committed=lambda s: attempt.note(committed_step=s),
+        audit=judges.audit.before_save,
     )
     throughput.start()
     finished = fit(
@@ -255,6 +260,7 @@ def _fit(
         checkpoint=saves.after_step,
         should_stop=lambda: stop() or attempt.is_lost,
         enter=watch.enter,
+        judges=judges.of_steps,
     )
     lost = from_first_rank(attempt.why_lost())
     if lost:

@@ -1,15 +1,21 @@
-"""Where in a model can a fault strike? In forward, at a dispatch of tokens, backward.
+"""Where in a model can a fault strike? Forward, at a dispatch of tokens, backward, in its memory.
 
 Hooks, set only where a fault is planted there (parallel/failpoints.py): a real run has none.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parallel.failpoints import failpoint, is_armed
+from parallel.failpoints import failpoint, is_armed, planted_values
+from parallel.replicas import shared_buffers
+
+_EXPONENT_BIT = 30
+_FINGERPRINT_PRIME = 1_000_003
+_drift = itertools.count(1)  # another factor each time
 
 
 def plant_in_model(modules: Sequence[torch.nn.Module]) -> None:
@@ -24,13 +30,79 @@ def plant_in_model(modules: Sequence[torch.nn.Module]) -> None:
                 part.register_forward_hook(_strike_at_dispatch)
         if is_armed("step.forward"):
             module.register_forward_pre_hook(_strike_at_forward)
+        if is_armed("step.window"):
+            module.register_forward_pre_hook(_strike_at_window)
         if is_armed("step.backward"):
             module.register_forward_hook(_strike_at_backward)
 
 
+def fingerprint(tokens: Tensor) -> int:
+    """Return a number of a window's inputs, by which `step.window` knows it.
+
+    Args:
+        tokens: `[S]`, ids.
+    """
+    weights = torch.arange(1, len(tokens) + 1, device=tokens.device)
+    return int((tokens.long() * weights).sum() % _FINGERPRINT_PRIME)
+
+
+def strike_state(action: str, chunks: Sequence[Any], optimizer: Any) -> None:
+    """Flip the highest bit but one of one number in this rank's memory.
+
+    Args:
+        action: `flip`: a weight that this rank owns; `flip_copy`: a weight that it holds for
+            another owner; `flip_moment`: a second moment.
+        chunks: this rank's wrapped chunks.
+        optimizer: megatron's optimizer over them.
+
+    Raises:
+        ValueError: if the rank holds no such number.
+    """
+    for tensor in _targets(action, chunks, optimizer):
+        chosen = tensor.detach().view(-1)[tensor.numel() // 2 :][:1]
+        bits = {2: torch.int16, 4: torch.int32}[chosen.element_size()]
+        shift = _EXPONENT_BIT - (16 if bits is torch.int16 else 0)
+        chosen.view(bits).bitwise_xor_(1 << shift)
+        return
+    raise ValueError(f"FAULTS: {action!r} at step.begin: this rank holds nothing of the kind")
+
+
+def _targets(action: str, chunks: Sequence[Any], optimizer: Any) -> Iterator[Tensor]:
+    if action == "flip_moment":
+        for part in optimizer.chained_optimizers:
+            if not part.is_stub_optimizer:
+                yield from (state["exp_avg_sq"] for state in part.optimizer.state.values())
+        return
+    for shared in shared_buffers(chunks):
+        for owner in range(len(shared.ranks)):
+            if (owner == shared.place) == (action == "flip"):
+                yield from shared.weight_shards(owner)
+
+
 def _strike_at_forward(module: torch.nn.Module, _: Any) -> None:
-    if module.training:
-        failpoint("step.forward")
+    if not module.training or failpoint("step.forward") != "nan":
+        return
+    _poison_next_norm(module)
+
+
+def _strike_at_window(module: torch.nn.Module, inputs: Any) -> None:
+    planted = planted_values("step.window")
+    if module.training and any(fingerprint(row) in planted for row in inputs[0]):
+        _poison_next_norm(module)
+
+
+def _poison_next_norm(chunk: torch.nn.Module) -> None:
+    """Make the first norm of a model chunk return a NaN, the next time it is called."""
+    norms = (part for name, part in chunk.named_modules() if name.endswith("norm"))
+    norm = next(norms)
+
+    def poison(_module: torch.nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        handle.remove()
+        poisoned = output.clone()
+        poisoned.view(-1)[0] = float("nan")
+        return poisoned
+
+    handle = norm.register_forward_hook(poison, prepend=True)
 
 
 def _strike_at_dispatch(router: torch.nn.Module, _inputs: Any, _outputs: Any) -> None:
@@ -45,4 +117,5 @@ def _strike_at_backward(_module: torch.nn.Module, _inputs: Any, output: Any) -> 
 
 def _strike(gradient: Tensor) -> Tensor | None:
     action = failpoint("step.backward")
-    return gradient * float("nan") if action == "nan" else None
+    factors = {"nan": float("nan"), "scale": 1.5, "drift": 1.0 + 1e-3 * next(_drift)}
+    return gradient * factors[action] if action in factors else None

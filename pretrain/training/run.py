@@ -34,6 +34,7 @@ from pretrain.monitor.telemetry import TelemetryConfig
 from pretrain.training.batch import check_divisible, check_interleaved
 from pretrain.training.change import Change
 from pretrain.training.lr_schedule import LrSchedule
+from pretrain.training.recheck_config import Recheck
 from pretrain.training.restarts import Restarts
 from pretrain.training.run_name import check_places, check_run_name
 
@@ -267,6 +268,8 @@ class Run:
     and a warning, or nothing at all."""
     restarts: Restarts = field(default_factory=Restarts)
     """What becomes of it when ranks die."""
+    recheck: Recheck = field(default_factory=Recheck)
+    """How closely it looks at its own numbers."""
     cluster: Cluster | None = None
     """The machines it is meant for; null: whatever it is started on."""
 

@@ -58,6 +58,7 @@ class Saves:
         *,
         enter: Callable[[Phase, int], None] = lambda _phase, _step: None,
         committed: Callable[[int], None] = lambda _: None,
+        audit: Callable[[], None] = lambda: None,
     ) -> None:
         """Take the step that the run stands at as saved: it is new, or comes from a checkpoint.
 
@@ -66,9 +67,11 @@ class Saves:
             observer: told of every save.
             enter: told that a save begins, or is waited for.
             committed: told of the step of every commit.
+            audit: called before every save, raises if the state is not fit to be saved; collective.
         """
         self._enter = enter
         self._committed = committed
+        self._audit = audit
         self._trainer = trainer
         self._observer = observer
         self._committed_step = trainer.position.step
@@ -124,6 +127,7 @@ class Saves:
         self._due = None
         self._enter("save", self._trainer.position.step)
         with self._observer.throughput.pause():
+            self._audit()
             self._observer.save_begun()
             if tier == "shared":
                 self._trainer.begin_save()

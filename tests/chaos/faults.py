@@ -30,7 +30,11 @@ class Kind:
     """Whether the start of the run ends by it."""
 
 
-_STEP = (*(point for point in POINTS if point.startswith("step.")), "data.fetch")
+_OF_WINDOWS = "step.window"  # strikes by content, not by step
+_STEP = (
+    *(point for point in POINTS if point.startswith("step.") and point != _OF_WINDOWS),
+    "data.fetch",
+)
 _SAVE = ("save.begin", "save.staged", "save.half_file", "save.file_written")
 _COMMIT = ("save.before_manifest", "save.before_commit", "save.committed", "save.retention")
 _ON_RANK_0 = frozenset(_COMMIT)
@@ -54,6 +58,10 @@ KINDS = (
         action="eio", points=("save.half_file", "save.file_written"), incident="", ends_start=False
     ),
     Kind(action="flip", points=("save.half_file",), incident="save_failed", ends_start=False),
+    Kind(action="nan", points=("step.forward",), incident="transient", ends_start=False),
+    Kind(action="nan", points=("step.backward",), incident="transient", ends_start=False),
+    Kind(action="flip", points=("step.begin",), incident="suspect_device", ends_start=True),
+    Kind(action="flip_moment", points=("step.begin",), incident="suspect_device", ends_start=True),
     Kind(action="term", points=_STEP + _SAVE, incident="", ends_start=True),
     Kind(action="sleep=0.3", points=_STEP + _SAVE, incident="", ends_start=False),
 )
@@ -118,7 +126,7 @@ def _place(draw: random.Random, kind: Kind, *, step: int, num_ranks: int, interv
     return f"{point}:{kind.action}{where}"
 
 
-ENDS = frozenset({"rank_died", "failure"})
+ENDS = frozenset({"rank_died", "failure", "suspect_device"})
 """Kinds of incidents that end a start."""
 
 
@@ -154,13 +162,18 @@ def wrong_incidents(
         found.append(
             f"incidents: {len(failing)} saves were made to fail, recorded are {dict(kinds)}"
         )
+    for kind in ("transient", "suspect_device"):
+        struck = sum(fault.kind.incident == kind for fault in planted)
+        if kinds[kind] > struck:  # fewer where the start ended by another fault before they showed
+            found.append(f"incidents: {struck} faults are {kind}, recorded are {dict(kinds)}")
     told = kinds["damaged_checkpoint"] + kinds["local_lost"]
     if not num_damaged <= told <= num_damaged + num_local:
         found.append(
             f"incidents: {num_damaged} checkpoints damaged, {num_local} local ones damaged or taken"
             f" away, recorded are {dict(kinds)}"
         )
-    strange = kinds.keys() - ENDS - {"save_failed", "damaged_checkpoint", "local_lost"}
+    strange = kinds.keys() - ENDS
+    strange -= {"save_failed", "damaged_checkpoint", "local_lost", "transient"}
     found += [f"incidents: {kind} was not planted" for kind in sorted(strange)]
     return found
 

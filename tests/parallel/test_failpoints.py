@@ -65,3 +65,10 @@ def test_what_only_the_point_can_do_is_told_to_it(monkeypatch: pytest.MonkeyPatc
     plant("save.half_file:flip", monkeypatch)
     assert failpoint("save.half_file", step=4) == "flip"
     assert failpoint("save.half_file", step=8) == ""
+
+
+def test_a_point_that_knows_what_it_looks_at_is_told_for_what_to_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plant("step.window:nan=17;step.window:nan=4:rank=0;step.window:nan=9:rank=1", monkeypatch)
+    assert failpoints.planted_values("step.window") == (17.0, 9.0)

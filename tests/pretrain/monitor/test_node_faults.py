@@ -121,3 +121,11 @@ def test_the_command_of_the_batch_script_prints_the_names(tmp_path: Path) -> Non
     )  # fmt: skip
     assert done.stdout == "n1\n"
     assert json.loads((tmp_path / "nodes.json").read_text())["excluded"] == ["n1"]
+
+
+def test_one_wrong_number_of_a_device_is_enough_to_leave_its_node_out(tmp_path: Path) -> None:
+    write(tmp_path, "a", incident("bad", days_ago=0.0, kind="suspect_device"))
+    write(tmp_path, "b", incident("once", days_ago=0.0, kind="transient"))
+    policy = FaultPolicy()
+    faults = read_faults(tmp_path, policy=policy, now_unix_s=NOW)
+    assert to_exclude(faults, policy=policy, known=["bad", "once"], at_most=9) == ["bad"]

@@ -18,6 +18,7 @@ from pretrain.training.ending import (
 )
 from pretrain.training.exit_file import SEVERITY, STOPS_CHAIN
 from pretrain.training.saves import StorageError
+from pretrain.training.suspicion import LeftOutError, SuspectDeviceError
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer"
 
@@ -42,6 +43,8 @@ def slow_source() -> DataError:
         (MemoryError("no memory"), True, 85, "failure"),
         (StorageError("step 8 could not be saved"), True, 85, None),
         (NonFiniteGradientError("the gradient is not finite"), True, 1, "non_finite"),
+        (SuspectDeviceError("rank 2 is suspected"), True, 16, None),
+        (LeftOutError("no more batches are left out"), True, 93, None),
         (ValidationError("the validation loss is nan"), True, 17, "failure"),
         (RuntimeError(GLOO), True, 85, None),
         (torch.distributed.DistNetworkError("the client socket has timed out"), False, 85, None),

@@ -1,0 +1,48 @@
+"""Who looks at a step before it is applied, and in which order?
+
+The state first (state_audit.py): where memory is wrong, the reason for all that follows is known.
+Then whether the numbers are any (recheck.py), then whether they come out again (step_sample.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from parallel.beats import Phase
+from pretrain.checkpoint.lease import incident_mark
+from pretrain.monitor.incidents import Incident, record_incident
+from pretrain.training.recheck import StepRecheck
+from pretrain.training.state_audit import StateAudit
+from pretrain.training.step_sample import StepSample
+from pretrain.training.train_step import Judge
+from pretrain.training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judges:
+    """What looks at the numbers of a run."""
+
+    audit: StateAudit
+    """Also told of every update, and asked before every checkpoint."""
+    of_steps: tuple[Judge, ...]
+    """For `fit`, in order; the audit is the first."""
+
+
+def judges_of(trainer: Trainer, *, attempt: int, enter: Callable[[Phase, int], None]) -> Judges:
+    """Return the judges of a run that is about to go on.
+
+    Args:
+        trainer: its state, taken as right from here on.
+        attempt: which start of the run this is.
+        enter: told what the rank does.
+    """
+    folder = trainer.run.folder
+
+    def record(incident: Incident) -> None:
+        ends = incident.kind == "suspect_device"  # what neighbours say later is no news
+        mark = incident_mark(folder, attempt) if ends else None
+        record_incident(folder, replace(incident, attempt=attempt), mark=mark)
+
+    audit = StateAudit(trainer, record=record)
+    recheck = StepRecheck(trainer, record=record, enter=enter)
+    sample = StepSample(trainer, record=record, enter=enter)
+    return Judges(audit=audit, of_steps=(audit, recheck, sample))
