@@ -12,7 +12,8 @@ Used by tests/chaos; nothing else sets the variables. No torch.
 Actions: `kill` SIGKILL, `stop` SIGSTOP, `term` SIGTERM, `raise` an exception, `full` ENOSPC, `eio`
 EIO, `sleep=SECONDS`, `hold=SECONDS` (the interpreter's lock is kept), `exit=CODE`, `limit=BYTES`
 (no file of this process grows beyond: EFBIG). What a fault cannot do by itself (flip a byte of a
-buffer, make a NaN) the point does: `failpoint` returns the action's name.
+buffer, make a NaN, put garbage in the place of text, shrink the optimizer's second moments) the
+point does: `failpoint` returns the action's name.
 """
 
 import ctypes
@@ -31,6 +32,7 @@ POINTS = (
     "step.backward",
     "step.before_optimizer",
     "step.after_optimizer",
+    "data.batch",
     "data.fetch",
     "data.read",
     "evaluation.begin",
@@ -44,8 +46,11 @@ POINTS = (
     "save.retention",
     "load.begin",
     "load.half",
+    "rewind.decided",
+    "rewind.set_aside",
+    "rewind.ledger",
 )
-_DONE_BY_THE_POINT = ("flip", "nan")
+_DONE_BY_THE_POINT = ("flip", "nan", "garbage", "shrink")
 
 
 class PlantedError(RuntimeError):
@@ -124,7 +129,7 @@ def failpoint(point: str, *, step: int | None = None) -> str:
         step: optimizer steps done; None: where the training thread is.
 
     Returns:
-        The action that the caller has to take itself (`flip`, `nan`), or "".
+        The action that the caller has to take itself (`flip`, `nan`, ...), or "".
     """
     for fault in _faults:
         if fault.point != point or fault.step not in (None, _step if step is None else step):

@@ -142,6 +142,10 @@ class Saver:
         """Count a checkpoint as verified: this attempt has checked its digests."""
         self._retention.trust(folder)
 
+    def hold(self, step: int | None) -> None:
+        """Keep what going back to `step` would need, from the next save on; see Retention."""
+        self._retention.hold(step)
+
     def begin(self, collect: Callable[[], Sequence[Piece]], manifest: Manifest) -> None:
         """Copy the state and start writing it; every rank calls it at the same step.
 

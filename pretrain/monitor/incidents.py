@@ -30,6 +30,8 @@ Kind = Literal[
     "save_failed",  # a checkpoint could not be written; training goes on
     "damaged_checkpoint",  # found before use, set aside
     "data",  # windows missing, damaged or not read in time
+    "loss_spike",  # a loss or gradient norm that is out of the ordinary
+    "diverged",  # a loss that does not come back by itself
     "non_finite",  # a loss or gradient that is no number
     "lease_taken",  # a lease whose holder was gone has been taken over
     "no_progress",  # the run starts and starts and gets nowhere

@@ -1,9 +1,8 @@
 """Is this step's loss or gradient norm out of the ordinary, and does the run come back from it?
 
 Each value gets a robust score, z = (value - expected) / max(1.4826 MAD, floor): expected is what
-the values of the last `window_steps` taken steps lead to (a parabola through the medians of their
-thirds, so that a loss that falls neither alarms nor hides), MAD is their median absolute deviation
-from it. Values that are near or beyond the threshold do not enter the window, nor does anything
+the values of the last `window_steps` taken steps lead to, MAD is their median absolute deviation
+from it (robust_window.py). Values beyond the threshold do not enter the window, nor does anything
 while a spike lasts: a spike does not become its own measure, and a NaN poisons nothing.
 
 One value may stand out by chance, so two thresholds: beyond `far` a value is flagged alone, beyond
@@ -13,7 +12,7 @@ of the loss over what was expected decides:
     normal -> suspect -> spike -> recovering -> normal
                               `-> diverged, or a new level
 
-numpy only and pure: the same values in the same order give the same answers, and the state is JSON
+Pure: the same values in the same order give the same answers, and the state is JSON
 that a checkpoint keeps.
 
 Source: our choice; OLMo-core skips at 6 standard deviations of the last 128 steps, with means that
@@ -23,29 +22,21 @@ the spike itself moves; megatron-core 0.16.1 at 10 times the maximum of the firs
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
+from pretrain.monitor.robust_window import RobustWindow
 
-Values = npt.NDArray[np.float64]
 State = Literal["normal", "suspect", "spike", "recovering", "diverged"]
 STATES: tuple[State, ...] = ("normal", "suspect", "spike", "recovering", "diverged")
 Event = Literal["", "alarm", "recovered", "diverged", "new level"]
 
-_SIGMA = 1.4826
-"""Median absolute deviation to standard deviation of a normal distribution."""
 _RECENT = 5
 _ALARM = 3
 """Values beyond `near`, of the last five, that are an alarm: chance gives it once in 1e8 steps of
 Student's t with 5 degrees of freedom."""
 _CALM = 5
 """Ordinary steps in a row after which a spike is over."""
-_REFITS = 32
-"""How often a window's expectation is computed anew while the window passes by."""
-_MEDIAN_ERROR = 1.2533
-"""Standard error of a median over that of a mean, normal distribution."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,72 +115,6 @@ class Seen:
         return max(self.scores.values(), default=-math.inf)
 
 
-@dataclass(kw_only=True, slots=True)
-class _Window:
-    """The values of one name that count as ordinary."""
-
-    floor: float
-    values: list[float] = field(default_factory=list[float])
-    fit: tuple[float, float, float] | None = None
-    """Expected value, change of it a step, and scale; of the value after the last fit."""
-    since: int = 0
-    """Values taken in since the last fit."""
-
-    def score(self, value: float) -> float | None:
-        if self.fit is None:
-            return None
-        if not math.isfinite(value):
-            return math.inf
-        return (value - self.expected) / self.fit[2]
-
-    @property
-    def expected(self) -> float:
-        assert self.fit is not None, "asked after a score"
-        return self.fit[0] + self.fit[1] * self.since
-
-    def admit(self, value: float, rule: SpikeRule) -> None:
-        self.values.append(value)
-        del self.values[: -rule.window_steps]
-        self.since += 1
-        if len(self.values) < rule.min_steps:
-            return
-        if self.fit is None or self.since >= max(1, rule.window_steps // _REFITS):
-            self.fit, self.since = fit_window(self.values, floor=self.floor), 0
-
-
-def fit_window(values: list[float], *, floor: float) -> tuple[float, float, float]:
-    """Return what comes after some values: expected value, change a step, robust scale.
-
-    A parabola through the medians of the thirds; a line where its bend is within three standard
-    errors of none, since a bend that is noise is carried beyond the window's end.
-
-    Args:
-        values: at least 6, oldest first.
-        floor: least scale.
-    """
-    third = len(values) // 3
-    kept = np.asarray(values[-3 * third :])
-    early, middle, late = (_median(kept[i * third : (i + 1) * third]) for i in range(3))
-    slope, bend = (late - early) / 2, (late + early) / 2 - middle
-    u = (np.arange(3 * third) + 0.5) / third - 1.5  # thirds have their middles at -1, 0, 1
-    rest = kept - (middle + slope * u + bend * u * u)
-    centre = _median(rest)
-    scale = _SIGMA * _median(np.abs(rest - centre))
-    error = math.sqrt(1.5) * _MEDIAN_ERROR * scale / math.sqrt(third)
-    if abs(bend) <= 3 * error:
-        rest = rest + bend * u * u
-        centre, bend = _median(rest), 0.0
-    end = 1.5 + 0.5 / third
-    expected = middle + centre + slope * end + bend * end * end
-    return expected, (slope + 2 * bend * end) / third, max(scale, floor)
-
-
-def _median(values: Values) -> float:
-    """Return numpy's median, in a quarter of its time at these lengths."""
-    ordered = np.sort(values)
-    return float(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
-
-
 class LossSpikes:
     """The robust scores of a run's steps, and the state they add up to."""
 
@@ -204,7 +129,7 @@ class LossSpikes:
         self._clear()
 
     def _clear(self) -> None:
-        self._windows: dict[str, _Window] = {}
+        self._windows: dict[str, RobustWindow] = {}
         self._recent: list[bool] = []
         self._state: State = "normal"
         self._onset = -1
@@ -288,8 +213,10 @@ class LossSpikes:
                 continue
             if name not in self._windows:
                 floor = self._rule.norm_floor if name == "gradient_norm" else self._rule.loss_floor
-                self._windows[name] = _Window(floor=floor)
-            self._windows[name].admit(measured, self._rule)
+                self._windows[name] = RobustWindow(floor=floor)
+            self._windows[name].admit(
+                measured, most=self._rule.window_steps, least=self._rule.min_steps
+            )
         if self._state == "diverged" and self._is_ready:
             self._state = "normal"
 
@@ -354,10 +281,7 @@ class LossSpikes:
             "high": self._high,
             "smoothed": self._smoothed,
             "peak": self._peak,
-            "windows": {
-                name: {"values": list(w.values), "fit": w.fit, "since": w.since, "floor": w.floor}
-                for name, w in self._windows.items()
-            },
+            "windows": {name: window.as_json() for name, window in self._windows.items()},
         }
 
     @staticmethod
@@ -385,13 +309,7 @@ class LossSpikes:
         self._smoothed = float(record["smoothed"])
         self._recent = [bool(value) for value in record["recent"]]
         for name, kept in record["windows"].items():
-            fit = kept["fit"]
-            self._windows[str(name)] = _Window(
-                floor=float(kept["floor"]),
-                values=[float(value) for value in kept["values"]],
-                fit=None if fit is None else (float(fit[0]), float(fit[1]), float(fit[2])),
-                since=int(kept["since"]),
-            )
+            self._windows[str(name)] = RobustWindow.from_json(kept)
 
 
 def _measured(name: str, value: float) -> float:

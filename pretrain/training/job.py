@@ -43,6 +43,7 @@ from pretrain.training.going_on import record_going_on
 from pretrain.training.observe import Observer, Score, make_throughput
 from pretrain.training.run import Run, as_json
 from pretrain.training.saves import Saves
+from pretrain.training.spike_judge import SpikeJudge
 from pretrain.training.start import move_aside, starts_again
 from pretrain.training.stop_request import StopRequest, remove_request, working_time_s
 from pretrain.training.train_step import StepResult
@@ -261,6 +262,7 @@ def _fit(
         checkpoint=saves.after_step,
         should_stop=lambda: stop() or attempt.is_lost,
         enter=watch.enter,
+        judges=[SpikeJudge(trainer, attempt=attempt.number, why_lost=attempt.why_lost)],
     )
     lost = from_first_rank(attempt.why_lost())
     if lost:

@@ -1,6 +1,6 @@
 """Where in a model can a fault strike? In forward, at a dispatch of tokens, backward.
 
-Hooks, set only where a fault is planted there (parallel/failpoints.py): a real run has none.
+And a batch, or the optimizer's moments, can be spoilt. Hooks, set only where a fault is planted there (parallel/failpoints.py): a real run has none.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from parallel.failpoints import failpoint, is_armed
+
+_SHRUNK = 1e-6
+"""Steps become a thousand times as long as they should be, until the moment has built up again."""
 
 
 def plant_in_model(modules: Sequence[torch.nn.Module]) -> None:
@@ -46,3 +49,26 @@ def _strike_at_backward(_module: torch.nn.Module, _inputs: Any, output: Any) -> 
 def _strike(gradient: Tensor) -> Tensor | None:
     action = failpoint("step.backward")
     return gradient * float("nan") if action == "nan" else None
+
+
+def spoilt(tokens_CS: Tensor, *, vocab_size: int, seed: int) -> Tensor:
+    """Return ids drawn at random in the place of text.
+
+    Args:
+        tokens_CS: `[C, S+1]` int64, any ids.
+        vocab_size: the ids are below it.
+        seed: of the batch, so that it is the same garbage each time it is read.
+    """
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, tokens_CS.shape, generator=drawn).to(tokens_CS)
+
+
+def shrink_second_moments(optimizer: Any) -> None:
+    """Scale all second moments of this rank down, as a flipped bit or a lost state would.
+
+    Args:
+        optimizer: megatron's ChainedOptimizer.
+    """
+    for part in optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            state["exp_avg_sq"].mul_(_SHRUNK)

@@ -35,11 +35,12 @@ from pretrain.checkpoint.pieces import pieces_of_rank
 from pretrain.checkpoint.saver import Saver, SaverConfig
 from pretrain.checkpoint.sharded import load_checkpoint, load_weights
 from pretrain.model.initialise import initialise_weights
+from pretrain.monitor.loss_spikes import LossSpikes, Seen
 from pretrain.training.build import build_modules
 from pretrain.training.corpus import LEDGER_NAME, Corpus, validation_window_tokens
 from pretrain.training.evaluate import ValidationLoss, validation_loss
 from pretrain.training.lr_schedule import step_lr
-from pretrain.training.model_failpoints import plant_in_model
+from pretrain.training.model_failpoints import plant_in_model, spoilt
 from pretrain.training.optimizer import make_optimizer, set_coefficients, wrap_chunks
 from pretrain.training.replaced_windows import ReplacedWindows
 from pretrain.training.run import Run, as_json
@@ -107,6 +108,8 @@ class Trainer:
         self.chunks = wrap_chunks(self.modules, config=self.modules[0].config, adamw=run.optimizer)
         self.optimizer = make_optimizer(self.chunks, adamw=run.optimizer, precision=run.precision)
         self.step_state = StepState(self.modules)
+        self.spikes = LossSpikes(run.recovery.rule)
+        self.seen: Seen | None = None  # what spike_judge.py thinks of the last step
         self.saver = Saver(
             SaverConfig(
                 root=run.folder / "checkpoints",
@@ -165,9 +168,12 @@ class Trainer:
         self.consumed = (self.consumed + found.digest) & MASK
         within = self.run.data.document_attention
         loss_mask, documents = found.windows.described(across_documents=not within)
+        tokens = self._to_device(found.windows.tokens).long()
+        if failpoint("data.batch", step=self.batch) == "garbage":
+            tokens = spoilt(tokens, vocab_size=self.run.model.vocab_size, seed=self.batch)
         batches = list(
             micro_batches(
-                self._to_device(found.windows.tokens).long(),
+                tokens,
                 self._domain_idx[torch.from_numpy(found.addresses.bucket)].to(self.device),
                 micro_sequences=self.run.micro_sequences(self.segment.window_tokens),
                 loss_mask=self._to_device(loss_mask),
@@ -344,7 +350,9 @@ class Trainer:
             files={},
             ledger=self.ledger.as_json(),
             updates=num_updates(self.optimizer),
+            spikes=self.spikes.as_json(),
         )
+        self.saver.hold(self.run.recovery.oldest_needed(self.spikes))
         self.saver.begin(lambda: pieces_of_rank(self.chunks, self.optimizer), manifest)
         self.corpus.train.check_unchanged()
 
@@ -373,6 +381,7 @@ class Trainer:
         )
         self.saver.trust(folder)
         set_coefficients(self.optimizer, self.run.optimizer)
+        self.spikes = LossSpikes.from_json(manifest.spikes, rule=self.run.recovery.rule)
         self._move_to(manifest.step)
         self.consumed_from_step = manifest.step
 
