@@ -12,7 +12,7 @@ Used by tests/chaos; nothing else sets the variables. No torch.
 Actions: `kill` SIGKILL, `stop` SIGSTOP, `term` SIGTERM, `raise` an exception, `full` ENOSPC, `eio`
 EIO, `sleep=SECONDS`, `hold=SECONDS` (the interpreter's lock is kept), `exit=CODE`, `limit=BYTES`
 (no file of this process grows beyond: EFBIG). What a fault cannot do by itself (flip a byte of a
-buffer, make a NaN, put garbage in the place of text, shrink the optimizer's second moments) the
+buffer, make a NaN, put garbage in the place of text, let the optimizer's moments grow) the
 point does: `failpoint` returns the action's name.
 """
 
@@ -50,7 +50,7 @@ POINTS = (
     "rewind.set_aside",
     "rewind.ledger",
 )
-_DONE_BY_THE_POINT = ("flip", "nan", "garbage", "shrink")
+_DONE_BY_THE_POINT = ("flip", "nan", "garbage", "grow")
 
 
 class PlantedError(RuntimeError):

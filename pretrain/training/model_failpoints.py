@@ -1,6 +1,7 @@
 """Where in a model can a fault strike? In forward, at a dispatch of tokens, backward.
 
-And a batch, or the optimizer's moments, can be spoilt. Hooks, set only where a fault is planted there (parallel/failpoints.py): a real run has none.
+And a batch, or the optimizer's moments, can be spoilt. All of it only where a fault is planted
+(parallel/failpoints.py): a real run has no hooks.
 """
 
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from parallel.failpoints import failpoint, is_armed
 
-_SHRUNK = 1e-6
-"""Steps become a thousand times as long as they should be, until the moment has built up again."""
+_GROWN = 100.0
+"""The next steps are a hundred times as long as they should be: no model survives it."""
 
 
 def plant_in_model(modules: Sequence[torch.nn.Module]) -> None:
@@ -63,12 +64,12 @@ def spoilt(tokens_CS: Tensor, *, vocab_size: int, seed: int) -> Tensor:
     return torch.randint(vocab_size, tokens_CS.shape, generator=drawn).to(tokens_CS)
 
 
-def shrink_second_moments(optimizer: Any) -> None:
-    """Scale all second moments of this rank down, as a flipped bit or a lost state would.
+def grow_first_moments(optimizer: Any) -> None:
+    """Scale all first moments of this rank up, as flipped bits of their exponents would.
 
     Args:
         optimizer: megatron's ChainedOptimizer.
     """
     for part in optimizer.chained_optimizers:
         for state in part.optimizer.state.values():
-            state["exp_avg_sq"].mul_(_SHRUNK)
+            state["exp_avg"].mul_(_GROWN)
