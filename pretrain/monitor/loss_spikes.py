@@ -194,6 +194,9 @@ class LossSpikes:
             self._stage = stage
         elif self._may_learn and not self._recent[-1]:
             self._admit(values)
+        else:
+            for window in self._windows.values():
+                window.pass_by()
         return Seen(
             scores=seen.scores,
             state=self._state,

@@ -33,7 +33,7 @@ class RobustWindow:
     fit: tuple[float, float, float] | None = None
     """Expected value, change of it a step, and scale; of the value after the last fit."""
     since: int = 0
-    """Values taken in since the last fit."""
+    """Values that have come by since the last fit."""
 
     def score(self, value: float) -> float | None:
         """Return how many robust deviations a value is above what is expected.
@@ -67,6 +67,10 @@ class RobustWindow:
             return
         if self.fit is None or self.since >= max(1, most // _REFITS):
             self.fit, self.since = fit_window(self.values, floor=self.floor), 0
+
+    def pass_by(self) -> None:
+        """Let a value go that is not ordinary: what is expected goes on along its slope."""
+        self.since += 1
 
     def as_json(self) -> dict[str, Any]:
         """Return the window as JSON values; `from_json` goes on from it, to the bit."""

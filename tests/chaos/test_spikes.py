@@ -29,7 +29,13 @@ Policy = Literal["watch", "skip", "rewind"]
 MakeRun = Callable[..., Run]
 # short windows, so that a run of seconds has one; high: three times the noise of this small model
 RULE = SpikeRule(
-    window_steps=16, min_steps=10, recover_steps=10, high_excess=0.3, high_steps=4, excess=0.05
+    window_steps=16,
+    min_steps=10,
+    far=8.0,
+    recover_steps=10,
+    high_excess=0.3,
+    high_steps=4,
+    excess=0.05,
 )
 GARBAGE = "data.batch:garbage:step={}:every"
 GROWN = "step.after_optimizer:grow:step=19"
@@ -76,11 +82,11 @@ def kinds(run: Run) -> Counter[str]:
 
 
 def test_a_batch_of_garbage_is_left_out_and_moves_nothing(make_run: MakeRun) -> None:
-    spoilt = play(make_run("spoilt", steps=18), [GARBAGE.format(14)])
+    spoilt = play(make_run("spoilt", steps=24), [GARBAGE.format(20)])
     assert spoilt.codes == (0,)
-    assert left_out(spoilt.run) == ("14:15",)
+    assert left_out(spoilt.run) == ("20:21",)
     assert kinds(spoilt.run) == Counter(loss_spike=1)
-    clean = play(make_run("clean", skip=("14:15",), steps=18))
+    clean = play(make_run("clean", skip=("20:21",), steps=24))
     assert differences(spoilt.run, clean.run) == []
 
 
@@ -99,9 +105,9 @@ def test_two_bad_batches_in_a_row_are_left_out_and_a_third_is_trained_on(
     make_run: MakeRun,
 ) -> None:
     """Three are too many to be data by chance: then it is the model, and skipping is no answer."""
-    spoilt = play(make_run("spoilt", "skip"), [GARBAGE.format(batch) for batch in (18, 19, 20)])
+    spoilt = play(make_run("spoilt", "skip"), [GARBAGE.format(batch) for batch in (20, 21, 22)])
     assert spoilt.codes == (0,)
-    assert left_out(spoilt.run) == ("18:20",)
+    assert left_out(spoilt.run) == ("20:22",)
 
 
 def test_a_run_whose_moments_were_spoilt_goes_back_to_before_it_by_itself(
@@ -137,9 +143,9 @@ def test_killed_at_every_stage_of_a_rewind_a_run_ends_as_if_it_had_not_been(
 
 @pytest.mark.slow
 def test_killed_after_a_batch_was_left_out_a_run_leaves_out_the_same(make_run: MakeRun) -> None:
-    whole = play(make_run("whole"), [GARBAGE.format(18)]).run
-    kills = ["step.backward:kill:rank=1:step=18", "step.backward:kill:rank=0:step=22"]
-    killed = play(make_run("killed"), [GARBAGE.format(18), *kills])
+    whole = play(make_run("whole"), [GARBAGE.format(20)]).run
+    kills = ["step.backward:kill:rank=1:step=20", "step.backward:kill:rank=0:step=22"]
+    killed = play(make_run("killed"), [GARBAGE.format(20), *kills])
     assert killed.codes == (85, 85, 0)
     assert wrong_losses(killed.run.folder, truth_of(whole)) == []
     assert wrong_state(killed.run.folder, truth_of(whole)) == []
@@ -147,7 +153,7 @@ def test_killed_after_a_batch_was_left_out_a_run_leaves_out_the_same(make_run: M
 
 
 def test_a_run_that_has_gone_back_too_often_waits_for_a_person(make_run: MakeRun) -> None:
-    played = play(make_run("spent", max_rewinds=0), [GROWN])
+    played = play(make_run("spent", max_rewinds=0, max_skips=0), [GROWN])
     assert played.codes == (93,)
     assert "recovery.max_rewinds=0" in (played.run.folder / "exit.json").read_text()
     assert kinds(played.run)["diverged"] == 1
