@@ -137,7 +137,7 @@ def _as_json(value: float) -> float | str:
 
 def table(rows: Sequence[Row]) -> str:
     """Return flagged steps and events, one a line, in columns."""
-    lines = [_COLUMNS]
+    lines: list[tuple[str, ...]] = [_COLUMNS]
     for row in rows:
         onset = str(row["onset"]) if row["onset"] >= 0 else ""
         numbers = [
