@@ -63,7 +63,7 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
         "layout": "num_ranks tp cp pp vp ep etp",
         "optimizer": "overlap bucket_parameters",
         "recompute": "kind modules method num_layers",
-        "recovery": "policy max_skips margin_steps max_skipped_batches max_rewinds",
+        "recovery": "policy max_skips margin_steps max_skipped_batches slow_batches max_rewinds",
         "recovery.rule": "window_steps min_steps near far loss_floor norm_floor smoothing excess"
         " recover_steps high_excess high_steps",
         "restarts": "in_job without_progress lease_s",

@@ -40,15 +40,19 @@ class Recovery:
     to as long after the step that recognised it."""
     max_skipped_batches: int = 500
     """Left out by a rewind at most; by a second one in the same place twice as many."""
+    slow_batches: int = 1000
+    """From the third rewind in one place on, so many batches after those that are left out are
+    trained on with half the learning rate; 0: never."""
     max_rewinds: int = 20
     """Of the whole run; then a person decides (exit code 93)."""
     rule: SpikeRule = field(default_factory=SpikeRule)
     """When a value is out of the ordinary."""
 
     def __post_init__(self) -> None:
-        if min(self.max_skips, self.margin_steps, self.max_rewinds) < 0:
+        if min(self.max_skips, self.margin_steps, self.slow_batches, self.max_rewinds) < 0:
             raise ValueError(
                 f"recovery.max_skips={self.max_skips}, margin_steps={self.margin_steps},"
+                f" slow_batches={self.slow_batches},"
                 f" max_rewinds={self.max_rewinds} given; 0 or more is allowed"
             )
         if self.max_skipped_batches < 1:

@@ -25,6 +25,9 @@ from pretrain.training.corpus import LEDGER_NAME
 from pretrain.training.recovery import Recovery
 
 FOLDER_NAME = "recovery"
+_SLOW_FROM = 3
+_FACTOR = 0.5
+"""OPT-175B went on after divergences with lower rates (arXiv 2205.01068, section 2.5)."""
 
 
 class NoWayBackError(RuntimeError):
@@ -51,17 +54,28 @@ class Rewind:
     """First that is left out."""
     num_batches: int
     """How many are."""
+    slow_batches: int = 0
+    """Batches after them that are trained on with half the learning rate."""
 
     @property
-    def entry(self) -> Entry:
+    def entries(self) -> tuple[Entry, ...]:
         """What it adds to the ledger."""
-        return Entry(
-            kind="skip",
-            first_batch=self.first_batch,
-            num_batches=self.num_batches,
-            reason=f"divergence from step {self.onset_step} on, recognised at step {self.step}:"
-            f" rewind {self.number} to step {self.to_step}",
+        reason = (
+            f"divergence from step {self.onset_step} on, recognised at step {self.step}: rewind"
+            f" {self.number} to step {self.to_step}"
         )
+        first, num = self.first_batch, self.num_batches
+        skip = Entry(kind="skip", first_batch=first, num_batches=num, reason=reason)
+        if not self.slow_batches:
+            return (skip,)
+        slow = Entry(
+            kind="rate",
+            first_batch=first + num,
+            num_batches=self.slow_batches,
+            reason=f"{reason}, the {self.times}th in its place",
+            factor=_FACTOR,
+        )
+        return (skip, slow)
 
 
 def plan_rewind(
@@ -118,6 +132,7 @@ def plan_rewind(
         times=times,
         first_batch=first,
         num_batches=max(1, length),
+        slow_batches=recovery.slow_batches if times >= _SLOW_FROM else 0,
     )
 
 
@@ -178,8 +193,10 @@ def _finish(folder: Path, rewind: Rewind) -> None:
     if root.is_dir():
         sync_folder(root)
     ledger = _ledger(folder, rewind)
-    if rewind.entry not in ledger.entries:
-        write_ledger(folder / LEDGER_NAME, ledger.with_entry(rewind.entry))
+    for entry in rewind.entries:
+        if entry not in ledger.entries:
+            ledger = ledger.with_entry(entry)
+            write_ledger(folder / LEDGER_NAME, ledger)
     failpoint("rewind.ledger", step=rewind.step)
     path = _path(folder, rewind.number)
     text = (

@@ -241,7 +241,8 @@ class Trainer:
             self.chunks,
             self.optimizer,
             batches,
-            lr=self.lr_after(self.timetable.tokens_before(self.batch + 1)),
+            lr=self.lr_after(self.timetable.tokens_before(self.batch + 1))
+            * self.ledger.rate_factor(self.batch),
         )
 
     def leave_out(self, reason: str) -> None:

@@ -158,3 +158,17 @@ def test_a_run_that_has_gone_back_too_often_waits_for_a_person(make_run: MakeRun
     assert "recovery.max_rewinds=0" in (played.run.folder / "exit.json").read_text()
     assert kinds(played.run)["diverged"] == 1
     assert list_checkpoints(played.run.folder / "checkpoints")
+
+
+@pytest.mark.slow
+def test_after_a_rewind_a_model_is_as_good_as_one_that_was_never_spoilt(make_run: MakeRun) -> None:
+    """Within 1 % after as many updates; they read other batches, so the bits are not the same."""
+    spoilt = play(make_run("spoilt", steps=80), [GROWN])
+    assert spoilt.codes == (85, 0)
+    num = sum(len(part) for part in read_ledger(spoilt.run.folder / "ledger.jsonl").skipped())
+    clean = play(make_run("clean", steps=80 - num))
+    ends = [read_metrics(played.run.folder / "metrics.jsonl")[-1] for played in (spoilt, clean)]
+    assert ends[0]["step"] == ends[1]["step"]
+    losses = [float(end["validation/loss"]) for end in ends]
+    print(f"validation loss {losses[0]:.4f} after a rewind, {losses[1]:.4f} without a fault")
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)

@@ -97,6 +97,13 @@ def test_a_number_that_is_none_is_flagged_and_poisons_nothing() -> None:
     assert scores == pytest.approx(right, abs=0.3)  # two values of 256 are missing
 
 
+def test_a_number_that_is_none_does_not_enter_a_window_that_fills() -> None:
+    spikes = LossSpikes(SpikeRule())
+    for step, value in enumerate(flat(60)):
+        spikes.observe({"loss": math.nan if step == 50 else value}, step=step)
+    assert json.dumps(spikes.as_json(), allow_nan=False)
+
+
 @pytest.mark.parametrize(("at", "height"), [(200, 1.0), (400, 0.3)])
 def test_a_loss_that_falls_fast_hides_no_spike(at: int, height: float) -> None:
     loss = clean_curve(7, noise="normal", num_steps=1_000).loss
@@ -148,7 +155,7 @@ def test_a_spike_that_does_not_come_back_is_a_divergence_if_it_matters(
     assert seen[-1].state == "normal"  # the new level is what is ordinary now
 
 
-@pytest.mark.parametrize("cut", [50, 300, 403, 412, 440, 520])
+@pytest.mark.parametrize("cut", [50, 300, 401, 402, 403, 412, 440, 520])
 def test_a_state_that_was_written_goes_on_to_the_bit(cut: int) -> None:
     loss = flat(700)
     for step in range(400, 415):

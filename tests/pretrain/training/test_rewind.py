@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,27 @@ def test_batches_that_were_left_out_before_are_counted_through() -> None:
 
 def test_the_second_time_in_one_place_twice_as_many_are_left_out() -> None:
     first = planned()
-    ledger = LEDGER.with_entry(first.entry)
+    ledger = LEDGER.with_entry(first.entries[0])
     second = planned(ledger=ledger, onset_step=450, step=650, before=[first])
     assert (second.times, second.to_step) == (2, 350)
     assert second.first_batch == 350
     assert second.num_batches == 2 * 500
     elsewhere = planned(onset_step=1_500, step=1_600, before=[first])
     assert elsewhere.times == 1
+
+
+def test_the_third_time_in_one_place_the_rate_is_halved_for_a_while() -> None:
+    before = [planned()]
+    for _ in range(2):
+        before.append(planned(onset_step=450, step=650, before=before))
+    assert [rewind.slow_batches for rewind in before] == [0, 0, 1000]
+    skip, slow = before[-1].entries
+    assert (slow.kind, slow.first_batch) == ("rate", skip.first_batch + skip.num_batches)
+    assert (slow.num_batches, slow.factor) == (1000, 0.5)
+
+
+def with_entries(rewind: Rewind) -> Ledger:
+    return Ledger((PLAN, *rewind.entries))
 
 
 @pytest.fixture
@@ -116,21 +131,30 @@ def test_a_rewind_sets_newer_checkpoints_aside_and_leaves_its_batches_out(folder
 def test_a_rewind_that_was_cut_short_is_finished_once(
     folder: Path, num_set_aside: int, has_entry: bool
 ) -> None:
-    rewind = planned()
+    rewind = replace(planned(), slow_batches=30)
     begin_rewind(folder, rewind)
     for step in list(range(700, 400, -50))[:num_set_aside]:
         path = folder / "checkpoints" / f"step_{step:08d}"
         path.rename(path.with_name(f"rewound_{path.name}.0"))
-    if has_entry:
-        write_ledger(folder / "ledger.jsonl", LEDGER.with_entry(rewind.entry))
+    if has_entry:  # killed between its two
+        write_ledger(folder / "ledger.jsonl", LEDGER.with_entry(rewind.entries[0]))
     finish_rewinds(folder)
     after = names(folder), read_ledger(folder / "ledger.jsonl")
     assert len(after[0]) == 9
     assert sum(name.startswith("rewound_") for name in after[0]) == 6
-    assert after[1] == LEDGER.with_entry(rewind.entry)
+    assert after[1] == with_entries(rewind)
     finish_rewinds(folder)
     assert (names(folder), read_ledger(folder / "ledger.jsonl")) == after
     assert diverged(folder) == 1
+
+
+def test_killed_right_before_its_mark_a_rewind_is_recorded_once(folder: Path) -> None:
+    begin_rewind(folder, planned())
+    finish_rewinds(folder)
+    (folder / "recovery" / "rewind_0001.done").unlink()
+    finish_rewinds(folder)
+    assert diverged(folder) == 1
+    assert len(read_ledger(folder / "ledger.jsonl").entries) == 2
 
 
 def test_what_a_run_saves_after_a_rewind_is_left_alone(folder: Path) -> None:
