@@ -262,6 +262,26 @@ def kills_table(record: Mapping[str, Any]) -> str:
     )
 
 
+def loss_spikes_table(record: Mapping[str, Any]) -> str:
+    """Return what three rules find of planted spikes, and flag of clean steps."""
+    rows = [("rule", "found within a step", "of the longest held", "normal noise", "Student's t")]
+    rows += [
+        (
+            row["rule"],
+            f"{row['found']} of {row['planted']}",
+            f"{row['held_least']:.0%} at least",
+            f"{row['false_normal_mean']:.1f}, at most {row['false_normal_most']}",
+            f"{row['false_t5_mean']:.1f}, at most {row['false_t5_most']}",
+        )
+        for row in record["rows"]
+    ]
+    note = (
+        f"{len(record['seeds'])} curves of {record['num_steps']:,} steps on seeds that were drawn"
+        " for it; the last two columns are flagged steps of such a curve without spikes."
+    )
+    return f"{markdown_table(rows)}\n{note}\n"
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "chaos": chaos_table,
     "demo": demo_table,
@@ -270,6 +290,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "bench_export": bench_export_table,
     "bench_stream": bench_stream_table,
     "goodput": goodput_table,
+    "loss_spikes": loss_spikes_table,
     "kills": kills_table,
     "slurm_check": slurm_check_table,
     "stops": stops_table,

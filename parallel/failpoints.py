@@ -15,7 +15,8 @@ time that it sees one of them, at any step: `step.window:nan=FINGERPRINT`.
 Actions: `kill` SIGKILL, `stop` SIGSTOP, `term` SIGTERM, `raise` an exception, `full` ENOSPC, `eio`
 EIO, `sleep=SECONDS`, `hold=SECONDS` (the interpreter's lock is kept), `exit=CODE`, `limit=BYTES`
 (no file of this process grows beyond: EFBIG). What a fault cannot do by itself (flip a bit of a
-buffer, make a NaN, scale a gradient) the point does: `failpoint` returns the action's name.
+buffer, make a NaN, scale a gradient, put garbage in the place of text, let the optimizer's moments
+grow) the point does: `failpoint` returns the action's name.
 """
 
 import ctypes
@@ -35,6 +36,7 @@ POINTS = (
     "step.window",
     "step.before_optimizer",
     "step.after_optimizer",
+    "data.batch",
     "data.fetch",
     "data.read",
     "evaluation.begin",
@@ -56,8 +58,20 @@ POINTS = (
     "local.retention",
     "load.begin",
     "load.half",
+    "rewind.decided",
+    "rewind.set_aside",
+    "rewind.ledger",
 )
-_DONE_BY_THE_POINT = ("flip", "flip_copy", "flip_moment", "nan", "scale", "drift")
+_DONE_BY_THE_POINT = (
+    "flip",
+    "flip_copy",
+    "flip_moment",
+    "nan",
+    "scale",
+    "drift",
+    "garbage",
+    "grow",
+)
 
 
 class PlantedError(RuntimeError):

@@ -2,11 +2,11 @@
 
 An append-only list. The first entry is the plan a run began with; later ones are plans that replace
 what comes from some batch on (another mixture, new data), batches that are skipped after a loss
-spike, and windows that were found damaged and are replaced. With the seed and one integer it is all
-the state that the data has. Every entry carries the digest of the one before, so
-that a list that was edited, cut or reordered is noticed, and two ranks that hold other lists differ
-in one string. Batches are numbered absolutely, by the plan; a skipped batch keeps its number, and
-so later entries mean what they say.
+spike or trained on with a lower rate, and windows that were found damaged and are replaced. With
+the seed and one integer it is all the state that the data has. Every entry carries the digest of
+the one before, so that a list that was edited, cut or reordered is noticed, and two ranks that hold
+other lists differ in one string. Batches are numbered absolutely, by the plan; a skipped batch
+keeps its number, and so later entries mean what they say.
 
 A step trains on the batch that is left after the skipped ones: `batch_of`.
 """
@@ -35,14 +35,14 @@ class Entry:
         ValueError: if a number is out of range or the reason is empty.
     """
 
-    kind: Literal["skip", "plan", "replace"]
+    kind: Literal["skip", "plan", "replace", "rate"]
     first_batch: int
     """Skip: the first batch left out. Plan: the first batch of the new segments. Replace: the batch
     in which the damage was found."""
     reason: str
     """One sentence, for whoever reads it in a year."""
     num_batches: int = 0
-    """Skip: how many are left out."""
+    """Skip: how many are left out. Rate: how many it counts for."""
     windows: tuple[int, ...] = ()
     """Plan: windows of each bucket; those of before are unchanged, new ones stand behind them."""
     segments: tuple[Segment, ...] = ()
@@ -59,6 +59,8 @@ class Entry:
     """Replace: of the damaged window."""
     window: int = -1
     """Replace: the damaged window."""
+    factor: float = 1.0
+    """Rate: on the learning rate, 0 < factor < 1."""
 
     def __post_init__(self) -> None:
         fits = {
@@ -67,14 +69,16 @@ class Entry:
             and len(self.buckets) in (0, len(self.windows))
             and len(self.contents) in (0, len(self.windows)),
             "replace": min(self.bucket, self.window) >= 0,
+            "rate": self.num_batches > 0 and 0 < self.factor < 1,
         }[self.kind]
         if self.first_batch < 0 or not self.reason.strip() or not fits:
             raise ValueError(
                 f"ledger: kind={self.kind}, first_batch={self.first_batch}, num_batches="
                 f"{self.num_batches}, {len(self.segments)} segments, {len(self.windows)} windows,"
-                f" {len(self.buckets)} buckets, bucket={self.bucket}, window={self.window}, reason="
-                f"{self.reason!r} given; a skip needs batches, a plan segments and windows, a"
-                " replacement bucket and window, each of them a reason"
+                f" {len(self.buckets)} buckets, bucket={self.bucket}, window={self.window},"
+                f" factor={self.factor}, reason={self.reason!r} given; a skip needs batches, a plan"
+                " segments and windows, a replacement bucket and window, a rate batches and a"
+                " factor between 0 and 1, each of them a reason"
             )
 
 
@@ -101,7 +105,7 @@ class Ledger:
         digest, lines = _START, list[dict[str, Any]]()
         for entry in self.entries:
             digest = _chained(digest, entry)
-            lines.append({**asdict(entry), "digest": digest})
+            lines.append({**_plain(entry), "digest": digest})
         return lines
 
     @staticmethod
@@ -160,6 +164,15 @@ class Ledger:
                 break
             batch += len(skipped)
         return batch
+
+    def rate_factor(self, batch: int) -> float:
+        """Return the factor on the learning rate of a batch; 1 where no entry says otherwise."""
+        factor = 1.0
+        for entry in self.entries:
+            end = entry.first_batch + entry.num_batches
+            if entry.kind == "rate" and entry.first_batch <= batch < end:
+                factor *= entry.factor
+        return factor
 
     @property
     def last_plan(self) -> Entry:
@@ -318,6 +331,14 @@ def _before(segments: Sequence[Segment], batch: int, *, num_buckets: int) -> lis
     return kept
 
 
+def _plain(entry: Entry) -> dict[str, Any]:
+    """Return an entry's values; without a factor of 1, which ledgers older than it do not name."""
+    values = asdict(entry)
+    if entry.kind != "rate":
+        del values["factor"]
+    return values
+
+
 def _chained(previous: str, entry: Entry) -> str:
-    text = json.dumps([previous, asdict(entry)], sort_keys=True)
+    text = json.dumps([previous, _plain(entry)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -240,6 +240,7 @@ def ledger_text(ledger: Ledger) -> str:
     for number, entry in enumerate(ledger.entries):
         batches = {
             "skip": entry.num_batches,
+            "rate": entry.num_batches,
             "plan": sum(segment.num_batches for segment in entry.segments),
         }.get(entry.kind, 0)
         rows.append(

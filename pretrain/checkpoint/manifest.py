@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -74,6 +74,8 @@ class Manifest:
     elsewhere."""
     updates: int = 0
     """Updates that the optimizer has made; steps without those that were skipped."""
+    spikes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """State of the run's watch over its loss (monitor/loss_spikes.py); empty: it begins anew."""
     written_by: str = ""
     """The attempt that wrote it: its lease's epoch, or a number drawn at its start."""
 

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -25,6 +26,7 @@ from pretrain.checkpoint.manifest import (
     list_checkpoints,
     read_manifest,
     share_of_files,
+    step_folder,
 )
 
 log = logging.getLogger(__name__)
@@ -48,10 +50,15 @@ class Retention:
         """
         self._root, self._keep, self._purpose, self._token = root, keep, purpose, token
         self._verified: set[str] = set()
+        self._hold: str | None = None
 
     def trust(self, folder: Path) -> None:
         """Count a checkpoint as verified."""
         self._verified.add(folder.name)
+
+    def hold(self, step: int | None) -> None:
+        """Keep the newest checkpoint of at most `step` steps, and all after it; None: do not."""
+        self._hold = None if step is None else step_folder(self._root, step).name
 
     def remove_old(self, *, step: int) -> None:
         """Remove all but the newest `keep` verified checkpoints, and debris; collective.
@@ -64,7 +71,7 @@ class Retention:
         damaged: list[str] = []
         try:
             for name in reversed(names):
-                if len(kept) == self._keep:
+                if len(kept) >= self._keep and not (self._hold and kept[-1] > self._hold):
                     break
                 is_whole = name in self._verified or self._verify(name)
                 (kept if is_whole else damaged).append(name)
@@ -175,17 +182,22 @@ def _confirmed(
         return [[], [str(error)]]
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Rename a damaged checkpoint, for a person to look at; None if the disk refuses."""
+def set_aside(folder: Path, *, why: Literal["damaged", "rewound"] = "damaged") -> Path | None:
+    """Rename a checkpoint that a run must not go on from; None if the disk refuses.
+
+    Args:
+        folder: the checkpoint.
+        why: what its new name says: it is `damaged`, or the run was `rewound` to an older one.
+    """
     number = 0
-    while (aside := folder.with_name(f"damaged_{folder.name}.{number}")).exists():
+    while (aside := folder.with_name(f"{why}_{folder.name}.{number}")).exists():
         number += 1
     try:
         os.rename(folder, aside)
     except OSError as error:
         log.warning("%s could not be set aside: %s", folder, error)
         return None
-    log.warning("%s is damaged and now called %s", folder, aside.name)
+    log.warning("%s is %s and now called %s", folder, why, aside.name)
     return aside
 
 

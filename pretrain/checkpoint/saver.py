@@ -114,6 +114,10 @@ class Saver:
         """Count a checkpoint as verified: this attempt has checked its digests."""
         self._retention.trust(folder)
 
+    def hold(self, step: int | None) -> None:
+        """Keep what going back to `step` would need, from the next save on; see Retention."""
+        self._retention.hold(step)
+
     def open_local(self, place: LocalPlace) -> LocalSaver:
         """Take the node's own disk into use, and return its saver.
 

@@ -31,6 +31,8 @@ Kind = Literal[
     "damaged_checkpoint",  # found before use, set aside
     "local_lost",  # a later step on the nodes' own disks does not count; back to an earlier one
     "data",  # windows missing, damaged or not read in time
+    "loss_spike",  # a loss or gradient norm that is out of the ordinary
+    "diverged",  # a loss that does not come back by itself
     "non_finite",  # a loss or gradient that is no number
     "transient",  # numbers that were wrong once, and right when computed again
     "suspect_device",  # a rank whose memory or arithmetic is wrong

@@ -168,6 +168,18 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(name="lr", unit="1", reduction="same", description="learning rate of the step"),
     Metric(
+        name="spike_z",
+        unit="1",
+        reduction="same",
+        description="robust deviations above what the steps before lead to, loss or gradient norm",
+    ),
+    Metric(
+        name="spike_state",
+        unit="1",
+        reduction="same",
+        description="0 normal, 1 suspect, 2 spike, 3 recovering, 4 diverged",
+    ),
+    Metric(
         name="skipped_updates",
         unit="steps",
         reduction="same",

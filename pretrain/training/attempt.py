@@ -37,6 +37,7 @@ from pretrain.training.exit_file import (
     WRONG_INPUT,
     clear_exit,
 )
+from pretrain.training.rewind import finish_rewinds, read_rewinds
 from pretrain.training.run import Run, as_json
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ def _claim(run: Run) -> Lease:
         raise
     clear_exit(run.folder)
     remove_debris(run.folder / "checkpoints", below=f"{lease.number:08d}")
+    finish_rewinds(run.folder)
     return lease
 
 
@@ -139,6 +141,7 @@ def _refuse_without_progress(run: Run, attempts: Sequence[Attempt], *, digest: s
     """
     most = run.restarts.without_progress
     in_vain: list[Attempt] = []
+    rewound = {rewind.attempt for rewind in read_rewinds(run.folder)}  # recovery.max_rewinds' case
     newest = list_checkpoints(run.folder / "checkpoints")
     reached = int(newest[-1].name.removeprefix("step_")) if newest else 0
     for attempt in reversed(attempts):
@@ -146,7 +149,12 @@ def _refuse_without_progress(run: Run, attempts: Sequence[Attempt], *, digest: s
             continue  # it was refused
         # a rank may have died between its commit and the note of it: the disk knows
         progressed = attempt.has_progressed or reached > (attempt.from_step or 0)
-        if attempt.digest != digest or progressed or attempt.code in _REGULAR_ENDS:
+        if (
+            attempt.digest != digest
+            or progressed
+            or attempt.code in _REGULAR_ENDS
+            or attempt.number in rewound
+        ):
             break
         reached = attempt.from_step or 0  # what those before it had reached, on whatever disk
         in_vain.append(attempt)

@@ -24,7 +24,9 @@ from pretrain.training.exit_file import (
     VALIDATION_FAILED,
     WRONG_INPUT,
 )
+from pretrain.training.rewind import NoWayBackError
 from pretrain.training.saves import StorageError
+from pretrain.training.spike_judge import RewoundError
 from pretrain.training.suspicion import LeftOutError, SuspectDeviceError
 
 USER_ERRORS = (ValueError, DataError, CheckpointError)
@@ -56,7 +58,7 @@ def ending_of(error: BaseException, *, has_begun: bool) -> Ending:
     """
     text = str(error) or type(error).__name__
     reason = f"{type(error).__name__}: {text}"
-    if isinstance(error, LeaseError):
+    if isinstance(error, LeaseError | NoWayBackError):
         return Ending(code=DO_NOT_REQUEUE, reason=text, kind=None)
     if is_lost_neighbour(error):
         return Ending(code=INFRASTRUCTURE, reason=f"lost the other ranks: {text}", kind=None)
@@ -70,6 +72,8 @@ def ending_of(error: BaseException, *, has_begun: bool) -> Ending:
         return Ending(code=SUSPECT_HARDWARE if suspect else DO_NOT_REQUEUE, reason=text, kind=None)
     if isinstance(error, NonFiniteGradientError):
         return Ending(code=FAILED, reason=text, kind="non_finite")
+    if isinstance(error, RewoundError):
+        return Ending(code=INFRASTRUCTURE, reason=text, kind=None)  # rewind.py has recorded it
     if isinstance(error, ValidationError):
         return Ending(code=VALIDATION_FAILED, reason=text, kind="failure")
     if isinstance(error, StorageError):

@@ -232,8 +232,9 @@ def _fit(
     observer = Observer(trainer, device=device, throughput=throughput, telemetry=telemetry)
     attempt = progress.attempt
     assert attempt is not None, "it was claimed"
-
-    judges = judges_of(trainer, attempt=attempt.number, enter=watch.enter)
+    judges = judges_of(
+        trainer, attempt=attempt.number, why_lost=attempt.why_lost, enter=watch.enter
+    )
 
     def monitor(result: StepResult, num_sequences: int) -> None:
         judges.audit.after_update()

@@ -1,7 +1,8 @@
 """Who looks at a step before it is applied, and in which order?
 
 The state first (state_audit.py): where memory is wrong, the reason for all that follows is known.
-Then whether the numbers are any (recheck.py), then whether they come out again (step_sample.py).
+Then whether the numbers are any (recheck.py), whether they come out again (step_sample.py), and
+last whether they are those of a run that goes well (spike_judge.py).
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from parallel.beats import Phase
 from pretrain.checkpoint.lease import incident_mark
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.training.recheck import StepRecheck
+from pretrain.training.spike_judge import SpikeJudge
 from pretrain.training.state_audit import StateAudit
 from pretrain.training.step_sample import StepSample
 from pretrain.training.train_step import Judge
@@ -27,12 +29,19 @@ class Judges:
     """For `fit`, in order; the audit is the first."""
 
 
-def judges_of(trainer: Trainer, *, attempt: int, enter: Callable[[Phase, int], None]) -> Judges:
-    """Return the judges of a run that is about to go on.
+def judges_of(
+    trainer: Trainer,
+    *,
+    attempt: int,
+    why_lost: Callable[[], str],
+    enter: Callable[[Phase, int], None],
+) -> Judges:
+    """Return the judges of a run that is about to go on; collective.
 
     Args:
         trainer: its state, taken as right from here on.
         attempt: which start of the run this is.
+        why_lost: asked on rank 0 before a rewind: who has taken the run over, or "".
         enter: told what the rank does.
     """
     folder = trainer.run.folder
@@ -45,4 +54,5 @@ def judges_of(trainer: Trainer, *, attempt: int, enter: Callable[[Phase, int], N
     audit = StateAudit(trainer, record=record)
     recheck = StepRecheck(trainer, record=record, enter=enter)
     sample = StepSample(trainer, record=record, enter=enter)
-    return Judges(audit=audit, of_steps=(audit, recheck, sample))
+    spikes = SpikeJudge(trainer, attempt=attempt, why_lost=why_lost)
+    return Judges(audit=audit, of_steps=(audit, recheck, sample, spikes))

@@ -1,6 +1,7 @@
 """Where in a model can a fault strike? Forward, at a dispatch of tokens, backward, in its memory.
 
-Hooks, set only where a fault is planted there (parallel/failpoints.py): a real run has none.
+And a batch, or the optimizer's moments, can be spoilt. All of it only where a fault is planted
+(parallel/failpoints.py): a real run has no hooks.
 """
 
 import itertools
@@ -16,6 +17,9 @@ from parallel.replicas import shared_buffers
 _EXPONENT_BIT = 30
 _FINGERPRINT_PRIME = 1_000_003
 _drift = itertools.count(1)  # another factor each time
+
+_GROWN = 100.0
+"""The next steps are a hundred times as long as they should be: no model survives it."""
 
 
 def plant_in_model(modules: Sequence[torch.nn.Module]) -> None:
@@ -119,3 +123,26 @@ def _strike(gradient: Tensor) -> Tensor | None:
     action = failpoint("step.backward")
     factors = {"nan": float("nan"), "scale": 1.5, "drift": 1.0 + 1e-3 * next(_drift)}
     return gradient * factors[action] if action in factors else None
+
+
+def spoilt(tokens_CS: Tensor, *, vocab_size: int, seed: int) -> Tensor:
+    """Return ids drawn at random in the place of text.
+
+    Args:
+        tokens_CS: `[C, S+1]` int64, any ids.
+        vocab_size: the ids are below it.
+        seed: of the batch, so that it is the same garbage each time it is read.
+    """
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, tokens_CS.shape, generator=drawn).to(tokens_CS)
+
+
+def grow_first_moments(optimizer: Any) -> None:
+    """Scale all first moments of this rank up, as flipped bits of their exponents would.
+
+    Args:
+        optimizer: megatron's ChainedOptimizer.
+    """
+    for part in optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            state["exp_avg"].mul_(_GROWN)

@@ -20,6 +20,7 @@ from pretrain.checkpoint.saver import Outcome
 from pretrain.model.count import flop_per_token
 from pretrain.model.expert_load import ExpertLoad
 from pretrain.model.extra_losses import take_aux_loss, take_mtp_loss
+from pretrain.monitor.loss_spikes import STATES, Seen
 from pretrain.monitor.metrics import bits_per_byte
 from pretrain.monitor.telemetry import Telemetry
 from pretrain.monitor.throughput import Throughput, ThroughputConfig, find_peak_flop_per_s
@@ -110,7 +111,8 @@ class Observer:
             "stage": segment.stage,
             "window_tokens": segment.window_tokens,
             "global_sequences": segment.global_sequences,
-            "data_wait_s": trainer.data_wait_s,
+            "data_wait_s": trainer.data.wait_s,
+            **_spike_metrics(trainer.seen),
             **self.throughput.metrics(tokens_left=trainer.timetable.num_tokens - trainer.tokens),
         }
         if step % run.telemetry.console_interval_steps == 0 or trainer.is_finished:
@@ -176,6 +178,14 @@ class Observer:
     def _write(self, record: Mapping[str, float | int | str]) -> None:
         if self._telemetry is not None:
             self._telemetry.log(record)
+
+
+def _spike_metrics(seen: Seen | None) -> dict[str, float | int]:
+    """Return the score of a step that was judged, and where the run stands."""
+    if seen is None:
+        return {}
+    score = {"spike_z": seen.worst} if seen.scores else {}
+    return {**score, "spike_state": STATES.index(seen.state)}
 
 
 def score_validation(result: ValidationLoss, corpus: CorpusManifest) -> dict[str, Score]:

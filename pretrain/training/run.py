@@ -35,6 +35,7 @@ from pretrain.training.batch import check_divisible, check_interleaved
 from pretrain.training.change import Change
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.recheck_config import Recheck
+from pretrain.training.recovery import Recovery
 from pretrain.training.restarts import Restarts
 from pretrain.training.run_name import check_places, check_run_name
 
@@ -261,6 +262,8 @@ class Run:
     """How closely ranks are watched for one that hangs."""
     stragglers: Stragglers = field(default_factory=Stragglers)
     """When a rank that holds up the others is named."""
+    recovery: Recovery = field(default_factory=Recovery)
+    """What it does about a loss that spikes or diverges."""
     change: Change = field(default_factory=Change)
     """What is read or trained differently from here on."""
     on_other_environment: Literal["warn", "refuse"] = "warn"

@@ -50,6 +50,8 @@ from pretrain.training.exit_file import (
     write_exit,
 )
 from pretrain.training.folders import check_folders, check_given
+from pretrain.training.recovery import why_none_is_old_enough
+from pretrain.training.rewind import read_rewinds
 from pretrain.training.run import Run, as_json, check_data_available
 
 log = logging.getLogger(__name__)
@@ -105,6 +107,8 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
             write_exit(run.folder, code=FINISHED, reason="was finished already", step=done)
             log.warning("run %s is finished: nothing to do. Next: %s", run.name, _NEXT)
         return FINISHED
+    if is_first and (why := _why_no_rewind(run)):
+        log.warning("%s", why)
     if under_torchrun:
         return int(find_function(RANK_MAIN)(run, config_yaml))
     return _run_local_ranks(run, config_yaml)
@@ -139,7 +143,8 @@ def _run_local_ranks(run: Run, config_yaml: str) -> int:
         attempts = read_attempts(run.folder)
         if attempts and attempts[-1].number > last_number:  # ranks that died before are no news
             last_number = attempts[-1].number
-            num_restarts = 0 if attempts[-1].has_progressed else num_restarts
+            went_back = any(r.attempt == last_number for r in read_rewinds(run.folder))
+            num_restarts = 0 if attempts[-1].has_progressed or went_back else num_restarts
         if num_restarts == run.restarts.in_job:
             return False
         num_restarts += 1
@@ -205,6 +210,15 @@ def claim_cluster(cluster: Cluster, *, environment: Mapping[str, str]) -> None:
         )
     for name, value in cluster.environment.items():
         os.environ.setdefault(name, value)
+
+
+def _why_no_rewind(run: Run) -> str:
+    return why_none_is_old_enough(
+        run.recovery,
+        interval_steps=run.checkpoints.interval_steps,
+        keep=run.checkpoints.keep,
+        num_steps=run.timetable.num_batches,
+    )
 
 
 def _check_local_ranks(num_ranks: int) -> None:

@@ -24,6 +24,7 @@ from pretrain.checkpoint.manifest import CheckpointError, Manifest, list_checkpo
 from pretrain.checkpoint.sharded import agree_on_newest
 from pretrain.monitor.incidents import Incident, record_incident, this_node
 from pretrain.training.corpus import Corpus
+from pretrain.training.rewind import read_rewinds
 from pretrain.training.run import Run, as_json
 
 log = logging.getLogger(__name__)
@@ -125,15 +126,21 @@ def _agreed_identity(run: Run) -> str:
 
 
 def _went_on_from(run: Run) -> dict[int, int]:
-    """Return from which step each start of a run has gone on, as rank 0 reads it; collective."""
-    pairs: list[list[int]] = []
+    """Return from which step each start of a run has gone on, as rank 0 reads it; collective.
+
+    The start after one that has set the run back goes on from where it was set back to, whether it
+    has begun or not.
+    """
+    found: dict[int, int] = {}
     if torch.distributed.get_rank() == 0:
-        pairs = [
-            [attempt.number, attempt.from_step]
-            for attempt in read_attempts(run.folder)
-            if attempt.from_step is not None
-        ]
-    return {number: step for number, step in from_first_rank(pairs)}
+        for attempt in read_attempts(run.folder):
+            if attempt.from_step is not None:
+                found[attempt.number] = attempt.from_step
+        for rewind in read_rewinds(run.folder):
+            after = rewind.attempt + 1
+            found[after] = min(found.get(after, rewind.to_step), rewind.to_step)
+    pairs: list[list[int]] = from_first_rank([[number, step] for number, step in found.items()])
+    return {number: step for number, step in pairs}
 
 
 def _say_what_is_lost(
@@ -141,6 +148,9 @@ def _say_what_is_lost(
 ) -> None:
     """Record that a step which was committed on the nodes is not gone on from, and why."""
     begun = [attempt for attempt in read_attempts(run.folder) if attempt.from_step is not None]
+    rewinds = read_rewinds(run.folder)
+    if begun and rewinds and rewinds[-1].attempt == begun[-1].number:
+        return  # it was set back on purpose
     reached = max(begun[-1].from_step or 0, begun[-1].committed_step or 0) if begun else 0
     if reached <= step or reached <= shared_step or reached in local.damaged:
         return  # nothing is lost, or its damage is an incident already

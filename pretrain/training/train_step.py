@@ -20,6 +20,7 @@ from parallel.groups import is_last_stage
 from parallel.reduce import from_last_stage, sum_over_data
 from parallel.schedule import MicroBatch, forward_backward
 from pretrain.model.router import batch_counters, counting_batch
+from pretrain.training.model_failpoints import grow_first_moments
 from pretrain.training.optimizer import set_lr, zero_gradients
 
 
@@ -132,7 +133,8 @@ def apply_step(optimizer: Any, result: StepResult, *, clip_norm: float) -> None:
     set_lr(optimizer, result.lr)
     failpoint("step.before_optimizer")
     apply_gradients(optimizer, norm=result.gradient_norm, clip_norm=clip_norm)
-    failpoint("step.after_optimizer")
+    if failpoint("step.after_optimizer") == "grow":
+        grow_first_moments(optimizer)
 
 
 def count_choices(chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch]) -> None:

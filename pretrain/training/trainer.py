@@ -7,10 +7,8 @@ done; with the ledger and the seed it decides which windows come next.
 
 import logging
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,10 @@ import torch
 from data.indexed.format import DataError
 from data.stream.consumed import MASK
 from data.stream.ledger import Entry, write_ledger
-from data.stream.loader import BatchReader, Share
 from data.stream.order import Segment
 from parallel import groups
 from parallel.agreement import from_first_rank
 from parallel.device import Device
-from parallel.failpoints import failpoint
 from parallel.reduce import sum_over_data
 from parallel.schedule import MicroBatch
 from parallel.seeds import seed_ranks
@@ -35,6 +31,7 @@ from pretrain.checkpoint.pieces import pieces_of_rank, pieces_to_go_on
 from pretrain.checkpoint.saver import Saver, SaverConfig
 from pretrain.checkpoint.sharded import load_checkpoint, load_weights
 from pretrain.model.initialise import initialise_weights
+from pretrain.monitor.loss_spikes import LossSpikes, Seen
 from pretrain.training.build import build_modules
 from pretrain.training.corpus import LEDGER_NAME, Corpus, validation_window_tokens
 from pretrain.training.evaluate import ValidationLoss, validation_loss
@@ -42,9 +39,10 @@ from pretrain.training.lr_schedule import step_lr
 from pretrain.training.model_failpoints import plant_in_model
 from pretrain.training.optimizer import make_optimizer, set_coefficients, wrap_chunks
 from pretrain.training.replaced_windows import ReplacedWindows
+from pretrain.training.replica_batches import ReplicaBatches
 from pretrain.training.run import Run, as_json
 from pretrain.training.step_state import StepState
-from pretrain.training.train_step import Judge, StepResult, apply_step, measure_step, micro_batches
+from pretrain.training.train_step import Judge, StepResult, apply_step, measure_step
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +85,6 @@ class Trainer:
         self.run = run
         self.corpus = corpus
         self.device = device.current()
-        self.data_wait_s = 0.0
         self.ledger = corpus.ledger
         self.timetable = corpus.ledger.timetable()
         self.total_steps = corpus.ledger.num_steps
@@ -98,16 +95,15 @@ class Trainer:
         self.consumed_from_step = 0
         self._digest = 0  # of the batch read last
         self._replaced = ReplacedWindows(device=self.device)
-        self.reader = self._open_reader()
-        self._domain_idx = torch.tensor(
-            [corpus.domains.index(bucket.domain) for bucket in corpus.ledger.last_plan.buckets]
-        )
+        self.data = ReplicaBatches(run, corpus, self.ledger, device=self.device)
         self.modules = build_modules(run, device)
         initialise_weights(self.modules, std=run.model.init_std, seed=run.seed)
         plant_in_model(self.modules)
         self.chunks = wrap_chunks(self.modules, config=self.modules[0].config, adamw=run.optimizer)
         self.optimizer = make_optimizer(self.chunks, adamw=run.optimizer, precision=run.precision)
         self.step_state = StepState(self.modules)
+        self.spikes = LossSpikes(run.recovery.rule)
+        self.seen: Seen | None = None  # what spike_judge.py thinks of the last step
         self.saver = Saver(
             SaverConfig(
                 root=run.folder / "checkpoints",
@@ -117,20 +113,6 @@ class Trainer:
             ),
             device=self.device,
             is_fenced=is_fenced,
-        )
-
-    def _open_reader(self) -> BatchReader:
-        return BatchReader(
-            self.corpus.train,
-            self.ledger,
-            seed=self.run.seed,
-            share=Share(
-                replicas=self.run.layout.dp,
-                replica=groups.data_rank(),
-                micro_batch_tokens=self.run.micro_batch_tokens,
-            ),
-            reading=self.run.data.reading,
-            allocate=partial(_host_memory, pinned=self.device.type != "cpu"),
         )
 
     @property
@@ -159,23 +141,8 @@ class Trainer:
         Raises:
             DataError: if a window is damaged or cannot be read.
         """
-        started = time.monotonic()
-        failpoint("data.fetch")
-        found = self.reader.read(self.position.step)
-        self._digest = found.digest
-        self.consumed = (self.consumed + found.digest) & MASK
-        within = self.run.data.document_attention
-        loss_mask, documents = found.windows.described(across_documents=not within)
-        batches = list(
-            micro_batches(
-                self._to_device(found.windows.tokens).long(),
-                self._domain_idx[torch.from_numpy(found.addresses.bucket)].to(self.device),
-                micro_sequences=self.run.micro_sequences(self.segment.window_tokens),
-                loss_mask=self._to_device(loss_mask),
-                documents=self._to_device(documents) if within else None,
-            )
-        )
-        self.data_wait_s = time.monotonic() - started
+        batches, self._digest = self.data.read(self.position.step)
+        self.consumed = (self.consumed + self._digest) & MASK
         return batches
 
     def take_consumed(self) -> int:
@@ -189,9 +156,6 @@ class Trainer:
         total = sum_over_data(torch.tensor([signed], dtype=torch.int64, device=self.device))
         self.consumed, self.consumed_from_step = 0, self.position.step
         return int(total[0]) & MASK
-
-    def _to_device(self, values: Any) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device)
 
     def step(self, batches: Sequence[MicroBatch]) -> StepResult:
         """Train on one global batch and move on; collective.
@@ -236,7 +200,8 @@ class Trainer:
             self.chunks,
             self.optimizer,
             batches,
-            lr=self.lr_after(self.timetable.tokens_before(self.batch + 1)),
+            lr=self.lr_after(self.timetable.tokens_before(self.batch + 1))
+            * self.ledger.rate_factor(self.batch),
         )
 
     def leave_out(self, reason: str) -> None:
@@ -255,8 +220,8 @@ class Trainer:
         self.consumed = (self.consumed - self._digest) & MASK
         self.total_steps = self.ledger.num_steps
         self._move_to(self.position.step)
-        self.reader.close()
-        self.reader = self._open_reader()
+        self.data.close()
+        self.data = ReplicaBatches(self.run, self.corpus, self.ledger, device=self.device)
         self._replaced = ReplacedWindows(device=self.device)
 
     def _move_to(self, step: int) -> None:
@@ -295,7 +260,7 @@ class Trainer:
         """
         before = len(self.ledger.replaced())
         self.ledger = self._replaced.settle(
-            self.ledger, self.reader.new_damage, next_batch=self.batch
+            self.ledger, self.data.reader.new_damage, next_batch=self.batch
         )
         num_replaced, most = len(self.ledger.replaced()), self.run.data.reading.max_replaced
         if num_replaced == before:
@@ -335,6 +300,7 @@ class Trainer:
                 than at the start, when the checkpoint is written all the same.
         """
         manifest = self._manifest()
+        self.saver.hold(self.run.recovery.oldest_needed(self.spikes))
         self.saver.begin(lambda: pieces_of_rank(self.chunks, self.optimizer), manifest)
         self.corpus.train.check_unchanged()
 
@@ -356,6 +322,7 @@ class Trainer:
             files={},
             ledger=self.ledger.as_json(),
             updates=num_updates(self.optimizer),
+            spikes=self.spikes.as_json(),
         )
 
     def start_from(self, folder: Path) -> None:
@@ -385,15 +352,10 @@ class Trainer:
         if self.is_saved:
             self.saver.trust(folder)
         set_coefficients(self.optimizer, self.run.optimizer)
+        self.spikes = LossSpikes.from_json(manifest.spikes, rule=self.run.recovery.rule)
         self._move_to(manifest.step)
         self.consumed_from_step = manifest.step
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self.reader.close()
-
-
-def _host_memory(shape: tuple[int, int], *, pinned: bool) -> Any:
-    """Return int32 memory that windows are read into, pinned where a device copies from it."""
-    failpoint("data.read")  # in the thread that reads ahead
-    return torch.empty(shape, dtype=torch.int32, pin_memory=pinned).numpy()
+        self.data.close()

@@ -253,7 +253,7 @@ def test_a_run_killed_in_its_last_validation_validates_again(
     summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
     assert summary["step"] == 24
     assert summary["first_train_loss"] > summary["train_loss"] > 0
-    assert read_metrics(run.folder / "metrics.jsonl")[-1]["validation/loss"] > 0
+    assert float(read_metrics(run.folder / "metrics.jsonl")[-1]["validation/loss"]) > 0
 
 
 def test_a_command_that_is_killed_leaves_no_ranks_and_is_followed_at_once(

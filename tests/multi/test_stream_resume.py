@@ -94,6 +94,6 @@ def test_skipped_batches_are_left_out_and_nothing_else_moves(
     trainer = make_trainer(run)
     assert trainer.total_steps == NUM_STEPS - 2
     plain = make_trainer(tiny_run(curriculum=TWO_STAGES))
-    read = [trainer.reader.read(step).windows.tokens.copy() for step in range(NUM_STEPS - 2)]
+    read = [trainer.data.reader.read(step).windows.tokens.copy() for step in range(NUM_STEPS - 2)]
     for tokens, step in zip(read, (0, 3, 4, 5, 6, 7), strict=True):
-        assert (tokens == plain.reader.read(step).windows.tokens).all()
+        assert (tokens == plain.data.reader.read(step).windows.tokens).all()

@@ -73,7 +73,7 @@ def train_slowly(run: Run, place: str, seconds: float) -> int:
             time.sleep(seconds)
         result = good(trainer, *args)
         if place == "next_batch":  # it measures itself
-            trainer.data_wait_s = time.monotonic() - started
+            trainer.data.wait_s = time.monotonic() - started
         return result
 
     setattr(Trainer, place, slow)

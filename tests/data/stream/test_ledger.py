@@ -1,5 +1,6 @@
 """A change applies from its batch on, exactly, and a ledger that was touched is noticed."""
 
+import hashlib
 import json
 from collections import Counter
 from typing import Any
@@ -186,3 +187,27 @@ def test_a_ledger_that_was_touched_is_refused(damage: Any, lines: list[dict[str,
 def test_an_entry_that_says_nothing_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="ledger: kind="):
         Entry(**values)
+
+
+def test_rates_count_for_their_batches_and_multiply() -> None:
+    first, then = (
+        Entry(kind="rate", first_batch=start, num_batches=10, factor=0.5, reason="a test")
+        for start in (5, 10)
+    )
+    ledger = Ledger((first, then))
+    factors = [ledger.rate_factor(batch) for batch in (4, 5, 9, 10, 14, 15, 19, 20)]
+    assert factors == [1.0, 0.5, 0.5, 0.25, 0.25, 0.5, 0.5, 1.0]
+    assert ledger.batch_of(12) == 12  # no batch is left out
+    assert Ledger.from_json(ledger.as_json(), source="a test") == ledger
+
+
+def test_the_digest_of_a_ledger_without_rates_is_what_it_was_before_there_were_any() -> None:
+    """Checkpoints and ledgers of older code stay valid: the field is not in their digests."""
+    entry = skip(3, 2)
+    values = {
+        "kind": "skip", "first_batch": 3, "reason": entry.reason, "num_batches": 2, "windows": [],
+        "segments": [], "buckets": [], "contents": [], "dataset": "", "curriculum": "",
+        "bucket": -1, "window": -1,
+    }  # fmt: skip
+    text = json.dumps(["0" * 64, values], sort_keys=True)
+    assert Ledger((entry,)).digest == hashlib.sha256(text.encode()).hexdigest()

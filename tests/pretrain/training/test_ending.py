@@ -17,7 +17,9 @@ from pretrain.training.ending import (
     require_finite,
 )
 from pretrain.training.exit_file import SEVERITY, STOPS_CHAIN
+from pretrain.training.rewind import NoWayBackError
 from pretrain.training.saves import StorageError
+from pretrain.training.spike_judge import RewoundError
 from pretrain.training.suspicion import LeftOutError, SuspectDeviceError
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer"
@@ -48,6 +50,8 @@ def slow_source() -> DataError:
         (ValidationError("the validation loss is nan"), True, 17, "failure"),
         (RuntimeError(GLOO), True, 85, None),
         (torch.distributed.DistNetworkError("the client socket has timed out"), False, 85, None),
+        (RewoundError("the run goes on from step 400"), True, 85, None),
+        (NoWayBackError("it has gone back 20 times"), True, 93, None),
         (LeaseError("the last 3 starts committed no checkpoint"), False, 93, None),
         (HeldError("held by node-7"), False, 93, None),
         (KeyError("x"), True, 1, "failure"),

@@ -1,0 +1,135 @@
+"""What does a run do about a loss that spikes or diverges?
+
+`watch` records it. `skip` also leaves out a batch whose own loss or gradient norm is beyond
+`rule.far`, before it has moved a weight: an entry of the run's ledger, so that a job that is queued
+again leaves out the same. `rewind` also goes back when a spike does not pass: to a checkpoint from
+before its onset, without the batches around it (rewind.py). Which it is follows from numbers that
+are the same on every rank. No torch.
+
+Source: our choice; the rewind is PaLM's (arXiv 2204.02311, section 5.1: about 100 steps back, 200
+to 500 batches left out).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data.stream.ledger import Entry, Ledger
+from data.stream.order import Segment
+from pretrain.monitor.loss_spikes import LossSpikes, Seen, SpikeRule
+
+SKIP_REASON = "loss spike: "
+"""How the reason of a batch that was left out for its own loss or norm begins."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recovery:
+    """What becomes of spikes.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    policy: Literal["watch", "skip", "rewind"] = "rewind"
+    """watch: incidents and metrics only; skip: leave out batches that spike; rewind: that, and go
+    back when the loss diverges."""
+    max_skips: int = 2
+    """Batches left out in a row; the next one is trained on: then it is the model."""
+    margin_steps: int = 100
+    """A rewind goes to a checkpoint so long before the onset, and leaves out the batches from there
+    to as long after the step that recognised it."""
+    max_skipped_batches: int = 500
+    """Left out by a rewind at most; by a second one in the same place twice as many."""
+    slow_batches: int = 1000
+    """From the third rewind in one place on, so many batches after those that are left out are
+    trained on with half the learning rate; 0: never."""
+    max_rewinds: int = 20
+    """Of the whole run; then a person decides (exit code 93)."""
+    rule: SpikeRule = field(default_factory=SpikeRule)
+    """When a value is out of the ordinary."""
+
+    def __post_init__(self) -> None:
+        if min(self.max_skips, self.margin_steps, self.slow_batches, self.max_rewinds) < 0:
+            raise ValueError(
+                f"recovery.max_skips={self.max_skips}, margin_steps={self.margin_steps},"
+                f" slow_batches={self.slow_batches},"
+                f" max_rewinds={self.max_rewinds} given; 0 or more is allowed"
+            )
+        if self.max_skipped_batches < 1:
+            raise ValueError(
+                f"recovery.max_skipped_batches={self.max_skipped_batches} given, at least 1 is"
+                " allowed"
+            )
+
+    def leaves_out(self, seen: Seen, *, num_before: int) -> bool:
+        """Return whether the batch of a step is left out.
+
+        Args:
+            seen: what is thought of the step.
+            num_before: batches right before it that were left out for the same reason.
+        """
+        if self.policy == "watch" or seen.state != "normal":
+            return False  # amid a spike it is the model, and every batch looks bad
+        return seen.worst > self.rule.far and num_before < self.max_skips
+
+    def oldest_needed(self, spikes: LossSpikes) -> int | None:
+        """Return the step whose checkpoint a rewind would want; None: none is in sight."""
+        if self.policy != "rewind" or spikes.onset_step < 0:
+            return None
+        return max(0, spikes.onset_step - self.margin_steps)
+
+
+def why_none_is_old_enough(
+    recovery: Recovery, *, interval_steps: int, keep: int, num_steps: int
+) -> str:
+    """Return why a rewind might find no checkpoint from before the margin; "" if it does.
+
+    Between a spike's onset and its end no checkpoint that a rewind wants is removed (retention.py),
+    so those of the onset count.
+
+    Args:
+        recovery: what becomes of spikes.
+        interval_steps: between checkpoints; 0: only at the end.
+        keep: how many stay.
+        num_steps: of the run; a shorter one than the rule's window never alarms.
+    """
+    margin = recovery.margin_steps
+    if recovery.policy != "rewind" or num_steps <= recovery.rule.min_steps:
+        return ""
+    if interval_steps and (keep - 1) * interval_steps >= margin:
+        return ""
+    return (
+        f"recovery.policy=rewind given, but with checkpoints.interval_steps={interval_steps},"
+        f" checkpoints.keep={keep} the oldest checkpoint may be less than recovery.margin_steps="
+        f"{margin} older than a spike: a rewind takes the oldest there is, and without one the run"
+        f" ends with 93. (keep - 1) * interval_steps >= margin_steps is enough"
+    )
+
+
+def stage_name(segment: Segment, ledger: Ledger, *, batch: int) -> str:
+    """Return what the data of a batch are like: where it changes, losses do not compare.
+
+    The plan in force, the curriculum's stage, the window length and the size of the batch. Pieces
+    of a mixture that moves within its stage are small on purpose, and are followed.
+    """
+    plan = sum(entry.kind == "plan" and entry.first_batch <= batch for entry in ledger.entries)
+    return f"{plan} {segment.stage} {segment.window_tokens} {segment.global_sequences}"
+
+
+def num_left_out_before(entries: Sequence[Entry], *, batch: int) -> int:
+    """Return how many batches right before `batch` were left out for their own loss or norm."""
+    left_out = {
+        entry.first_batch
+        for entry in entries
+        if entry.kind == "skip" and entry.reason.startswith(SKIP_REASON)
+    }
+    num = 0
+    while batch - num - 1 in left_out:
+        num += 1
+    return num
+
+
+def reason_to_skip(seen: Seen) -> str:
+    """Return the reason of a batch that is left out, for whoever reads the ledger in a year."""
+    name, score = max(seen.scores.items(), key=lambda item: item[1])
+    return f"{SKIP_REASON}{name.replace('_', ' ')} {score:.1f} robust deviations above the expected"

@@ -1,0 +1,53 @@
+"""Is a start that set the run back taken for one that got nowhere?"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pretrain.checkpoint.lease import LeaseError
+from pretrain.training.attempt import begin_attempt
+from pretrain.training.restarts import Restarts
+from pretrain.training.rewind import Rewind, begin_rewind
+from pretrain.training.run import Run
+
+
+def start_in_vain(run: Run) -> int:
+    """Start a run that ends with 85 and commits nothing; return the number of the start."""
+    attempt = begin_attempt(run)
+    attempt.note(from_step=40)
+    attempt.end(code=85, reason="a test")
+    return attempt.number
+
+
+def set_back(run: Run, *, attempt: int) -> None:
+    rewind = Rewind(
+        number=attempt, attempt=attempt, onset_step=50, step=60, to_step=40, times=1,
+        first_batch=45, num_batches=9,
+    )  # fmt: skip
+    begin_rewind(run.folder, rewind)
+
+
+@pytest.fixture
+def run(one_rank: Any, tiny_run: Callable[..., Run]) -> Run:
+    return replace(tiny_run(), restarts=Restarts(without_progress=2, lease_s=1.0))
+
+
+def test_two_starts_in_vain_are_the_last(run: Run) -> None:
+    for _ in range(2):
+        start_in_vain(run)
+    with pytest.raises(LeaseError, match="committed no checkpoint"):
+        start_in_vain(run)
+
+
+def test_a_start_that_set_the_run_back_was_not_in_vain(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How often a run goes back has its own limit, recovery.max_rewinds."""
+    done: list[int] = []
+    monkeypatch.setattr("pretrain.training.attempt.finish_rewinds", lambda _: done.append(1))
+    start_in_vain(run)
+    set_back(run, attempt=start_in_vain(run))
+    assert start_in_vain(run) == 3
+    assert len(done) == 3  # each start first finishes what was begun
