@@ -5,10 +5,8 @@
 The bytes of a tensor are read as rows of 64-bit words. One sum weighs the rows, one the columns,
 both with odd weights that differ from place to place, modulo 2**64: one changed word changes both,
 for an odd weight times what is not 0 is not 0; two words that change places change the sum of
-their rows, of their columns, or both. Nothing is copied, nothing of the tensor's size is made, and
-the host does not wait. Against error, not against intent.
-
-On one core 4.4 GB/s (200 MB in 45 ms), half the speed of a sum.
+their rows, of their columns, or both. Large tensors are not copied, and the host does not wait.
+Against error, not against intent. On one core 3.7 GB/s.
 """
 
 from collections.abc import Iterable, Iterator

@@ -88,7 +88,9 @@ def fingerprints(run: Run, *, batch: int) -> list[tuple[int, tuple[int, int]]]:
         ("pp2", "step.backward:nan:rank=0:step=1", 0),
         ("pp2", "step.backward:nan:rank=1:step=1", 1),
         ("pp2", "step.forward:nan:rank=0:step=1", None),  # every later stage has it, too
-        ("tp2", "step.backward:nan:rank=1:step=2", None),  # tensor ranks share every sum
+        pytest.param(  # tensor ranks share every sum
+            "tp2", "step.backward:nan:rank=1:step=2", None, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_step_that_is_wrong_once_is_computed_again_and_nothing_has_happened(
@@ -104,8 +106,15 @@ def test_a_step_that_is_wrong_once_is_computed_again_and_nothing_has_happened(
     ]
 
 
-@pytest.mark.parametrize("point", ["step.forward", "step.backward"])
-@pytest.mark.parametrize(("layout", "rank"), [("dp2", 0), ("ep2", 1)])
+@pytest.mark.parametrize(
+    ("layout", "rank", "point"),
+    [
+        ("dp2", 0, "step.backward"),
+        ("ep2", 1, "step.forward"),
+        pytest.param("dp2", 0, "step.forward", marks=pytest.mark.slow),
+        pytest.param("ep2", 1, "step.backward", marks=pytest.mark.slow),
+    ],
+)
 def test_what_stays_with_a_rank_whatever_its_data_is_its_device(
     layout: str, rank: int, point: str, judge: Judge
 ) -> None:
@@ -135,7 +144,7 @@ def test_of_four_ranks_the_one_that_is_always_wrong_is_named_and_the_others_are_
     assert incident["detail"]["exonerated"] == [r for r in range(4) if r != rank]
 
 
-@pytest.mark.parametrize("layout", ["dp2", "ep2"])
+@pytest.mark.parametrize("layout", [pytest.param("dp2", marks=pytest.mark.slow), "ep2"])
 def test_what_moves_with_the_data_leaves_out_its_batch_and_no_other(
     layout: str, judge: Judge, tiny_run: MakeRun
 ) -> None:

@@ -16,8 +16,15 @@ MakeRun = Callable[..., Run]
 LAYOUTS = {"ep2": Layout(num_ranks=2, ep=2), "pp2": Layout(num_ranks=2, pp=2)}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "rank"),
+    [
+        ("ep2", 1),
+        ("pp2", 0),
+        pytest.param("ep2", 0, marks=pytest.mark.slow),
+        pytest.param("pp2", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_wrong_gradient_in_a_sampled_step_is_outvoted_and_its_rank_named(
     layout: str, rank: int, tiny_run: MakeRun, two_ranks: RankPool, tmp_path: Path
 ) -> None:
