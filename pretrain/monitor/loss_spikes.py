@@ -54,9 +54,9 @@ class SpikeRule:
     """Taken steps that are looked back on; a median of 256 is 8 % of a deviation wide."""
     min_steps: int = 128
     """Nothing is flagged before so many are in the window."""
-    near: float = 4.5
+    near: float = 4.0
     """Robust deviations; flagged beside another. Student's t with 5 degrees of freedom is beyond it
-    once in 430 steps, twice in a row once in 190,000."""
+    once in 260 steps, twice in a row once in 70,000."""
     far: float = 14.0
     """Robust deviations; flagged alone, and its batch may be left out. The same t: once in
     100,000 steps."""

@@ -162,7 +162,7 @@ def test_a_run_that_has_gone_back_too_often_waits_for_a_person(make_run: MakeRun
 
 @pytest.mark.slow
 def test_after_a_rewind_a_model_is_as_good_as_one_that_was_never_spoilt(make_run: MakeRun) -> None:
-    """Within 1 % after as many updates; they read other batches, so the bits are not the same."""
+    """At most 1 % worse after as many updates; they read other batches: not the same bits."""
     spoilt = play(make_run("spoilt", steps=80), [GROWN])
     assert spoilt.codes == (85, 0)
     num = sum(len(part) for part in read_ledger(spoilt.run.folder / "ledger.jsonl").skipped())
@@ -171,4 +171,4 @@ def test_after_a_rewind_a_model_is_as_good_as_one_that_was_never_spoilt(make_run
     assert ends[0]["step"] == ends[1]["step"]
     losses = [float(end["validation/loss"]) for end in ends]
     print(f"validation loss {losses[0]:.4f} after a rewind, {losses[1]:.4f} without a fault")
-    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert losses[0] < 1.01 * losses[1]

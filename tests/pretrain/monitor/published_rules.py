@@ -56,7 +56,7 @@ def spiked_curve(seed: int, *, noise: Noise, num_steps: int = NUM_STEPS) -> Curv
     loss = clean_curve(seed, noise=noise, num_steps=num_steps).loss
     draw = np.random.default_rng(seed + 1)
     places = num_steps // 400
-    starts = 400 * draw.choice(np.arange(1, places), len(SPIKES), replace=False)
+    starts = 400 * draw.choice(np.arange(2, places), len(SPIKES), replace=False)
     starts += draw.integers(0, 200, len(SPIKES))
     planted: list[range] = []
     for start, (length, height) in zip(starts.tolist(), SPIKES, strict=True):
