@@ -22,7 +22,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from pretrain.checkpoint.manifest import (
     sync_folder,
     write_manifest,
 )
-from pretrain.checkpoint.outcome import SAVE_ERRORS, Boxes, Copied, Outcome
+from pretrain.checkpoint.outcome import SAVE_ERRORS, Box, Boxes, Copied, Outcome
 from pretrain.checkpoint.pieces import Piece
 from pretrain.checkpoint.rank_file import rank_file_name, write_rank_file
 from pretrain.checkpoint.retention import Retention
@@ -97,6 +97,8 @@ class Saver:
         )
         self._local: LocalSaver | None = None
         self._thread: threading.Thread | None = None
+        self.num_boxes_written = 0
+        """Parts of tensors that the save under way has put into this rank's file."""
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
 
@@ -187,9 +189,16 @@ class Saver:
             log.warning("step %d is saved while training waits: %s", manifest.step, error)
             boxes, waits = lambda: live_boxes(pieces), True
         failpoint(f"{points}.staged", step=manifest.step)
+        self.num_boxes_written = 0
+
+        def counted() -> Iterator[Box]:
+            for box in boxes():
+                yield box
+                self.num_boxes_written += 1
+
         copied = Copied(
             manifest=manifest,
-            boxes=boxes,
+            boxes=counted,
             shapes={piece.key: piece.whole for piece in pieces},
             begun_s=begun_s,
             blocking_s=time.monotonic() - begun_s,

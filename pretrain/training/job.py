@@ -8,25 +8,23 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from data.stream.ledger import write_ledger
 from parallel import groups
-from parallel.agreement import from_first_rank, require_same_on_all
+from parallel.agreement import require_same_on_all
 from parallel.device import Device
 from pretrain.checkpoint.lease import HeldError, incident_mark
 from pretrain.checkpoint.resume import open_checkpoint
 from pretrain.monitor.incidents import Incident, record_incident, this_node
 from pretrain.monitor.secrets import guard_tracebacks, print_traceback, scrub, start_log
-from pretrain.monitor.summary import summary_table
 from pretrain.monitor.telemetry import Telemetry, open_telemetry
 from pretrain.training.attempt import RunAttempt, begin_attempt
-from pretrain.training.closing import draw_curves, summarise, write_summary
 from pretrain.training.corpus import LEDGER_NAME, ledger_to_follow, open_run_corpus
-from pretrain.training.ending import Ending, ending_of, last_call, require_finite
+from pretrain.training.course import Course, Progress, is_first, say
+from pretrain.training.ending import Ending, ending_of, last_call
 from pretrain.training.exit_file import (
     DO_NOT_REQUEUE,
     FINISHED,
@@ -34,16 +32,11 @@ from pretrain.training.exit_file import (
     INTERRUPTED,
     write_exit,
 )
-from pretrain.training.fit import fit
 from pretrain.training.going_on import record_going_on
-from pretrain.training.judges import judges_of
-from pretrain.training.observe import Observer, Score, make_throughput
 from pretrain.training.run import Run, as_json
-from pretrain.training.saves import Saves
 from pretrain.training.start import move_aside, starts_again
 from pretrain.training.stop_request import StopRequest, remove_request, working_time_s
 from pretrain.training.tiers import Begin, check_local, find_begin
-from pretrain.training.train_step import StepResult
 from pretrain.training.trainer import Trainer
 from pretrain.training.watching import RunWatch, watching
 
@@ -94,22 +87,6 @@ def train(run: Run, config_yaml: str) -> int:
     return code
 
 
-@dataclass(kw_only=True, slots=True)
-class Progress:
-    """How far a rank has come, for whoever says why it ended."""
-
-    attempt: RunAttempt | None = None
-    """This start, once the run's folder is ours."""
-    has_begun: bool = False
-    """Whether training began; before it, what is wrong is what was given."""
-    step: int | None = None
-    """Optimizer steps done."""
-
-    def attempt_number(self) -> int | None:
-        """Return which start this is, once it is known."""
-        return None if self.attempt is None else self.attempt.number
-
-
 def _report(run: Run, error: Exception, ending: Ending, *, progress: Progress, rank: int) -> None:
     """Say why this rank ends: to the person, and once for all ranks as an incident."""
     if ending.is_ours:
@@ -152,8 +129,8 @@ def _claim(run: Run, progress: Progress) -> Begin:
         return begin
     progress.attempt.end(code=FINISHED, reason="starts anew")
     torch.distributed.barrier()  # nobody reads the folder any more
-    if _is_first():
-        _say(f"the finished run {run.name} is kept in {move_aside(run.folder)}; training anew")
+    if is_first():
+        say(f"the finished run {run.name} is kept in {move_aside(run.folder)}; training anew")
     torch.distributed.barrier()
     progress.attempt = begin_attempt(run)
     return find_begin(run)
@@ -183,18 +160,26 @@ def _train(
         trainer.saver.open_local(begin.place).trust(begin.counting)
     if found is not None:
         trainer.load(*found)
-        if _is_first():
+        if is_first():
             record_going_on(run, found[1])
-        _say(f"going on from {found[0]}: step {trainer.position.step} of {trainer.total_steps}")
+        say(f"going on from {found[0]}: step {trainer.position.step} of {trainer.total_steps}")
     elif run.initial_weights is not None:
         folder, manifest = open_checkpoint(run.initial_weights)
         trainer.start_from(folder)
-        _say(f"starting from the weights of {folder}, step {manifest.step}")
+        say(f"starting from the weights of {folder}, step {manifest.step}")
     attempt.note(from_step=trainer.position.step)
     progress.has_begun, progress.step = True, trainer.position.step
-    telemetry = _open_telemetry(run, trainer, config_yaml, attempt) if _is_first() else None
+    telemetry = _open_telemetry(run, trainer, config_yaml, attempt) if is_first() else None
     try:
-        return _fit(run, trainer, device, stop, telemetry, progress, watch)
+        course = Course(
+            trainer,
+            attempt=attempt,
+            device=device,
+            telemetry=telemetry,
+            watch=watch,
+            progress=progress,
+        )
+        return course.run_to_end(stop)
     finally:
         if telemetry is not None:
             telemetry.close()
@@ -216,93 +201,3 @@ def _open_telemetry(run: Run, trainer: Trainer, config_yaml: str, attempt: RunAt
         run_config=as_json(run),
         attempt=attempt.number,
     )
-
-
-def _fit(
-    run: Run,
-    trainer: Trainer,
-    device: Device,
-    stop: StopRequest,
-    telemetry: Telemetry | None,
-    progress: Progress,
-    watch: RunWatch,
-) -> tuple[int, str]:
-    started = time.monotonic()
-    throughput = make_throughput(run, device)
-    observer = Observer(trainer, device=device, throughput=throughput, telemetry=telemetry)
-    attempt = progress.attempt
-    assert attempt is not None, "it was claimed"
-    judges = judges_of(
-        trainer, attempt=attempt.number, why_lost=attempt.why_lost, enter=watch.enter
-    )
-
-    def monitor(result: StepResult, num_sequences: int) -> None:
-        judges.audit.after_update()
-        progress.step = trainer.position.step
-        observer.step_done(result, num_sequences=num_sequences)
-        watch.step_done(trainer.position.step, device=trainer.device)
-        interval = run.evaluation.interval_steps
-        if interval and trainer.position.step % interval == 0 and not trainer.is_finished:
-            watch.enter("evaluation", trainer.position.step)
-            with throughput.pause():
-                _validate(trainer, observer, windows_per_domain=run.evaluation.windows_per_domain)
-
-    saves = Saves(
-        trainer,
-        observer,
-        enter=watch.enter,
-        committed=lambda s: attempt.note(committed_step=s),
-        audit=judges.audit.before_save,
-    )
-    throughput.start()
-    finished = fit(
-        trainer,
-        monitor=monitor,
-        checkpoint=saves.after_step,
-        should_stop=lambda: stop() or attempt.is_lost,
-        enter=watch.enter,
-        judges=judges.of_steps,
-    )
-    lost = from_first_rank(attempt.why_lost())
-    if lost:
-        raise HeldError(lost)
-    if not finished:
-        saves.finish()
-        _say(
-            f"\nasked to stop ({stop.received or 'another rank'}): saved step {progress.step} of"
-            f" {trainer.total_steps}; run the same command to go on"
-        )
-        return INTERRUPTED, "asked to stop, saved"
-    watch.enter("evaluation", trainer.position.step)
-    with throughput.pause():
-        scores = _validate(
-            trainer, observer, windows_per_domain=run.evaluation.final_windows_per_domain
-        )
-    saves.finish()
-    require_finite(scores["all"].loss, step=trainer.position.step)
-    watch.enter("end", trainer.position.step)
-    if _is_first():
-        elapsed_s = time.monotonic() - started
-        draw_curves(run, trainer.corpus)
-        summary = summarise(trainer, observer, throughput, scores, elapsed_s=elapsed_s)
-        write_summary(summary, run.folder)
-        _say("\n" + summary_table(summary))
-    return FINISHED, "trained on every token"
-
-
-def _validate(
-    trainer: Trainer, observer: Observer, *, windows_per_domain: int
-) -> Mapping[str, Score]:
-    begun = time.monotonic()
-    result = trainer.validate(windows_per_domain=windows_per_domain)
-    return observer.validated(result, duration_s=time.monotonic() - begun)
-
-
-def _is_first() -> bool:
-    return torch.distributed.get_rank() == 0
-
-
-def _say(text: str) -> None:
-    if _is_first():
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
