@@ -46,7 +46,7 @@ class Replay:
     """Lines of JSON."""
     key: str
     """Its loss."""
-    norm_key: str
+    norm_name: str
     """Its gradient norm, where lines have one."""
     output: Path | None
     rule: SpikeRule
@@ -88,8 +88,8 @@ def replay(asked: Replay) -> list[Row]:
         if asked.key not in line:
             continue
         values = {"loss": _number(line[asked.key], asked)}
-        if asked.norm_key in line:
-            values["gradient_norm"] = _number(line[asked.norm_key], asked)
+        if asked.norm_name in line:
+            values["gradient_norm"] = _number(line[asked.norm_name], asked)
         stage = " ".join(str(line.get(n, "")) for n in ("stage", "window_tokens"))
         step = int(line.get("step", number))
         seen = spikes.observe(values, step=step, stage=f"{stage} {line.get('global_sequences')}")

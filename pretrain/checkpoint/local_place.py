@@ -15,6 +15,7 @@ Source: our choice, docs/decisions/0008.
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -65,6 +66,8 @@ class LocalPlace:
     identity: str
     """From `read_identity`."""
     rank: int
+    node: str
+    """Name of this machine: on a disk that several nodes see, each has its own part."""
 
     @property
     def of_run(self) -> Path:
@@ -74,12 +77,17 @@ class LocalPlace:
         return self.folder / f"{self.run_folder.name}-{digest}"
 
     @property
+    def of_node(self) -> Path:
+        """This node's part of what belongs to the run of this identity."""
+        return self.of_run / self.identity / self.node
+
+    @property
     def root(self) -> Path:
         """The rank's own folder, `step_*` below it."""
         return self._of_rank(self.rank)
 
     def _of_rank(self, rank: int) -> Path:
-        return self.of_run / self.identity / f"rank_{rank:05d}"
+        return self.of_node / f"rank_{rank:05d}"
 
     def make(self) -> None:
         """Make the folders, for their owner alone.
@@ -88,7 +96,7 @@ class LocalPlace:
             ValueError: names a folder that is somebody else's.
             OSError: if the disk refuses; what is above `folder` is not made.
         """
-        for path in (self.folder, self.of_run, self.root.parent, self.root):
+        for path in (self.folder, self.of_run, self.of_node.parent, self.of_node, self.root):
             path.mkdir(mode=_MODE, exist_ok=True)
             _require_own(path)
 
@@ -102,17 +110,17 @@ class LocalPlace:
         for path in self.of_run.iterdir():
             if path.name != self.identity:
                 shutil.rmtree(path, ignore_errors=True)
-        for path in self.root.parent.iterdir():
+        for path in self.of_node.iterdir():
             if path.name not in own:
                 shutil.rmtree(path, ignore_errors=True)
 
     def remove(self) -> None:
         """Remove this rank's checkpoints, and the folders above them that are empty then."""
         shutil.rmtree(self.root, ignore_errors=True)
-        for path in (self.root.parent, self.of_run):
+        for path in (self.of_node, self.of_node.parent, self.of_run):
             try:
                 path.rmdir()
-            except OSError:  # another rank of this node has something there
+            except OSError:  # another rank has something there
                 return
 
 
@@ -145,18 +153,27 @@ def read_identity(root: Path) -> str:
         root: folder of the run's shared checkpoints.
 
     Raises:
+        ValueError: if it is none that `make_identity` has drawn: it becomes part of a path.
         OSError: if storage does not give it.
     """
+    path = root / IDENTITY_NAME
     try:
-        return (root / IDENTITY_NAME).read_text(encoding="ascii").strip()
+        text = path.read_text(encoding="ascii", errors="replace").strip()
     except FileNotFoundError:
         return ""
+    if not re.fullmatch("[0-9a-f]{16}", text):
+        raise ValueError(
+            f"{path} holds {text[:40]!r}; 16 hexadecimal digits are allowed: remove the file, and"
+            " the run goes on from shared storage"
+        )
+    return text
 
 
 def make_identity(root: Path) -> str:
     """Return the identity of a run, drawn now if it has none; who holds its lease calls it.
 
     Raises:
+        ValueError: see `read_identity`.
         OSError: if storage refuses.
     """
     identity = read_identity(root)

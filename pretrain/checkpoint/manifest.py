@@ -22,7 +22,7 @@ MANIFEST_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
 HELD_NAME = "held.json"
 """In a checkpoint of one rank on its node's disk: which part of each tensor it has."""
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _WAITS_S = (1.0, 4.0)
 """Before storage that does not answer is asked again."""
 _STEP_FOLDER = re.compile(r"step_(\d{8})")

@@ -11,7 +11,6 @@ Conventions: losses are cross entropies in nats per token (natural logarithm); r
 tokens/s count the whole job, FLOP/s and MFU one device; times are seconds of wall clock.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -383,27 +382,3 @@ def check_names(record: Record) -> None:
     """
     for name in record:
         find_metric(name)
-
-
-def bits_per_byte(loss: float, *, num_tokens: int, num_bytes: int) -> float:
-    """Return a loss per token as bits per byte of the text that the tokens spell.
-
-    loss / ln(2) * num_tokens / num_bytes. Worked number: 2.0 nats/token at 4.0 bytes/token is
-    2.0 / 0.6931 / 4.0 = 0.7213 bits/byte.
-
-    Args:
-        loss: mean cross entropy, nats/token.
-        num_tokens: tokens predicted; > 0.
-        num_bytes: UTF-8 bytes those tokens stand for; > 0.
-
-    Raises:
-        ValueError: if a count is not positive.
-
-    Source: Gao et al., "The Pile", arXiv:2101.00027, section 3.1 (BPB).
-    """
-    if num_tokens <= 0 or num_bytes <= 0:
-        raise ValueError(
-            f"bits_per_byte needs positive counts, got num_tokens={num_tokens}, "
-            f"num_bytes={num_bytes}"
-        )
-    return loss / math.log(2.0) * num_tokens / num_bytes

@@ -144,6 +144,7 @@ class Course:
 
     def _finish(self) -> None:
         """Validate, save and summarise the last step; with the summary the run is over."""
+        self._saves.begin_last()  # written while the validation runs, so that none is lost with it
         scores = self._validate(windows_per_domain=self._run.evaluation.final_windows_per_domain)
         self._saves.finish()
         require_finite(scores["all"].loss, step=self._trainer.position.step)

@@ -21,7 +21,7 @@ from pretrain.model.count import flop_per_token
 from pretrain.model.expert_load import ExpertLoad
 from pretrain.model.extra_losses import take_aux_loss, take_mtp_loss
 from pretrain.monitor.loss_spikes import STATES, Seen
-from pretrain.monitor.metrics import bits_per_byte
+from pretrain.monitor.quantities import bits_per_byte
 from pretrain.monitor.telemetry import Telemetry
 from pretrain.monitor.throughput import Throughput, ThroughputConfig, find_peak_flop_per_s
 from pretrain.training.evaluate import ValidationLoss

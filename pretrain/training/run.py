@@ -208,7 +208,7 @@ class CheckpointPolicy:
                 " are allowed"
             )
         local = self.local.interval_steps
-        if local and self.interval_steps % local:
+        if self.local.folder is not None and self.interval_steps % local:
             raise ValueError(
                 f"checkpoints.local.interval_steps={local} given, which must divide"
                 f" checkpoints.interval_steps={self.interval_steps}, so that one save serves both"

@@ -101,6 +101,18 @@ class Saves:
         if self._due is not None and not is_busy:
             self._begin(self._due)
 
+    def begin_last(self) -> None:
+        """Begin to save the step that the run stands at, if it is not saved; collective."""
+        self._enter("save", self._trainer.position.step)
+        self._wait()
+        self._hear()
+        if not self._has_last():
+            self._begin("shared")
+
+    def _has_last(self) -> bool:
+        step = self._trainer.position.step
+        return self._is_last_shared and self._committed_step == step
+
     def finish(self) -> None:
         """Save the step that the run stands at, if it is not saved; collective.
 
@@ -111,7 +123,7 @@ class Saves:
         self._wait()
         self._hear()
         for wait_s in (*_LAST_WAITS_S, None):
-            if self._is_last_shared and self._committed_step == self._trainer.position.step:
+            if self._has_last():
                 self._trainer.saver.clear_local()
                 return
             self._begin("shared")

@@ -274,7 +274,12 @@ def _check_checkpoint(run: Run, corpus: Corpus, *, sizes: bool) -> int | None:
         )
     check_schema(root)
     digest = corpus.manifest.tokenizer_digest
-    found = find_newest(root, digests=False, sizes=sizes)  # the ranks read every byte, together
+    try:
+        found = find_newest(root, digests=False, sizes=sizes)  # the ranks read every byte, together
+    except CheckpointError:
+        if run.checkpoints.local.folder is None:
+            raise
+        return None  # the nodes may have a whole one; only their ranks can see it (tiers.py)
     if found is None or starts_again(run, newest=found[1]):
         if run.initial_weights is not None:
             check_given(run.initial_weights, key="initial_weights")

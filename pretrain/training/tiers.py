@@ -6,6 +6,7 @@ goes back to an earlier one.
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -66,7 +67,7 @@ def find_begin(run: Run) -> Begin:
     steps: list[int] = from_first_rank([_step(folder) for folder in list_checkpoints(root)])
     shared_step = max(steps, default=0)
     if found is None or (steps and shared_step >= found[1].step):
-        shared = agree_on_newest(root, on_damage=partial(_damaged, run))
+        shared = _newest_shared(run, or_else=found)
         if found is None or (shared is not None and shared[1].step >= found[1].step):
             found = shared
     step = 0 if found is None else found[1].step
@@ -75,6 +76,21 @@ def find_begin(run: Run) -> Begin:
     counting = tuple(held for held in local.counting if held <= step)
     keep_only(place, steps=counting, node=this_node())
     return Begin(found=found, place=place, counting=counting)
+
+
+def _newest_shared(run: Run, *, or_else: Found | None) -> Found | None:
+    """Return the newest whole shared checkpoint; collective.
+
+    Raises:
+        CheckpointError: on every rank, if all are damaged and there is no other to go on from.
+    """
+    try:
+        return agree_on_newest(run.folder / "checkpoints", on_damage=partial(_damaged, run))
+    except CheckpointError as error:
+        if or_else is None:
+            raise
+        log.warning("%s; going on from the nodes' own disks, step %d", error, or_else[1].step)
+        return None
 
 
 def _open_place(run: Run) -> LocalPlace | None:
@@ -93,11 +109,12 @@ def _open_place(run: Run) -> LocalPlace | None:
         run_folder=run.folder,
         identity=_agreed_identity(run),
         rank=torch.distributed.get_rank(),
+        node=re.sub("[^A-Za-z0-9._-]", "_", this_node()),
     )
     refused = ""
     try:
         place.make()
-    except ValueError as error:
+    except (ValueError, FileExistsError, NotADirectoryError) as error:
         refused = f"rank {place.rank} on {this_node()}: {error}"
     except OSError as error:
         log.warning("no local checkpoints on %s: %s", this_node(), error)
@@ -113,13 +130,17 @@ def _agreed_identity(run: Run) -> str:
     Raises:
         OSError: on every rank, if shared storage refuses.
     """
-    said = ["", ""]
+    said = ["", "", ""]
     if torch.distributed.get_rank() == 0:
         try:
             said[0] = make_identity(run.folder / "checkpoints")
         except OSError as error:
             said[1] = f"{run.folder / 'checkpoints'}: {error}"
-    identity, failed = from_first_rank(said)
+        except ValueError as error:
+            said[2] = str(error)
+    identity, failed, refused = from_first_rank(said)
+    if refused:
+        raise ValueError(refused)
     if failed:
         raise OSError(failed)
     return identity

@@ -145,7 +145,7 @@ class Soak:
 
 def harm_one_rank(node: Path, draw: random.Random) -> list[str]:
     """Damage the newest checkpoint of one rank on its disk, or take all away; say what was done."""
-    ranks = sorted(node.glob("*/*/rank_*"))
+    ranks = sorted(node.glob("*/*/*/rank_*"))
     if not ranks:
         return []
     own = draw.choice(ranks)

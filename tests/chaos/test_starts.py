@@ -241,11 +241,14 @@ def test_a_second_job_is_refused_and_the_first_goes_on(
     assert len(read_attempts(run.folder)) == 1
 
 
+@pytest.mark.parametrize("interval_steps", [4, 0])
 def test_a_run_killed_in_its_last_validation_validates_again(
-    make_run: MakeRun, truth: Truth
+    interval_steps: int, make_run: MakeRun, truth: Truth
 ) -> None:
-    """All of its steps are saved by then; what is missing is what its user reads."""
+    """Its last step is saved by then, due or not; what is missing is what its user reads."""
     run = make_run()
+    policy = replace(run.checkpoints, interval_steps=interval_steps)
+    run = replace(run, checkpoints=policy)
     last = "evaluation.begin:{}:rank=0:step=23"
     played = play(run, [last.format("sleep=3"), last.format("kill")])
     assert violations(played, truth, codes=[85, 0], incidents=Counter(rank_died=1)) == []

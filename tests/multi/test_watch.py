@@ -105,7 +105,7 @@ def test_a_stopped_rank_is_found_within_two_intervals_and_leaves_no_process(
     assert detail["missing"]["not_by"] == [rank]
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
     other = Path(detail["stacks"]) / f"rank_{1 - rank:05d}.txt"
-    assert "in train_step" in other.read_text(encoding="utf-8")
+    assert "in measure_step" in other.read_text(encoding="utf-8")
     assert "could not write" in (other.parent / f"rank_{rank:05d}.txt").read_text(encoding="utf-8")
 
 
@@ -134,7 +134,7 @@ def test_a_stopped_rank_0_that_holds_the_store_is_found_too(
             process.wait()
     incident = only_incident(tmp_path / "t")
     assert "the rendezvous store, by which ranks watch each other, is gone" in incident["text"]
-    assert "in train_step" in (Path(incident["detail"]["stacks"]) / "rank_00001.txt").read_text()
+    assert "in measure_step" in (Path(incident["detail"]["stacks"]) / "rank_00001.txt").read_text()
 
 
 @pytest.mark.slow

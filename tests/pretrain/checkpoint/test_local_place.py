@@ -16,10 +16,14 @@ from pretrain.checkpoint.local_place import (
 
 
 def place_in(
-    tmp_path: Path, *, rank: int = 0, identity: str = "aa", run: str = "run"
+    tmp_path: Path, *, rank: int = 0, identity: str = "aa", run: str = "run", node: str = "node01"
 ) -> LocalPlace:
     return LocalPlace(
-        folder=tmp_path / "node", run_folder=tmp_path / "runs" / run, identity=identity, rank=rank
+        folder=tmp_path / "node",
+        run_folder=tmp_path / "runs" / run,
+        identity=identity,
+        rank=rank,
+        node=node,
     )
 
 
@@ -54,7 +58,7 @@ def test_folders_are_their_owners_alone_whatever_the_umask(tmp_path: Path) -> No
 def test_what_is_above_the_folder_is_not_made(tmp_path: Path) -> None:
     """A disk that is not mounted is not replaced by the one below it."""
     place = LocalPlace(
-        folder=tmp_path / "nvme" / "mine", run_folder=tmp_path, identity="aa", rank=0
+        folder=tmp_path / "nvme" / "mine", run_folder=tmp_path, identity="aa", rank=0, node="n"
     )
     with pytest.raises(FileNotFoundError):
         place.make()
@@ -111,6 +115,23 @@ def test_what_others_have_left_is_removed_and_what_is_in_use_stays(tmp_path: Pat
     ranks[1].remove_strangers([1, 2])
     there = [place.root.exists() for place in (old, other_run, *ranks)]
     assert there == [False, True, False, True, True, False]
+
+
+def test_nodes_that_see_one_disk_leave_each_other_alone(tmp_path: Path) -> None:
+    """As where the folder is on shared storage by mistake."""
+    one, other = place_in(tmp_path, rank=0), place_in(tmp_path, rank=1, node="node02")
+    for place in (one, other):
+        place.make()
+    one.remove_strangers([0])
+    other.remove_strangers([1])
+    assert [one.root.exists(), other.root.exists()] == [True, True]
+
+
+@pytest.mark.parametrize("text", ["", "..", "/home/me/runs", "0123456789abcdeg", "0" * 17])
+def test_an_identity_that_nobody_has_drawn_is_no_part_of_a_path(text: str, tmp_path: Path) -> None:
+    (tmp_path / IDENTITY_NAME).write_text(text, encoding="ascii")
+    with pytest.raises(ValueError, match="16 hexadecimal digits are allowed"):
+        make_identity(tmp_path)
 
 
 def test_the_last_rank_that_leaves_takes_the_folder_of_the_run_along(tmp_path: Path) -> None:

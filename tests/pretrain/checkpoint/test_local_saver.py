@@ -36,7 +36,7 @@ def trainer(tiny_run: MakeRun, one_rank: object) -> Trainer:
 @pytest.fixture
 def place(trainer: Trainer, tmp_path: Path) -> LocalPlace:
     found = LocalPlace(
-        folder=tmp_path / "node", run_folder=trainer.run.folder, identity="aa", rank=0
+        folder=tmp_path / "node", run_folder=trainer.run.folder, identity="aa", rank=0, node="n"
     )
     found.make()
     trainer.saver.open_local(found)

@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from pretrain.monitor.metrics import METRICS, Metric, bits_per_byte, check_names, find_metric
+from pretrain.monitor.metrics import METRICS, Metric, check_names, find_metric
+from pretrain.monitor.quantities import bits_per_byte
 
 
 def test_every_metric_stands_in_the_registry_once():

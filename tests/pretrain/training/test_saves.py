@@ -26,6 +26,11 @@ def test_without_a_folder_there_are_shared_ones_alone() -> None:
     assert [due_tier(step, policy=policy) for step in (5, 15)] == [None, "shared"]
 
 
+def test_a_local_interval_that_is_not_in_use_binds_nothing() -> None:
+    policy = CheckpointPolicy(interval_steps=10, keep=1, local=LocalTier(interval_steps=15))
+    assert due_tier(10, policy=policy) == "shared"
+
+
 def test_a_run_that_saves_at_its_end_only_may_have_local_ones() -> None:
     policy = CheckpointPolicy(
         interval_steps=0, keep=1, local=LocalTier(folder=Path("/node"), interval_steps=5)
