@@ -95,7 +95,7 @@ def violations(
         found += wrong_losses(folder, truth) + wrong_state(folder, truth)
         found += wrong_data(played.run)
         found += [f"leftovers: {name}" for name in half_written(folder)]
-    found += lost_work(played)
+    found += lost_work(played, is_harmed=played.is_harmed)
     found += [f"leftovers: {name}" for name in played.left_over]
     kinds = Counter(str(record["kind"]) for record in read_incidents(folder))
     if incidents is not None and kinds != incidents:
@@ -148,20 +148,20 @@ def half_written(folder: Path) -> list[str]:
     return [p.name for p in root.iterdir() if p.name.startswith((".writing", ".deleting"))]
 
 
-def lost_work(played: Played, *, is_damaged: bool = True) -> list[str]:
+def lost_work(played: Played, *, is_harmed: bool) -> list[str]:
     """Find attempts that did not go on from the newest commit before them.
 
     Args:
         played: the run. Of a start, the shared disk tells what it may not fall behind; of one that
             began its ranks again, what the attempt before had committed.
-        is_damaged: whether checkpoints may have been damaged between two starts; if not, what an
+        is_harmed: whether checkpoints may have been damaged between two starts; if not, what an
             attempt has committed counts for every later one, wherever it is.
     """
     found: list[str] = []
     newest = 0
     for attempt in read_attempts(played.run.folder):
         stood_at = played.stood_at.get(attempt.number, newest)
-        newest = stood_at if is_damaged else max(stood_at, newest)
+        newest = stood_at if is_harmed else max(stood_at, newest)
         if attempt.from_step is not None and attempt.from_step < newest:
             found.append(
                 f"lost work: attempt {attempt.number} went on from step {attempt.from_step},"

@@ -43,6 +43,8 @@ class Played:
     stood_at: Mapping[int, int] = field(default_factory=dict[int, int])
     """Number of an attempt -> step of the newest whole checkpoint on the disk when its start of the
     chain began: it may not go on from less."""
+    is_harmed: bool = False
+    """Whether what lies on the disk may have been changed between two starts."""
 
 
 class Environment:
@@ -69,7 +71,7 @@ def play(
     run: Run,
     faults: Sequence[str] = (),
     *,
-    between: Between = lambda _run, _number: None,
+    between: Between | None = None,
     environment: Environment | None = None,
 ) -> Played:
     """Start a run, again and again until its chain would end, while faults strike.
@@ -90,7 +92,7 @@ def play(
         os.environ.update(FAULTS=";".join(faults), FAULTS_FOLDER=marks, WANDB_MODE="disabled")
         try:
             while not codes or codes[-1] not in STOPS_CHAIN:
-                if codes:
+                if codes and between is not None:
                     between(run, len(codes))
                 stood_at[_next_attempt(run)] = _newest_whole(run)
                 codes.append(_start(run))
@@ -106,6 +108,7 @@ def play(
         seconds=time.monotonic() - started,
         left_over=() if environment is None else environment.left_over(),
         stood_at=stood_at,
+        is_harmed=between is not None,
     )
 
 

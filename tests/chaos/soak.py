@@ -110,7 +110,7 @@ class Soak:
         kinds = Counter(str(record["kind"]) for record in read_incidents(run.folder))
         found = violations(played, truth)
         if not damaged:
-            found += lost_work(played, is_damaged=False)
+            found += lost_work(played, is_harmed=False)
         if node is not None:
             found += [f"leftovers: {path}" for path in sorted(node.glob("*"))]
         found += wrong_incidents(
@@ -160,7 +160,7 @@ def _has_struck(fault: Planted, marks: frozenset[str]) -> bool:
     point, action, *words = fault.text.split(":")
     options = dict(word.split("=") for word in words)
     wanted = (point, action.partition("=")[0], options.get("rank"), options.get("step"))
-    return any(mark.startswith("-".join(map(str, wanted))) for mark in marks)
+    return any(mark.startswith("-".join(map(str, wanted)) + "-") for mark in marks)
 
 
 def main(arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ import pytest
 
 from tests.chaos.faults import KINDS, Planted, wrong_incidents
 
+NAN = next(kind for kind in KINDS if kind.incident == "transient")
 FULL = next(kind for kind in KINDS if kind.action == "full")
 
 
@@ -27,6 +28,8 @@ def full_at(*places: str) -> list[Planted]:
         ({"save_failed": 2}, [0], full_at("rank=0:step=8"), False),
         ({}, [75, 0], full_at("rank=0:step=8"), True),  # it ended before it heard of it
         ({"hang": 1}, [0], [], False),
+        ({"transient": 1}, [0], [Planted(kind=NAN, text="step.backward:nan:step=8")], True),
+        ({}, [0], [Planted(kind=NAN, text="step.backward:nan:step=8")], False),
         ({"damaged_checkpoint": 1}, [0], [], False),
     ],
 )

@@ -94,7 +94,9 @@ def test_work_that_was_committed_and_done_again_is_seen(copied: Played, truth: T
     one(violations(copied, truth), "lost work: attempt 2 went on from step 8, step 12")
     one(violations(replace(copied, stood_at={2: 16}), truth), "lost work: attempt 2 went on from")
     # what was committed was damaged between the two, and only what is whole counts
-    assert violations(replace(copied, stood_at={2: 8}), truth) == []
+    harmed = replace(copied, stood_at={2: 8}, is_harmed=True)
+    assert violations(harmed, truth) == []
+    one(violations(replace(harmed, is_harmed=False), truth), "lost work: attempt 2 went on from")
 
 
 def test_another_exit_code_is_seen(copied: Played, truth: Truth) -> None:
