@@ -233,8 +233,11 @@ def _valid(scenario: Scenario, up_s: Floats, begun: Integers) -> tuple[Integers,
     shared = np.where(shared > begun, shared, 0)
     if scenario.local is None:
         return shared, shared
-    on_node, _ = _last_before(scenario, np.maximum(up_s - scenario.local.persist_s, 0.0), begun)
-    return shared, on_node
+    last, _ = _last_before(scenario, np.maximum(up_s - scenario.local.persist_s, 0.0), begun)
+    # where both are due the shared one alone is written: nodes keep the step before it
+    is_shared = (last % every == 0) & (last > begun)
+    before = begun if every == 1 else last - 1
+    return shared, np.where(is_shared, before, last)
 
 
 def plain_useful_s(
@@ -265,7 +268,8 @@ def plain_useful_s(
             now_s += tier.blocking_s
             if saves_all and now_s + scenario.shared.persist_s <= end_s:
                 shared = at
-            if local is not None and now_s + local.persist_s <= end_s:
+            # where both are due the shared one alone is written: nodes keep nothing of it
+            if local is not None and not saves_all and now_s + local.persist_s <= end_s:
                 on_node = at
         if clock_s + gap_s >= horizon_s:
             return at * grid_s + min(max(end_s - now_s, 0.0), grid_s)
