@@ -81,6 +81,7 @@ def kinds(run: Run) -> Counter[str]:
     return Counter(str(record["kind"]) for record in read_incidents(run.folder))
 
 
+@pytest.mark.slow
 def test_a_batch_of_garbage_is_left_out_and_moves_nothing(make_run: MakeRun) -> None:
     spoilt = play(make_run("spoilt", steps=24), [GARBAGE.format(20)])
     assert spoilt.codes == (0,)
@@ -110,6 +111,7 @@ def test_two_bad_batches_in_a_row_are_left_out_and_a_third_is_trained_on(
     assert left_out(spoilt.run) == ("20:22",)
 
 
+@pytest.mark.slow
 def test_a_run_whose_moments_were_spoilt_goes_back_to_before_it_by_itself(
     make_run: MakeRun,
 ) -> None:

@@ -73,9 +73,9 @@ def test_documents_change_the_numbers(document_run: Run, reference: Curve) -> No
 @pytest.mark.parametrize(
     ("layout", "recompute"),
     [
-        (Layout(num_ranks=2, cp=2), Recompute()),
+        pytest.param(Layout(num_ranks=2, cp=2), Recompute(), marks=pytest.mark.slow),
         (Layout(num_ranks=2, tp=2, ep=2), Recompute()),
-        (Layout(num_ranks=2, pp=2), Recompute()),
+        pytest.param(Layout(num_ranks=2, pp=2), Recompute(), marks=pytest.mark.slow),
         (Layout(num_ranks=2, pp=2, vp=2), Recompute(kind="full")),
         (Layout(num_ranks=2, pp=2), Recompute(kind="full")),
         (Layout(num_ranks=2, cp=2), Recompute(kind="selective", modules=("core_attn",))),

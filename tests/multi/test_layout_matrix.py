@@ -68,7 +68,7 @@ def test_a_layout_of_two_ranks_is_the_model_of_one(
     assert verdict.verdict == "ok", verdict
 
 
-@pytest.mark.parametrize("side", ["gradients", "weights"])
+@pytest.mark.parametrize("side", ["gradients", pytest.param("weights", marks=pytest.mark.slow)])
 def test_one_tensor_that_is_off_is_named(
     side: str,
     asked: Verification,

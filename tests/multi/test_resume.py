@@ -38,7 +38,7 @@ def assert_goes_on(resumed: Curve, whole: Curve, *, saved: int = SAVED) -> None:
     [
         (Layout(num_ranks=2, ep=2), False),
         (Layout(num_ranks=2, pp=2), False),
-        (Layout(num_ranks=2, cp=2), False),
+        pytest.param(Layout(num_ranks=2, cp=2), False, marks=pytest.mark.slow),
         (Layout(num_ranks=2), True),
     ],
     ids=["ep2", "pp2 with MTP", "cp2", "dp2 in many buckets"],

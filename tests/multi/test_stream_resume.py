@@ -42,7 +42,8 @@ def whole(tiny_run: MakeRun, one_rank: object) -> Curve:
 
 
 @pytest.mark.parametrize(  # in a stage, at its end, in the next
-    "killed_after", [pytest.param(2, marks=pytest.mark.slow), 5, 6]
+    "killed_after",
+    [pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(6, marks=pytest.mark.slow)],
 )
 def test_one_rank_becomes_two_replicas_in_any_stage(
     killed_after: int, whole: Curve, tiny_run: MakeRun, one_rank: object, two_ranks: RankPool
