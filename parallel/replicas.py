@@ -112,11 +112,12 @@ def from_holders(values: Tensor, group: Any) -> Tensor:
     return torch.stack(gathered)
 
 
-def from_previous_replica(values: Tensor) -> Tensor:
-    """Return what the replica before this one gives, the last for the first.
+def from_replica_before(values: Tensor, *, shift: int) -> Tensor:
+    """Return what the replica `shift` before this one gives, the last ones for the first.
 
     Args:
         values: of one shape and dtype on all replicas.
+        shift: 1 <= shift < dp, the same on all.
 
     Collective over the data axis; ranks of the other axes keep their places.
     """
@@ -124,7 +125,7 @@ def from_previous_replica(values: Tensor) -> Tensor:
     ranks = torch.distributed.get_process_group_ranks(group)
     place = ranks.index(torch.distributed.get_rank())
     received, given = torch.empty_like(values), values.contiguous()
-    to, origin = ranks[(place + 1) % len(ranks)], ranks[place - 1]
+    to, origin = ranks[(place + shift) % len(ranks)], ranks[place - shift]
     for work in torch.distributed.batch_isend_irecv(
         [
             torch.distributed.P2POp(torch.distributed.isend, given, to, group),

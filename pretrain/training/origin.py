@@ -59,6 +59,11 @@ class Origin:
     what: str
 
     @property
+    def in_experts(self) -> bool:
+        """Whether it is the routed experts of a layer: they compute tokens of other replicas."""
+        return f"{_AS_ONE}." in f".{self.module}."
+
+    @property
     def text(self) -> str:
         """The same for people, as `rank 2 on node-7, output of decoder.layers.1.mlp.router`."""
         if self.place is None:
