@@ -24,7 +24,7 @@ from torch import Tensor
 from parallel.agreement import all_gather_json
 from parallel.digests import digest
 from parallel.reduce import max_over_all
-from parallel.replicas import from_holders, shared_buffers
+from parallel.replicas import holders_differ, shared_buffers
 from parallel.schedule import MicroBatch
 from pretrain.checkpoint.pieces import gather_weights
 from pretrain.monitor.incidents import this_node
@@ -103,8 +103,7 @@ class StateAudit:
             memory = (self._own_digest(weights) != self._kept).any()
         differ = torch.zeros((), dtype=torch.bool, device=device)
         if replicas:
-            for shared, own in zip(self._shared, weights, strict=True):
-                differ |= (from_holders(own, shared.group) != own).any()
+            differ = holders_differ(self._shared, [own.to(device) for own in weights])
         found = max_over_all(torch.stack([memory, differ]).to(torch.int32)).tolist()  # synchronises
         if found[0]:
             self._name_memory(bool(memory))
