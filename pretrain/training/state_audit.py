@@ -15,16 +15,17 @@ pass: its memory check covers what it owns, and replicas are compared once all h
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallel.agreement import all_gather_json
+from parallel.beats import Phase
 from parallel.digests import digest
 from parallel.reduce import max_over_all
-from parallel.replicas import holders_differ, shared_buffers
+from parallel.replicas import from_holders, holders_differ, shared_buffers
 from parallel.schedule import MicroBatch
 from pretrain.checkpoint.pieces import gather_weights
 from pretrain.monitor.incidents import this_node
@@ -36,14 +37,18 @@ from pretrain.training.trainer import Trainer
 class StateAudit:
     """Compares this rank's state with what it was, and with that of its replicas."""
 
-    def __init__(self, trainer: Trainer, *, record: Record) -> None:
+    def __init__(
+        self, trainer: Trainer, *, record: Record, enter: Callable[[Phase, int], None]
+    ) -> None:
         """Take the state of now as right.
 
         Args:
             trainer: whose state it is.
             record: told of what is wrong, on rank 0.
+            enter: told that a wrong replica is looked for; the run ends after that.
         """
         self._trainer = trainer
+        self._enter = enter
         self._config = trainer.run.recheck
         self._record = record
         self._overlaps = trainer.run.optimizer.overlap
@@ -117,15 +122,17 @@ class StateAudit:
         self._end("weights or moments changed between two updates", suspects, others)
 
     def _name_replica(self) -> None:
-        rows = [
-            [list(shared.ranks), [digest(shared.weight_shards(o)).tolist() for o in range(n)]]
-            for shared in self._shared
-            if (n := len(shared.ranks)) > 1
-        ]
-        said = all_gather_json([this_node(), rows])
-        wrong = wrong_holders([rows for _, rows in said], owners_are_right=self._kept is not None)
-        suspects = [(rank, said[rank][0]) for rank in sorted(wrong)]
-        others = [rank for rank in range(len(said)) if rank not in wrong]
+        self._enter("recheck", self._trainer.position.step)  # every shard is read once more
+        wrong: list[list[int]] = []  # buffer and owner of the shards that this rank holds wrongly
+        for number, shared in enumerate(self._shared):
+            if (num_holders := len(shared.ranks)) > 1:
+                own = torch.stack([digest(shared.weight_shards(o)) for o in range(num_holders)])
+                held = from_holders(own.to(self._trainer.device), shared.group).tolist()
+                found = wrong_shards(held, owners_are_right=self._kept is not None)
+                wrong += [[number, owner] for owner in found[shared.place]]
+        said = all_gather_json([this_node(), wrong])
+        suspects = [(rank, node) for rank, (node, wrong) in enumerate(said) if wrong]
+        others = [rank for rank, (_, wrong) in enumerate(said) if not wrong]
         self._end("replicas hold other weights than the rest", suspects, others)
 
     def _end(self, what: str, suspects: list[tuple[int, str]], others: list[int]) -> None:
@@ -154,28 +161,26 @@ def _states(optimizer: Any, *, masters: bool) -> Iterator[Tensor]:
                 yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def wrong_holders(said: Sequence[Sequence[Any]], *, owners_are_right: bool) -> set[int]:
-    """Return the ranks that hold a shard unlike others; with no reason to choose, all of them.
+def wrong_shards(
+    held: Sequence[Sequence[Sequence[int]]], *, owners_are_right: bool
+) -> list[list[int]]:
+    """Return of each holder the owners whose shards it holds unlike others.
+
+    Where there is no reason to choose, every holder of a shard is wrong.
 
     Args:
-        said: of each rank, for each of its buffers the ranks that hold it and the digest of each
-            shard on this rank; the shard of the same place in the list is the holder's own.
+        held: of each holder the digest of each owner's shard; holders and owners are the same
+            ranks in the same order.
         owners_are_right: whether each rank's own shard has been seen unchanged since its update.
     """
-    wrong: set[int] = set()
-    for rank, buffers in enumerate(said):
-        for number, (ranks, _) in enumerate(buffers):
-            if rank != ranks[0]:
-                continue  # one holder speaks for all
-            for place, owner in enumerate(ranks):
-                held = {r: tuple(said[r][number][1][place]) for r in ranks}
-                (value, count), *others = Counter(held.values()).most_common()
-                if not others:
-                    continue
-                if count * 2 <= len(ranks):
-                    if not owners_are_right:
-                        wrong.update(ranks)
-                        continue
-                    value = held[owner]
-                wrong.update(r for r in ranks if held[r] != value)
+    wrong: list[list[int]] = [[] for _ in held]
+    for owner in range(len(held)):
+        digests = [tuple(own[owner]) for own in held]
+        (value, count), *others = Counter(digests).most_common()
+        is_known = count * 2 > len(held)
+        if not is_known and owners_are_right:
+            value = digests[owner]
+        for holder, found in enumerate(digests):
+            if others and (found != value or not (is_known or owners_are_right)):
+                wrong[holder].append(owner)
     return wrong
