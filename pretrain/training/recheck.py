@@ -15,8 +15,9 @@ Nothing has moved for good when it is noticed, so the same step is computed agai
   the rank is named as a suspect, and when no more batches may be left out the run ends with 16.
 
 Every decision follows from numbers that are the same on all ranks, so all take the same branch.
-A finite step costs nothing. One that is computed again takes two to five times as long; the watch
-is told (phase `recheck`).
+A finite step costs nothing. One that is finite when it is computed again takes two passes, any
+other five (three where nobody is there to ask), two of them slow ones with hooks; the watch is told
+(phase `recheck`).
 """
 
 from collections.abc import Callable, Sequence
