@@ -1,11 +1,14 @@
 """Did a weight or a moment change that nobody has changed?
 
-Two looks at every step, before its update. *Memory*: digests of this rank's weights, masters and
+Two looks at a step, before its update. *Memory*: digests of this rank's weights, masters and
 moments, taken right after the update before, are what they were; else this rank's memory is wrong,
 whatever the number of replicas. *Replicas*: those that hold the same weights hold the same bits.
 Of three holders or more that differ the fewer are wrong; of two the owner of the shard is right,
-for its own memory has just been seen unchanged. The same is asked before every checkpoint, so
-that each is written of a state that was good.
+for its own memory has just been seen unchanged. Replicas are compared before every checkpoint, too,
+and memory where the update before it was looked at.
+
+The intervals of recheck_config.py are the share of the time that is covered: what flips after an
+update that is not looked at goes into the next one, and counts as right from then on.
 
 A weight that a rank holds for another owner may be wrong for a step only: the next gather brings
 the owner's. The gradients of that step are wrong all the same, and so it is not applied.
@@ -75,7 +78,7 @@ class StateAudit:
         return Verdict(result=result)
 
     def before_save(self) -> None:
-        """Let a checkpoint be written of a good state only; collective.
+        """Look at the state that a checkpoint is about to be written of; collective.
 
         Raises:
             SuspectDeviceError: on every rank, if the state is not what it should be.
