@@ -105,6 +105,31 @@ def _of_stages(buckets: Sequence[Any]) -> Iterator[tuple[int, int, int]]:
                 yield number, first, first + gradient.numel()
 
 
+def holders_differ(shared: Sequence[Shared], values: Sequence[Tensor]) -> Tensor:
+    """Return whether those that hold a buffer alike give unlike values for it, `[]` bool.
+
+    Args:
+        shared: this rank's buffers, one at least.
+        values: of each buffer, int64 of one shape, on the device of the groups.
+
+    Collective over the groups of holders: one reduction each, of as many bytes whatever their size,
+    and no synchronisation.
+    """
+    of_groups: dict[tuple[int, ...], list[int]] = {}  # holders -> numbers of their buffers
+    for number, one in enumerate(shared):
+        if len(one.ranks) > 1:
+            of_groups.setdefault(one.ranks, []).append(number)
+    differ = torch.zeros((), dtype=torch.bool, device=values[0].device)
+    for numbers in of_groups.values():
+        own = torch.stack([values[number] for number in numbers])
+        highest = torch.stack([own, ~own])  # the highest ~value is that of the lowest value
+        torch.distributed.all_reduce(
+            highest, op=torch.distributed.ReduceOp.MAX, group=shared[numbers[0]].group
+        )
+        differ |= (highest[0] != ~highest[1]).any()
+    return differ
+
+
 def from_holders(values: Tensor, group: Any) -> Tensor:
     """Return `values` of every rank of a group, `[holders, ...]`; collective over the group."""
     gathered = [torch.empty_like(values) for _ in range(group.size())]
@@ -112,11 +137,12 @@ def from_holders(values: Tensor, group: Any) -> Tensor:
     return torch.stack(gathered)
 
 
-def from_previous_replica(values: Tensor) -> Tensor:
-    """Return what the replica before this one gives, the last for the first.
+def from_replica_before(values: Tensor, *, shift: int) -> Tensor:
+    """Return what the replica `shift` before this one gives, the last ones for the first.
 
     Args:
         values: of one shape and dtype on all replicas.
+        shift: 1 <= shift < dp, the same on all.
 
     Collective over the data axis; ranks of the other axes keep their places.
     """
@@ -124,7 +150,7 @@ def from_previous_replica(values: Tensor) -> Tensor:
     ranks = torch.distributed.get_process_group_ranks(group)
     place = ranks.index(torch.distributed.get_rank())
     received, given = torch.empty_like(values), values.contiguous()
-    to, origin = ranks[(place + 1) % len(ranks)], ranks[place - 1]
+    to, origin = ranks[(place + shift) % len(ranks)], ranks[place - shift]
     for work in torch.distributed.batch_isend_irecv(
         [
             torch.distributed.P2POp(torch.distributed.isend, given, to, group),

@@ -51,7 +51,7 @@ def judges_of(
         mark = incident_mark(folder, attempt) if ends else None
         record_incident(folder, replace(incident, attempt=attempt), mark=mark)
 
-    audit = StateAudit(trainer, record=record)
+    audit = StateAudit(trainer, record=record, enter=enter)
     recheck = StepRecheck(trainer, record=record, enter=enter)
     sample = StepSample(trainer, record=record, enter=enter)
     spikes = SpikeJudge(trainer, attempt=attempt, why_lost=why_lost)

@@ -10,10 +10,12 @@ that compute one call together (tensor parallel: a sum is part of the call) may 
 all of them are named.
 
 The looks wait for the device each time and hold views of activations: not for a step that is meant
-to be fast.
+to be fast. They need 64 MiB at most beside the step; where a rank has no memory left for a look,
+it has not seen anything there.
 """
 
-from collections.abc import Generator, Sequence
+import logging
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +28,16 @@ from parallel.agreement import all_gather_json
 from parallel.groups import data_rank, stage_rank
 from pretrain.monitor.incidents import this_node
 
+log = logging.getLogger(__name__)
+
 Place = tuple[int, int, int, int, int]
 """(0 forward, 1 backward; micro-batch; stage; call; 0 in, 1 out), in the order of computation."""
 
 _AS_ONE = ".experts"
 """Children of these modules are not looked at: hooks there change how they are computed."""
+
+_LOOK_BYTES = 64 << 20
+"""Of a tensor that is looked at in one piece: isfinite makes copies of what it is given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +64,11 @@ class Origin:
     place: Place | None
     module: str
     what: str
+
+    @property
+    def in_experts(self) -> bool:
+        """Whether it is the routed experts of a layer: they compute tokens of other replicas."""
+        return f"{_AS_ONE}." in f".{self.module}."
 
     @property
     def text(self) -> str:
@@ -235,8 +247,36 @@ class _Gradient(torch.autograd.Function):
 
 
 def _is_finite(values: Any) -> bool:
+    """Return whether all numbers are; also where there is no memory left to look at them."""
+    try:
+        return _all_finite(values)
+    except torch.OutOfMemoryError:  # whoever reads these numbers next may see it
+        log.warning("no memory left to look at %s: not seen", _described(values))
+        return True
+
+
+def _all_finite(values: Any) -> bool:
     if isinstance(values, tuple | list):
-        return all(_is_finite(value) for value in values)
+        return all(_all_finite(value) for value in values)
     if isinstance(values, Tensor) and values.is_floating_point():
-        return bool(torch.isfinite(values.detach()).all())  # synchronises
+        values = values.detach()
+        if torch.isfinite(values.sum()):  # makes no copy; synchronises
+            return True
+        return all(bool(torch.isfinite(part).all()) for part in _parts(values))  # may overflow
     return True
+
+
+def _parts(values: Tensor) -> Iterator[Tensor]:
+    """Yield views of a tensor, of 64 MiB at most, that make up the whole."""
+    if values.numel() * values.element_size() <= _LOOK_BYTES:
+        yield values
+        return
+    longest = max(range(values.dim()), key=values.size)
+    for half in values.chunk(2, longest):
+        yield from _parts(half)
+
+
+def _described(values: Any) -> str:
+    if isinstance(values, tuple | list):
+        return ", ".join(_described(value) for value in values)
+    return f"{list(values.shape)} {values.dtype}" if isinstance(values, Tensor) else "no tensor"

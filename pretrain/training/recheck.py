@@ -9,16 +9,20 @@ Nothing has moved for good when it is noticed, so the same step is computed agai
   the device is wrong, the run ends with 16 and goes on from its newest checkpoint. The origin moves
   with the data: the batch is left out, an entry of the ledger that every later start follows, at
   most `recheck.max_left_out` times.
-- With one replica the two cannot be told apart: the batch is left out, the rank is named as a
-  suspect, and when no more batches may be left out the run ends with 16.
+- An expert computes the tokens of all replicas it exchanges tokens with. Where it is the origin,
+  the micro-batches move on so far that other holders of the same experts compute them.
+- With one replica, or one holder of an expert, the two cannot be told apart: the batch is left out,
+  the rank is named as a suspect, and when no more batches may be left out the run ends with 16.
 
 Every decision follows from numbers that are the same on all ranks, so all take the same branch.
-A finite step costs nothing. One that is computed again takes two to five times as long; the watch
-is told (phase `recheck`).
+A finite step costs nothing. One that is finite when it is computed again takes two passes, any
+other five (three where nobody is there to ask), two of them slow ones with hooks; the watch is told
+(phase `recheck`).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import lcm
 from typing import Literal
 
 import numpy as np
@@ -27,7 +31,8 @@ import torch
 from data.stream.slots import local_slots
 from parallel.beats import Phase
 from parallel.gradients import NonFiniteGradientError
-from parallel.replicas import from_previous_replica
+from parallel.layout import Layout
+from parallel.replicas import from_replica_before
 from parallel.schedule import MicroBatch
 from pretrain.training.origin import Origin, agree_on_origin, looking
 from pretrain.training.own_gradients import ranks_not_finite
@@ -95,13 +100,15 @@ class StepRecheck:
         if second.is_finite:
             return self._transient(first, second, seen)
         origin = self._origin_of(batches)
-        if self._trainer.run.layout.dp == 1:
-            return self._one_replica(second, origin)
-        replayed = self._origin_of(_of_previous_replica(batches))
+        layout = self._trainer.run.layout
+        shift = replay_shift(origin, layout)
+        if shift == 0:
+            return self._nobody_to_ask(second, origin)
+        replayed = self._origin_of(_of_another_replica(batches, shift=shift))
         third = self._again(batches)
         if third.is_finite:
             return self._transient(first, third, seen)
-        found = whose_fault(origin, replayed, replicas=self._trainer.run.layout.dp)
+        found = whose_fault(origin, replayed, replicas=layout.dp, shift=shift)
         if found == "device":
             self._suspect(origin, why=f"also with another replica's data ({replayed.text})")
         return self._leave_out(third, origin, found=found, replayed=replayed)
@@ -129,11 +136,14 @@ class StepRecheck:
         record_once(self._record, "transient", text, step=step, suspects=seen, detail=detail)
         return Verdict(result=again)
 
-    def _one_replica(self, result: StepResult, origin: Origin) -> Verdict:
+    def _nobody_to_ask(self, result: StepResult, origin: Origin) -> Verdict:
         if origin.ranks and self._num_left_out() >= self._trainer.run.recheck.max_left_out:
+            alone = (
+                "one replica" if self._trainer.run.layout.dp == 1 else "one holder of its experts"
+            )
             self._suspect(
                 origin,
-                why="with one replica its data cannot be given to another rank, and"
+                why=f"with {alone} its data cannot be given to another rank, and"
                 f" {self._num_left_out()} batches are left out already",
             )
         return self._leave_out(result, origin, found="not told apart", replayed=None)
@@ -194,6 +204,8 @@ class StepRecheck:
         is_known = origin.place is not None and (
             origin.place[0] == 0 or trainer.run.recompute.kind == "none"
         )
+        if origin.in_experts and trainer.run.layout.ep > 1:
+            return []  # tokens of every replica that exchanges tokens with this one
         if origin.place is None or not is_known or origin.place[1] < 0:
             return []
         segment = trainer.segment
@@ -211,31 +223,50 @@ class StepRecheck:
         return [[int(b), int(w)] for b, w in zip(found.bucket, found.window, strict=True)]
 
 
+def replay_shift(origin: Origin, layout: Layout) -> int:
+    """Return by how many replicas data move, that other ranks compute what the origin did.
+
+    Args:
+        origin: of a step that is not finite.
+        layout: of the run.
+
+    Returns:
+        1 for most modules. For experts the fewest replicas that fill whole groups of ranks which
+        exchange tokens. 0: there is no other rank to compute it.
+    """
+    shift = 1
+    if origin.in_experts:
+        replica_ranks = layout.tp * layout.cp  # of one stage
+        shift = lcm(replica_ranks, layout.etp * layout.ep) // replica_ranks
+    return shift if shift < layout.dp else 0
+
+
 def whose_fault(
-    origin: Origin, replayed: Origin, *, replicas: int
+    origin: Origin, replayed: Origin, *, replicas: int, shift: int
 ) -> Literal["device", "data", "not told apart"]:
     """Return what a step that is not finite is to be blamed on.
 
     Args:
         origin: of the step.
-        replayed: of the step where each replica has computed what the one before it had.
+        replayed: of the step where each replica has computed what the one `shift` before it had.
         replicas: how many there are, 2 or more.
+        shift: 1 <= shift < replicas.
     """
     stays = bool(set(origin.ranks) & set(replayed.ranks))
-    moved = {(replica + 1) % replicas for replica in origin.replicas}
+    moved = {(replica + shift) % replicas for replica in origin.replicas}
     moves = bool(origin.ranks) and set(replayed.replicas) == moved
     if stays == moves:  # both: every replica is wrong, with whatever data
         return "not told apart"
     return "device" if stays else "data"
 
 
-def _of_previous_replica(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """Return what the replica before this one computes, micro-batch by micro-batch; collective."""
+def _of_another_replica(batches: Sequence[MicroBatch], *, shift: int) -> list[MicroBatch]:
+    """Return what the replica `shift` before this one computes, in its order; collective."""
     fields: dict[str, torch.Tensor] = {}
     for name in ("tokens", "labels", "loss_mask", "domain_idx", "documents"):
         if getattr(batches[0], name) is not None:
             own = torch.stack([getattr(batch, name) for batch in batches])
-            fields[name] = from_previous_replica(own)
+            fields[name] = from_replica_before(own, shift=shift)
     return [
         replace(batch, **{name: values[number] for name, values in fields.items()})
         for number, batch in enumerate(batches)

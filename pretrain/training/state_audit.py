@@ -1,11 +1,14 @@
 """Did a weight or a moment change that nobody has changed?
 
-Two looks at every step, before its update. *Memory*: digests of this rank's weights, masters and
+Two looks at a step, before its update. *Memory*: digests of this rank's weights, masters and
 moments, taken right after the update before, are what they were; else this rank's memory is wrong,
 whatever the number of replicas. *Replicas*: those that hold the same weights hold the same bits.
 Of three holders or more that differ the fewer are wrong; of two the owner of the shard is right,
-for its own memory has just been seen unchanged. The same is asked before every checkpoint, so
-that each is written of a state that was good.
+for its own memory has just been seen unchanged. Replicas are compared before every checkpoint, too,
+and memory where the update before it was looked at.
+
+The intervals of recheck_config.py are the share of the time that is covered: what flips after an
+update that is not looked at goes into the next one, and counts as right from then on.
 
 A weight that a rank holds for another owner may be wrong for a step only: the next gather brings
 the owner's. The gradients of that step are wrong all the same, and so it is not applied.
@@ -15,16 +18,17 @@ pass: its memory check covers what it owns, and replicas are compared once all h
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallel.agreement import all_gather_json
+from parallel.beats import Phase
 from parallel.digests import digest
 from parallel.reduce import max_over_all
-from parallel.replicas import from_holders, shared_buffers
+from parallel.replicas import from_holders, holders_differ, shared_buffers
 from parallel.schedule import MicroBatch
 from pretrain.checkpoint.pieces import gather_weights
 from pretrain.monitor.incidents import this_node
@@ -36,14 +40,18 @@ from pretrain.training.trainer import Trainer
 class StateAudit:
     """Compares this rank's state with what it was, and with that of its replicas."""
 
-    def __init__(self, trainer: Trainer, *, record: Record) -> None:
+    def __init__(
+        self, trainer: Trainer, *, record: Record, enter: Callable[[Phase, int], None]
+    ) -> None:
         """Take the state of now as right.
 
         Args:
             trainer: whose state it is.
             record: told of what is wrong, on rank 0.
+            enter: told that a wrong replica is looked for; the run ends after that.
         """
         self._trainer = trainer
+        self._enter = enter
         self._config = trainer.run.recheck
         self._record = record
         self._overlaps = trainer.run.optimizer.overlap
@@ -70,7 +78,7 @@ class StateAudit:
         return Verdict(result=result)
 
     def before_save(self) -> None:
-        """Let a checkpoint be written of a good state only; collective.
+        """Look at the state that a checkpoint is about to be written of; collective.
 
         Raises:
             SuspectDeviceError: on every rank, if the state is not what it should be.
@@ -103,8 +111,7 @@ class StateAudit:
             memory = (self._own_digest(weights) != self._kept).any()
         differ = torch.zeros((), dtype=torch.bool, device=device)
         if replicas:
-            for shared, own in zip(self._shared, weights, strict=True):
-                differ |= (from_holders(own, shared.group) != own).any()
+            differ = holders_differ(self._shared, [own.to(device) for own in weights])
         found = max_over_all(torch.stack([memory, differ]).to(torch.int32)).tolist()  # synchronises
         if found[0]:
             self._name_memory(bool(memory))
@@ -118,15 +125,17 @@ class StateAudit:
         self._end("weights or moments changed between two updates", suspects, others)
 
     def _name_replica(self) -> None:
-        rows = [
-            [list(shared.ranks), [digest(shared.weight_shards(o)).tolist() for o in range(n)]]
-            for shared in self._shared
-            if (n := len(shared.ranks)) > 1
-        ]
-        said = all_gather_json([this_node(), rows])
-        wrong = wrong_holders([rows for _, rows in said], owners_are_right=self._kept is not None)
-        suspects = [(rank, said[rank][0]) for rank in sorted(wrong)]
-        others = [rank for rank in range(len(said)) if rank not in wrong]
+        self._enter("recheck", self._trainer.position.step)  # every shard is read once more
+        wrong: list[list[int]] = []  # buffer and owner of the shards that this rank holds wrongly
+        for number, shared in enumerate(self._shared):
+            if (num_holders := len(shared.ranks)) > 1:
+                own = torch.stack([digest(shared.weight_shards(o)) for o in range(num_holders)])
+                held = from_holders(own.to(self._trainer.device), shared.group).tolist()
+                found = wrong_shards(held, owners_are_right=self._kept is not None)
+                wrong += [[number, owner] for owner in found[shared.place]]
+        said = all_gather_json([this_node(), wrong])
+        suspects = [(rank, node) for rank, (node, wrong) in enumerate(said) if wrong]
+        others = [rank for rank, (_, wrong) in enumerate(said) if not wrong]
         self._end("replicas hold other weights than the rest", suspects, others)
 
     def _end(self, what: str, suspects: list[tuple[int, str]], others: list[int]) -> None:
@@ -155,28 +164,26 @@ def _states(optimizer: Any, *, masters: bool) -> Iterator[Tensor]:
                 yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
-def wrong_holders(said: Sequence[Sequence[Any]], *, owners_are_right: bool) -> set[int]:
-    """Return the ranks that hold a shard unlike others; with no reason to choose, all of them.
+def wrong_shards(
+    held: Sequence[Sequence[Sequence[int]]], *, owners_are_right: bool
+) -> list[list[int]]:
+    """Return of each holder the owners whose shards it holds unlike others.
+
+    Where there is no reason to choose, every holder of a shard is wrong.
 
     Args:
-        said: of each rank, for each of its buffers the ranks that hold it and the digest of each
-            shard on this rank; the shard of the same place in the list is the holder's own.
+        held: of each holder the digest of each owner's shard; holders and owners are the same
+            ranks in the same order.
         owners_are_right: whether each rank's own shard has been seen unchanged since its update.
     """
-    wrong: set[int] = set()
-    for rank, buffers in enumerate(said):
-        for number, (ranks, _) in enumerate(buffers):
-            if rank != ranks[0]:
-                continue  # one holder speaks for all
-            for place, owner in enumerate(ranks):
-                held = {r: tuple(said[r][number][1][place]) for r in ranks}
-                (value, count), *others = Counter(held.values()).most_common()
-                if not others:
-                    continue
-                if count * 2 <= len(ranks):
-                    if not owners_are_right:
-                        wrong.update(ranks)
-                        continue
-                    value = held[owner]
-                wrong.update(r for r in ranks if held[r] != value)
+    wrong: list[list[int]] = [[] for _ in held]
+    for owner in range(len(held)):
+        digests = [tuple(own[owner]) for own in held]
+        (value, count), *others = Counter(digests).most_common()
+        is_known = count * 2 > len(held)
+        if not is_known and owners_are_right:
+            value = digests[owner]
+        for holder, found in enumerate(digests):
+            if others and (found != value or not (is_known or owners_are_right)):
+                wrong[holder].append(owner)
     return wrong

@@ -70,7 +70,7 @@ def _judged(run: Run, *, num_steps: int) -> Judged:
 
     def enter(_phase: str, _step: int) -> None: ...
 
-    audit = StateAudit(trainer, record=incidents.append)
+    audit = StateAudit(trainer, record=incidents.append, enter=enter)
 
     def monitor(result: StepResult, _: int) -> None:
         audit.after_update()

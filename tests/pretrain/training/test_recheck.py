@@ -1,7 +1,9 @@
 """A step that is no number: once, on one device, in the data. Each is told from the others."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +12,17 @@ import torch
 from data.stream.loader import BatchReader, Reading, Share
 from parallel.layout import Layout
 from parallel.spawn import RankPool
+from pretrain.model.precision import Precision
+from pretrain.training import recheck
 from pretrain.training.change import Change
 from pretrain.training.corpus import open_run_corpus
 from pretrain.training.model_failpoints import fingerprint
 from pretrain.training.origin import Origin, first_of
-from pretrain.training.recheck import whose_fault
+from pretrain.training.recheck import StepRecheck, replay_shift, whose_fault
 from pretrain.training.recheck_config import Recheck
 from pretrain.training.run import Run
+from pretrain.training.suspicion import SuspectDeviceError
+from pretrain.training.train_step import StepResult
 from tests.pretrain.training.judged_steps import Judged, judged_steps
 
 MakeRun = Callable[..., Run]
@@ -202,7 +208,109 @@ def origin(*ranks: int, replicas: tuple[int, ...]) -> Origin:
     ],
 )
 def test_the_device_stays_and_the_data_move(before: Origin, after: Origin, found: str) -> None:
-    assert whose_fault(before, after, replicas=4) == found
+    assert whose_fault(before, after, replicas=4, shift=1) == found
+
+
+def of_experts(rank: int) -> Origin:
+    place = (0, 0, 0, 5, 1)
+    found = origin(rank, replicas=(rank,))
+    return replace(found, module="decoder.layers.1.mlp.experts", place=place, what="output")
+
+
+@pytest.mark.parametrize(
+    ("layout", "shift"),
+    [
+        (Layout(num_ranks=8, ep=4), 4),
+        (Layout(num_ranks=8, ep=8), 0),  # one holder of each expert
+        (Layout(num_ranks=8, tp=2, etp=2, ep=2), 2),
+        (Layout(num_ranks=8, tp=2, ep=2), 1),  # tokens stay within their replica
+        (Layout(num_ranks=16, cp=2, ep=4, pp=2), 2),
+        (Layout(num_ranks=4), 1),
+        (Layout(num_ranks=1), 0),
+    ],
+)
+def test_tokens_of_wrong_experts_move_to_other_holders_of_the_same_ones(
+    layout: Layout, shift: int
+) -> None:
+    """Within a stage a replica is a row of ranks, and so are those that exchange tokens."""
+    assert replay_shift(of_experts(0), layout) == shift
+    replica_ranks, group_ranks = layout.tp * layout.cp, layout.etp * layout.ep
+    in_stage = layout.num_ranks // layout.pp
+    for rank in range(in_stage if shift else 0):
+        moved = (rank + shift * replica_ranks) % in_stage
+        assert moved // group_ranks != rank // group_ranks
+        assert moved % group_ranks == rank % group_ranks or group_ranks <= replica_ranks
+
+
+def test_other_modules_than_routed_experts_need_the_next_replica_only() -> None:
+    layout = Layout(num_ranks=8, ep=4)
+    for module in ("decoder.layers.1.mlp.router", "decoder.layers.1.mlp.shared_experts.linear_fc1"):
+        assert replay_shift(replace(of_experts(0), module=module), layout) == 1
+
+
+class Scripted(StepRecheck):
+    """A recheck of steps that are never finite, with origins that are known before."""
+
+    def __init__(
+        self, layout: Layout, origins: list[Origin], record: list[Any], left_out: int = 0
+    ) -> None:
+        run = SimpleNamespace(
+            layout=layout,
+            precision=Precision(kind="fp32"),
+            recheck=Recheck(max_left_out=1),
+            recompute=SimpleNamespace(kind="none"),
+        )
+        trainer: Any = SimpleNamespace(
+            run=run,
+            chunks=[],
+            batch=7,
+            position=SimpleNamespace(step=7),
+            ledger=SimpleNamespace(entries=[SimpleNamespace(reason=recheck.REASON)] * left_out),
+            measure=lambda _: NOT_FINITE,
+            step_state=SimpleNamespace(restore=lambda: None),
+        )
+        super().__init__(trainer, record=record.append, enter=lambda _phase, _step: None)
+        self._origins = origins
+
+    def _origin_of(self, batches: Any) -> Origin:
+        return self._origins.pop(0)
+
+
+NOT_FINITE = StepResult(loss=float("nan"), gradient_norm=float("nan"), lr=1e-4)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one process judge as if it were all ranks."""
+    monkeypatch.setattr(recheck, "ranks_not_finite", lambda *_, **__: [])
+    monkeypatch.setattr(recheck, "_of_another_replica", lambda batches, **_: batches)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_batch_that_breaks_an_expert_wherever_it_goes_is_left_out() -> None:
+    record: list[Any] = []
+    verdict = Scripted(Layout(num_ranks=4, ep=2), [of_experts(1), of_experts(3)], record)(
+        [], NOT_FINITE
+    )
+    assert verdict.leave_out
+    (incident,) = record
+    assert (incident.kind, incident.rank, incident.detail["found"]) == ("non_finite", None, "data")
+    assert incident.detail["windows"] == []  # tokens of two replicas
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_expert_with_one_holder_is_a_suspect_and_its_batch_is_left_out() -> None:
+    """No second pass could tell: the same rank would compute the same tokens."""
+    record: list[Any] = []
+    judge = Scripted(Layout(num_ranks=2, ep=2), [of_experts(1)], record)
+    assert judge([], NOT_FINITE).leave_out
+    (incident,) = record
+    assert (incident.kind, incident.rank) == ("non_finite", 1)
+    assert incident.detail["found"] == "not told apart"
+    again = Scripted(Layout(num_ranks=2, ep=2), [of_experts(1)], record, left_out=1)
+    with pytest.raises(SuspectDeviceError, match="one holder of its experts"):
+        again([], NOT_FINITE)
 
 
 def test_the_first_look_of_all_ranks_is_the_origin() -> None:

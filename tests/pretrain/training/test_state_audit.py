@@ -2,15 +2,21 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from parallel.layout import Layout
+from parallel.replicas import Shared
 from parallel.spawn import RankPool
+from pretrain.training import state_audit
 from pretrain.training.recheck_config import Recheck
 from pretrain.training.run import Run
-from pretrain.training.state_audit import wrong_holders
+from pretrain.training.state_audit import StateAudit, wrong_shards
+from pretrain.training.suspicion import SuspectDeviceError
+from pretrain.training.train_step import StepResult
 from tests.pretrain.training.judged_steps import Judged, judged_steps
 
 MakeRun = Callable[..., Run]
@@ -82,18 +88,72 @@ def test_replicas_are_compared_every_so_many_steps_and_before_a_save(
     assert [rank for rank, _ in suspects] == [0, 1]
 
 
-def held(*digests: list[int]) -> list[Any]:
-    """Return what ranks say that hold one buffer: the digest of each shard on each."""
-    ranks = list(range(len(digests)))
-    return [[[ranks, [[digest, digest] for digest in own]]] for own in digests]
+def held(*holders: list[int]) -> list[list[list[int]]]:
+    """Return what holders of one buffer have: the digest of each owner's shard on each."""
+    return [[[digest, digest] for digest in own] for own in holders]
 
 
 def test_of_three_holders_the_fewer_are_wrong_and_of_two_the_owner_is_right() -> None:
     three = held([1, 2, 3], [1, 2, 9], [1, 2, 3])
-    assert wrong_holders(three, owners_are_right=False) == {1}
+    assert wrong_shards(three, owners_are_right=False) == [[], [2], []]
     owner_is_wrong = held([9, 2, 3], [1, 2, 3], [1, 2, 3])
-    assert wrong_holders(owner_is_wrong, owners_are_right=True) == {0}
+    assert wrong_shards(owner_is_wrong, owners_are_right=True) == [[0], [], []]
     two = held([1, 2], [1, 9])
-    assert wrong_holders(two, owners_are_right=False) == {0, 1}
-    assert wrong_holders(two, owners_are_right=True) == {0}  # shard 1 is rank 1's own
-    assert wrong_holders(held([1, 2], [1, 2]), owners_are_right=False) == set()
+    assert wrong_shards(two, owners_are_right=False) == [[1], [1]]
+    assert wrong_shards(two, owners_are_right=True) == [[1], []]  # shard 1 is rank 1's own
+    assert wrong_shards(held([1, 2], [1, 2]), owners_are_right=False) == [[], []]
+
+
+def test_of_many_holders_only_what_is_wrong_goes_through_the_first_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their digests stay within the group; the watch is told before they are made."""
+    num_holders, wrong = 64, 5
+    shared = Shared(
+        weights=(torch.arange(num_holders * 8, dtype=torch.float32),),
+        gradients=(),
+        ranks=tuple(range(num_holders)),
+        place=wrong,
+        group=None,
+        of_experts=False,
+        of_stages=(),
+    )
+    phases: list[tuple[str, int]] = []
+
+    def from_holders(own: torch.Tensor, _group: Any) -> torch.Tensor:
+        assert own.shape == (num_holders, 2)
+        assert phases == [("recheck", 3)]
+        everyone = own.repeat(num_holders, 1, 1)
+        everyone[wrong, 9] += 1
+        return everyone
+
+    sent: list[Any] = []
+
+    def all_gather_json(value: Any) -> list[Any]:
+        sent.append(value)
+        return [["here", []]] * wrong + [value] + [["here", []]] * (num_holders - wrong - 1)
+
+    monkeypatch.setattr(state_audit, "shared_buffers", lambda _: [shared])
+    monkeypatch.setattr(state_audit, "from_holders", from_holders)
+    monkeypatch.setattr(state_audit, "all_gather_json", all_gather_json)
+    monkeypatch.setattr(state_audit, "max_over_all", lambda values: values)
+    monkeypatch.setattr(state_audit, "holders_differ", lambda *_: torch.tensor(True))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    trainer: Any = SimpleNamespace(
+        run=SimpleNamespace(
+            recheck=Recheck(memory_interval_steps=0),
+            optimizer=SimpleNamespace(overlap=False),
+            precision=SimpleNamespace(is_low=False),
+        ),
+        chunks=[],
+        device=torch.device("cpu"),
+        position=SimpleNamespace(step=3),
+    )
+    record: list[Any] = []
+    audit = StateAudit(
+        trainer, record=record.append, enter=lambda phase, step: phases.append((phase, step))
+    )
+    with pytest.raises(SuspectDeviceError):
+        audit([], StepResult(loss=1.0, gradient_norm=1.0, lr=1e-4))
+    assert [one[1] for one in sent] == [[[0, 9]]]
+    assert record[0].rank == wrong
