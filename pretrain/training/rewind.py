@@ -6,7 +6,7 @@ first; the ledger gets its entry; the incident is written; a mark says that it i
 these may be done twice, and a start that finds a record without its mark does all of them: the
 rest of a rewind never depends on who began it. Until the ledger is written the newest checkpoint
 and the ledger fit each other at every point, so that a start's own checks have nothing to refuse.
-Rank 0 alone calls what writes. No torch but below `retention`.
+Rank 0 alone calls what writes. No torch: `start.py` reads the records.
 """
 
 import json
@@ -18,8 +18,8 @@ from typing import Any
 from data.indexed.atomic import write_bytes
 from data.stream.ledger import Entry, Ledger, read_ledger, write_ledger
 from parallel.failpoints import failpoint
+from pretrain.checkpoint.aside import set_aside
 from pretrain.checkpoint.manifest import list_checkpoints, read_manifest, sync_folder
-from pretrain.checkpoint.retention import set_aside
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.training.corpus import LEDGER_NAME
 from pretrain.training.recovery import Recovery
