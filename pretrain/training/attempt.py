@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from data.indexed.format import DataError
 from parallel.agreement import from_first_rank
 from pretrain.checkpoint.environment import running_versions
 from pretrain.checkpoint.lease import (
@@ -26,13 +27,14 @@ from pretrain.checkpoint.lease import (
     read_attempts,
     take_lease,
 )
-from pretrain.checkpoint.manifest import list_checkpoints
+from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
 from pretrain.checkpoint.retention import remove_debris
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.monitor.secrets import scrub
 from pretrain.training.exit_file import (
     DO_NOT_REQUEUE,
     FINISHED,
+    INFRASTRUCTURE,
     INTERRUPTED,
     WRONG_INPUT,
     clear_exit,
@@ -42,6 +44,7 @@ from pretrain.training.run import Run, as_json
 
 log = logging.getLogger(__name__)
 
+_UNREADABLE = (ValueError, DataError, CheckpointError)
 _REGULAR_ENDS = (FINISHED, INTERRUPTED, WRONG_INPUT)
 
 
@@ -87,6 +90,7 @@ def begin_attempt(run: Run) -> RunAttempt:
         HeldError: on every rank: another job holds it.
         LeaseError: on every rank: the last starts got nowhere.
         OSError: on every rank: the file system refuses.
+        CheckpointError: on every rank: what the run says of its rewinds cannot be read or done.
     """
     said: dict[str, Any] = {}
     lease: Lease | None = None
@@ -100,6 +104,8 @@ def begin_attempt(run: Run) -> RunAttempt:
             said = {"refused": str(error)}
         except OSError as error:
             said = {"failed": f"{run.folder}: {error}"}
+        except _UNREADABLE as error:
+            said = {"wrong": f"{run.folder} cannot be gone on with: {error}"}
     said = from_first_rank(said)
     if "held" in said:
         raise HeldError(said["held"])
@@ -107,24 +113,33 @@ def begin_attempt(run: Run) -> RunAttempt:
         raise LeaseError(said["refused"])
     if "failed" in said:
         raise OSError(said["failed"])
+    if "wrong" in said:
+        raise CheckpointError(said["wrong"])
     return RunAttempt(number=said["number"], lease=lease)
 
 
 def _claim(run: Run) -> Lease:
+    """Return the run's lease, with the folder as a start may find it; given back if that fails."""
     digest = _digest(run)
     lease = take_lease(run.folder, lease_s=run.restarts.lease_s, digest=digest)
+    codes: dict[type[Exception], int] = {LeaseError: DO_NOT_REQUEUE, OSError: INFRASTRUCTURE}
+    try:
+        _make_ready(run, lease, digest=digest)
+    except (LeaseError, OSError, *_UNREADABLE) as error:
+        code = next((c for kind, c in codes.items() if isinstance(error, kind)), WRONG_INPUT)
+        RunAttempt(number=lease.number, lease=lease).end(code=code, reason=str(error))
+        raise
+    return lease
+
+
+def _make_ready(run: Run, lease: Lease, *, digest: str) -> None:
     before = read_attempts(run.folder)[:-1]
     if before and before[-1].code is None:
         _record_silent_end(run, before[-1])
-    try:
-        _refuse_without_progress(run, before, digest=digest)
-    except LeaseError as error:
-        lease.end(code=DO_NOT_REQUEUE, reason=str(error))
-        raise
+    _refuse_without_progress(run, before, digest=digest)
     clear_exit(run.folder)
     remove_debris(run.folder / "checkpoints", below=f"{lease.number:08d}")
     finish_rewinds(run.folder)
-    return lease
 
 
 def _digest(run: Run) -> str:

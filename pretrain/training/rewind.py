@@ -19,7 +19,12 @@ from data.indexed.atomic import write_bytes
 from data.stream.ledger import Entry, Ledger, read_ledger, write_ledger
 from parallel.failpoints import failpoint
 from pretrain.checkpoint.aside import set_aside
-from pretrain.checkpoint.manifest import list_checkpoints, read_manifest, sync_folder
+from pretrain.checkpoint.manifest import (
+    CheckpointError,
+    list_checkpoints,
+    read_manifest,
+    sync_folder,
+)
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.training.corpus import LEDGER_NAME
 from pretrain.training.recovery import Recovery
@@ -177,6 +182,8 @@ def finish_rewinds(folder: Path) -> None:
     Raises:
         OSError: if storage refuses; the next start goes on with it.
         ValueError: if a record cannot be read.
+        DataError: if the run's ledger cannot be read, or does not take the entries.
+        CheckpointError: if there is no ledger, and no checkpoint to go back to that has it.
     """
     for rewind in read_rewinds(folder):
         if not _path(folder, rewind.number).with_suffix(".done").exists():
@@ -220,6 +227,12 @@ def _ledger(folder: Path, rewind: Rewind) -> Ledger:
     if path.is_file():
         return read_ledger(path)
     kept = {step_of(path): path for path in list_checkpoints(folder / "checkpoints")}
+    if rewind.to_step not in kept:
+        raise CheckpointError(
+            f"rewind {rewind.number} of {folder} goes back to step {rewind.to_step}, but there is"
+            f" neither {LEDGER_NAME} nor a checkpoint of that step (there are {sorted(kept)}):"
+            " restore one of them"
+        )
     manifest = read_manifest(kept[rewind.to_step])
     return Ledger.from_json(manifest.ledger, source=str(kept[rewind.to_step]))
 

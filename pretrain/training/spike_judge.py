@@ -7,6 +7,7 @@ by an entry of the ledger after the run was started again.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,12 +47,14 @@ class SpikeJudge:
             trainer: whose steps are judged.
             attempt: number of this start.
             why_lost: asked on rank 0 before a rewind: who has taken the run over, or "".
+
+        Raises:
+            OSError: on every rank, if the rewinds of the run cannot be read.
         """
         self._trainer = trainer
         self._attempt = attempt
         self._why_lost = why_lost
-        folder = trainer.run.folder
-        self._num_rewinds = int(from_first_rank(len(read_rewinds(folder))))
+        self._num_rewinds = _num_rewinds(trainer.run.folder)
 
     def __call__(self, batches: Sequence[MicroBatch], result: StepResult) -> Verdict:
         """Return what becomes of a step; collective.
@@ -108,9 +111,9 @@ class SpikeJudge:
 
     def _decide(self, seen: Seen) -> dict[str, str]:
         trainer, folder = self._trainer, self._trainer.run.folder
-        if lost := self._why_lost():
-            return {"held": lost}
         try:
+            if lost := self._why_lost():
+                return {"held": lost}
             rewind = plan_rewind(
                 trainer.run.recovery,
                 trainer.ledger,
@@ -151,3 +154,17 @@ class SpikeJudge:
         )
         mark = spike_mark(folder, what=what, number=number, num_rewinds=self._num_rewinds)
         record_incident(folder, incident, mark=mark)
+
+
+def _num_rewinds(folder: Path) -> int:
+    """Return how often a run has gone back, as rank 0 reads it; collective."""
+    said: list[int | str] = [0, ""]
+    if torch.distributed.get_rank() == 0:
+        try:
+            said[0] = len(read_rewinds(folder))
+        except (OSError, ValueError) as error:
+            said[1] = f"{folder}: {error}"
+    number, failed = from_first_rank(said)
+    if failed:
+        raise OSError(failed)
+    return int(number)

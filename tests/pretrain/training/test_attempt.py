@@ -1,4 +1,4 @@
-"""Is a start that set the run back taken for one that got nowhere?"""
+"""Is a start the only one, worth making, and told from one that got nowhere?"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint.lease import LeaseError
+from pretrain.checkpoint.lease import LeaseError, read_attempts
+from pretrain.checkpoint.manifest import CheckpointError
 from pretrain.training.attempt import begin_attempt
+from pretrain.training.exit_file import WRONG_INPUT
 from pretrain.training.restarts import Restarts
 from pretrain.training.rewind import Rewind, begin_rewind
 from pretrain.training.run import Run
@@ -51,3 +53,15 @@ def test_a_start_that_set_the_run_back_was_not_in_vain(
     set_back(run, attempt=start_in_vain(run))
     assert start_in_vain(run) == 3
     assert len(done) == 3  # each start first finishes what was begun
+
+
+def test_a_record_that_cannot_be_read_gives_the_lease_back_and_ends_every_rank(run: Run) -> None:
+    path = run.folder / "recovery" / "rewind_0001.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"rewind_0001\.json cannot be read"):
+        begin_attempt(run)
+    (attempt,) = read_attempts(run.folder)
+    assert attempt.code == WRONG_INPUT
+    path.unlink()
+    start_in_vain(run)  # at once: nobody holds the run
