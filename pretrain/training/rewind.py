@@ -31,6 +31,11 @@ from pretrain.training.recovery import Recovery
 
 FOLDER_NAME = "recovery"
 _SLOW_FROM = 3
+_MOST_IN_ONE_PLACE = 4
+_MOST_GROWTH = 4
+"""A row of rewinds in one place leaves out 1, 2, 4 and 4 times `recovery.max_skipped_batches`."""
+_MOST_OF_THE_RUN = 0.2
+"""Our choice: a run without a fifth of its text is another run; batches are not to blame then."""
 _FACTOR = 0.5
 """OPT-175B went on after divergences with lower rates (arXiv 2205.01068, section 2.5)."""
 
@@ -105,9 +110,11 @@ def plan_rewind(
         attempt: number of this start.
 
     Raises:
-        NoWayBackError: if the run has gone back too often, or no checkpoint is older than the
-            onset.
+        NoWayBackError: if the run has gone back too often, altogether or in this place, or its
+            rewinds have left out too much; if no checkpoint is older than the onset, or nothing of
+            the run would be left.
     """
+    num_batches = ledger.timetable().num_batches
     if len(before) >= recovery.max_rewinds:
         raise NoWayBackError(
             f"the loss diverges from step {onset_step} on, and the run has gone back"
@@ -123,11 +130,19 @@ def plan_rewind(
         )
     wanted = onset_step - recovery.margin_steps
     to_step = max((saved for saved in old if saved <= wanted), default=old[0])
-    times = 1 + sum(1 for _ in _in_the_same_place(recovery, before, onset_step=onset_step))
+    times = 1 + len(_in_the_same_place(recovery, before, onset_step=onset_step))
+    _refuse_too_many(before, onset_step=onset_step, times=times, num_batches=num_batches)
     first = ledger.batch_of(max(wanted, to_step))
     stop = ledger.batch_of(step) + 1 + recovery.margin_steps
-    length = min(stop - first, recovery.max_skipped_batches) * 2 ** (times - 1)
-    length = min(length, ledger.timetable().num_batches - first)
+    growth = min(2 ** (times - 1), _MOST_GROWTH)
+    length = max(1, min(stop - first, recovery.max_skipped_batches) * growth)
+    if first + length >= num_batches:
+        raise NoWayBackError(
+            f"the loss diverges from step {onset_step} on, and without the batches {first} to"
+            f" {first + length - 1} nothing of the run's {num_batches} would be left to train on:"
+            " it needs a person. Lower recovery.margin_steps or recovery.max_skipped_batches, or"
+            " optimizer.lr with change.allow"
+        )
     return Rewind(
         number=len(before) + 1,
         attempt=attempt,
@@ -136,9 +151,32 @@ def plan_rewind(
         to_step=to_step,
         times=times,
         first_batch=first,
-        num_batches=max(1, length),
+        num_batches=length,
         slow_batches=recovery.slow_batches if times >= _SLOW_FROM else 0,
     )
+
+
+def _refuse_too_many(
+    before: Sequence[Rewind], *, onset_step: int, times: int, num_batches: int
+) -> None:
+    """Refuse a rewind where the ones before have shown that batches are not the reason.
+
+    Raises:
+        NoWayBackError: names what was given and what is allowed.
+    """
+    if times > _MOST_IN_ONE_PLACE:
+        raise NoWayBackError(
+            f"the loss diverges from step {onset_step} on, and the run has gone back {times - 1}"
+            f" times from there; {_MOST_IN_ONE_PLACE} rewinds in one place are allowed: it needs a"
+            " person. Lower optimizer.lr with change.allow"
+        )
+    gone = {b for r in before for b in range(r.first_batch, r.first_batch + r.num_batches)}
+    if len(gone) > _MOST_OF_THE_RUN * num_batches:
+        raise NoWayBackError(
+            f"the loss diverges from step {onset_step} on, and rewinds have left out {len(gone)} of"
+            f" the run's {num_batches} batches, {int(_MOST_OF_THE_RUN * num_batches)} are allowed:"
+            " it needs a person. Lower optimizer.lr with change.allow, or begin a new run"
+        )
 
 
 def _in_the_same_place(
