@@ -14,6 +14,7 @@ import torch
 
 from data.indexed.format import DataError
 from parallel.agreement import from_first_rank
+from parallel.beats import Phase
 from parallel.schedule import MicroBatch
 from pretrain.checkpoint.lease import HeldError, incident_mark
 from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
@@ -29,6 +30,7 @@ from pretrain.training.rewind import (
     spike_mark,
     step_of,
 )
+from pretrain.training.saves import wait_for_save
 from pretrain.training.train_step import StepResult, Verdict
 from pretrain.training.trainer import Trainer
 
@@ -40,13 +42,21 @@ class RewoundError(RuntimeError):
 class SpikeJudge:
     """Answers the spikes of a run; each rank has one."""
 
-    def __init__(self, trainer: Trainer, *, attempt: int, why_lost: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        attempt: int,
+        why_lost: Callable[[], str],
+        enter: Callable[[Phase, int], None],
+    ) -> None:
         """Look up how often the run has gone back; collective.
 
         Args:
             trainer: whose steps are judged.
             attempt: number of this start.
             why_lost: asked on rank 0 before a rewind: who has taken the run over, or "".
+            enter: told that the run goes back, and that a save is waited for.
 
         Raises:
             OSError: on every rank, if the rewinds of the run cannot be read.
@@ -54,6 +64,7 @@ class SpikeJudge:
         self._trainer = trainer
         self._attempt = attempt
         self._why_lost = why_lost
+        self._enter = enter
         self._num_rewinds = _num_rewinds(trainer.run.folder)
 
     def __call__(self, batches: Sequence[MicroBatch], result: StepResult) -> Verdict:
@@ -98,7 +109,9 @@ class SpikeJudge:
         Raises:
             as __call__; it never returns.
         """
-        self._trainer.saver.wait()  # a checkpoint that commits later would be the newest
+        # a checkpoint that commits later would be the newest
+        wait_for_save(self._trainer, enter=self._enter)
+        self._enter("recheck", self._trainer.position.step)  # a slow phase, of files
         said: dict[str, str] = {}
         if torch.distributed.get_rank() == 0:
             said = self._decide(seen)
