@@ -10,6 +10,8 @@ Rank 0 alone calls what writes. No torch: `start.py` reads the records.
 """
 
 import json
+import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ from pretrain.checkpoint.manifest import (
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.training.corpus import LEDGER_NAME
 from pretrain.training.recovery import Recovery
+
+log = logging.getLogger(__name__)
 
 FOLDER_NAME = "recovery"
 _SLOW_FROM = 3
@@ -198,6 +202,8 @@ def _in_the_same_place(
 def begin_rewind(folder: Path, rewind: Rewind) -> None:
     """Decide on a rewind: from now on every start of the run finishes it first.
 
+    What earlier rewinds have set aside is removed: nobody has asked for it since.
+
     Args:
         folder: the run's.
         rewind: what `plan_rewind` gave.
@@ -205,10 +211,22 @@ def begin_rewind(folder: Path, rewind: Rewind) -> None:
     Raises:
         OSError: if it could not be written; then nothing has begun.
     """
+    _remove_rewound(folder / "checkpoints")
     path = _path(folder, rewind.number)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, (json.dumps(asdict(rewind)) + "\n").encode())
     failpoint("rewind.decided", step=rewind.step)
+
+
+def _remove_rewound(root: Path) -> None:
+    for path in root.glob("rewound_step_*"):
+        # what is left of it counts as debris; after a dot its number would pass for an attempt's
+        doomed = root / f".deleting_{path.name.replace('.', '_')}"
+        try:
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            log.warning("%s could not be removed: %s", path, error)
 
 
 def finish_rewinds(folder: Path) -> None:
@@ -289,6 +307,25 @@ def read_rewinds(folder: Path) -> list[Rewind]:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} cannot be read as a rewind: {error}") from error
     return found
+
+
+def why_not_from_the_start(folder: Path) -> str:
+    """Return why a run that has no checkpoint must not begin at step 0; "" if it may.
+
+    Args:
+        folder: the run's.
+    """
+    root = folder / "checkpoints"
+    found = [*root.glob("rewound_step_*"), *root.glob("damaged_step_*")]
+    found += (folder / FOLDER_NAME).glob("rewind_*.json")
+    if not found:
+        return ""
+    names = ", ".join(sorted(str(path.relative_to(folder)) for path in found)[:5])
+    return (
+        f"{folder} has no checkpoint to go on from, but it has had some ({names}): a start from"
+        " step 0 would train all over again. Rename one of them that is whole to step_*, or move"
+        " the folder away to begin anew"
+    )
 
 
 def step_of(checkpoint: Path) -> int:

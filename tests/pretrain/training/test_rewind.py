@@ -10,7 +10,9 @@ import pytest
 
 from data.stream.ledger import Entry, Ledger, read_ledger, write_ledger
 from data.stream.order import Segment
+from pretrain.checkpoint.manifest import CheckpointError
 from pretrain.monitor.incidents import INCIDENTS_NAME
+from pretrain.training.corpus import open_run_corpus
 from pretrain.training.recovery import Recovery
 from pretrain.training.rewind import (
     NoWayBackError,
@@ -20,6 +22,8 @@ from pretrain.training.rewind import (
     plan_rewind,
     read_rewinds,
 )
+from pretrain.training.start import _check_checkpoint
+from pretrain.training.tiers import find_begin
 
 SEGMENT = Segment(num_batches=2_000, global_sequences=4, window_tokens=64, weights=(1,))
 PLAN = Entry(kind="plan", first_batch=0, reason="begin", windows=(8_000,), segments=(SEGMENT,))
@@ -174,6 +178,36 @@ def test_a_rewind_that_was_cut_short_is_finished_once(
     finish_rewinds(folder)
     assert (names(folder), read_ledger(folder / "ledger.jsonl")) == after
     assert diverged(folder) == 1
+
+
+def test_of_what_was_set_aside_only_the_last_rewinds_is_kept(folder: Path) -> None:
+    begin_rewind(folder, planned())
+    finish_rewinds(folder)
+    for step in (450, 500):
+        (folder / "checkpoints" / f"step_{step:08d}").mkdir()
+    second = planned(ledger=long_ledger(9_000), checkpoints=[400, 450, 500], before=[planned()])
+    begin_rewind(folder, second)
+    finish_rewinds(folder)
+    assert names(folder)[:2] == ["rewound_step_00000450.0", "rewound_step_00000500.0"]
+    assert names(folder)[2:] == ["step_00000300", "step_00000350", "step_00000400"]
+
+
+@pytest.mark.parametrize(
+    "trace",
+    ["checkpoints/damaged_step_00000004.0", "checkpoints/rewound_step_00000004.0",
+     "recovery/rewind_0001.json"],
+)  # fmt: skip
+def test_a_run_that_has_lost_its_checkpoints_does_not_begin_at_step_0(
+    one_rank: Any, tiny_run: Any, trace: str
+) -> None:
+    run = tiny_run()
+    (run.folder / trace).mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=trace):
+        find_begin(run)
+    with open_run_corpus(run) as corpus, pytest.raises(CheckpointError, match=trace):
+        _check_checkpoint(run, corpus, sizes=True)
+    (run.folder / trace).rmdir()
+    assert find_begin(run).found is None
 
 
 def test_killed_right_before_its_mark_a_rewind_is_recorded_once(folder: Path) -> None:

@@ -7,10 +7,19 @@ from typing import Any
 
 import pytest
 
+from data.stream.ledger import Entry, Ledger, write_ledger
+from data.stream.order import Segment
+from pretrain.monitor.incidents import read_incidents
 from pretrain.monitor.loss_spikes import Seen
 from pretrain.training import spike_judge
+from pretrain.training.recovery import Recovery
 from pretrain.training.rewind import NoWayBackError
-from pretrain.training.spike_judge import SpikeJudge
+from pretrain.training.spike_judge import RewoundError, SpikeJudge
+from pretrain.training.trainer import Position
+
+SEGMENT = Segment(num_batches=2_000, global_sequences=4, window_tokens=64, weights=(1,))
+PLAN = Entry(kind="plan", first_batch=0, reason="begin", windows=(8_000,), segments=(SEGMENT,))
+LEDGER = Ledger((PLAN,))
 
 
 def ranks_hear(monkeypatch: pytest.MonkeyPatch, *, rank: int, first: Any = None) -> None:
@@ -36,7 +45,7 @@ class SlowSaver:
 
 def judge_of(folder: Path, *, said: list[str], written: Sequence[int] = ()) -> SpikeJudge:
     trainer: Any = SimpleNamespace(
-        run=SimpleNamespace(folder=folder),
+        run=SimpleNamespace(folder=folder, recovery=Recovery()),
         position=SimpleNamespace(step=8),
         saver=SlowSaver([*written]),
     )
@@ -66,3 +75,41 @@ def test_a_long_save_before_a_rewind_is_no_hang(
     with pytest.raises(NoWayBackError):
         judge._go_back(Seen(state="spike", event="diverged", onset_step=3, scores={}))
     assert said == ["save", "save", "recheck"]
+
+
+def test_a_rewind_to_what_is_damaged_goes_to_the_one_before_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Newer checkpoints have their names until the one to go back to is known to be whole."""
+    root, asked = tmp_path / "checkpoints", list[str]()
+    for step in (200, 300, 400, 500, 600):
+        (root / f"step_{step:08d}").mkdir(parents=True)
+    (tmp_path / "attempts").mkdir()
+    write_ledger(tmp_path / "ledger.jsonl", LEDGER)
+
+    def damage(folder: Path, *, purpose: str) -> list[str]:
+        asked.append(folder.name)
+        assert (root / "step_00000600").exists(), purpose
+        return ["shard: wrong digest"] if folder.name == "step_00000400" else []
+
+    ranks_hear(monkeypatch, rank=0)
+    monkeypatch.setattr(spike_judge, "find_damage_together", damage)
+    judge = judge_of(tmp_path, said=[])
+    judge._trainer.ledger = LEDGER
+    judge._trainer.position = Position(step=600)
+    seen = Seen(state="spike", event="diverged", onset_step=520, scores={})
+    with pytest.raises(RewoundError, match="goes on from step 300"):
+        judge._go_back(seen)
+    assert asked == ["step_00000400", "step_00000300"]
+    kept = sorted(path.name for path in root.iterdir())
+    assert kept == [
+        "damaged_step_00000400.0",
+        "rewound_step_00000500.0",
+        "rewound_step_00000600.0",
+        "step_00000200",
+        "step_00000300",
+    ]
+    assert [record["kind"] for record in read_incidents(tmp_path)] == [
+        "damaged_checkpoint",
+        "diverged",
+    ]
