@@ -158,26 +158,30 @@ def _refuse_without_progress(run: Run, attempts: Sequence[Attempt], *, digest: s
     in_vain: list[Attempt] = []
     rewound = {rewind.attempt for rewind in read_rewinds(run.folder)}  # recovery.max_rewinds' case
     newest = list_checkpoints(run.folder / "checkpoints")
+    # a rank may have died between its commit and the note of it: the disk knows
     reached = int(newest[-1].name.removeprefix("step_")) if newest else 0
+    has_later = False  # whether a later start has begun, which shows what was left of this one
     for attempt in reversed(attempts):
         if attempt.code == DO_NOT_REQUEUE:
             continue  # it was refused
-        # a rank may have died between its commit and the note of it: the disk knows
-        progressed = attempt.has_progressed or reached > (attempt.from_step or 0)
         if (
             attempt.digest != digest
-            or progressed
+            or reached > (attempt.from_step or 0)
             or attempt.code in _REGULAR_ENDS
             or attempt.number in rewound
         ):
             break
-        reached = attempt.from_step or 0  # what those before it had reached, on whatever disk
-        in_vain.append(attempt)
+        # what it committed on its nodes' disks may be gone with them: where the next one begins
+        # shows it, and until then it counts neither way
+        if has_later or not attempt.has_progressed:
+            in_vain.append(attempt)
+        if attempt.from_step is not None:
+            has_later, reached = True, max(reached, attempt.from_step)
     if len(in_vain) < most:
         return
     reasons = sorted({attempt.reason or "ended without a word" for attempt in in_vain[:most]})
     text = (
-        f"the last {len(in_vain)} starts of {run.name} committed no checkpoint"
+        f"the last {len(in_vain)} starts of {run.name} committed no checkpoint that lasted"
         f" ({'; '.join(reasons)[:300]}): it is not started again as it is. Read"
         f" {run.folder / 'incidents.jsonl'}; another configuration or commit starts anew, and so"
         f" does restarts.without_progress={len(in_vain) + most}"
