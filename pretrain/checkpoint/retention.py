@@ -9,12 +9,12 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from parallel.agreement import all_gather_json, from_first_rank
 from parallel.failpoints import failpoint
+from pretrain.checkpoint.aside import set_aside
 from pretrain.checkpoint.manifest import (
     MANIFEST_NAME,
     CheckpointError,
@@ -180,25 +180,6 @@ def _confirmed(
         return [[*find_damage(folder, manifest, digests=True, names=again).values()], []]
     except OSError as error:
         return [[], [str(error)]]
-
-
-def set_aside(folder: Path, *, why: Literal["damaged", "rewound"] = "damaged") -> Path | None:
-    """Rename a checkpoint that a run must not go on from; None if the disk refuses.
-
-    Args:
-        folder: the checkpoint.
-        why: what its new name says: it is `damaged`, or the run was `rewound` to an older one.
-    """
-    number = 0
-    while (aside := folder.with_name(f"{why}_{folder.name}.{number}")).exists():
-        number += 1
-    try:
-        os.rename(folder, aside)
-    except OSError as error:
-        log.warning("%s could not be set aside: %s", folder, error)
-        return None
-    log.warning("%s is %s and now called %s", folder, why, aside.name)
-    return aside
 
 
 def remove_debris(root: Path, *, below: str) -> None:

@@ -14,11 +14,12 @@ import torch
 
 from parallel.agreement import from_first_rank
 from parallel.failpoints import failpoint
+from pretrain.checkpoint.aside import set_aside
 from pretrain.checkpoint.boxes import boxes
 from pretrain.checkpoint.manifest import CheckpointError, Manifest, list_checkpoints, read_manifest
 from pretrain.checkpoint.optimizer_state import load_state
 from pretrain.checkpoint.pieces import restore_extra_pieces, restore_random_pieces
-from pretrain.checkpoint.retention import find_damage_together, set_aside
+from pretrain.checkpoint.retention import find_damage_together
 from pretrain.checkpoint.stored import StoredTensors
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from data.indexed.format import DataError
 from parallel.agreement import from_first_rank
 from pretrain.checkpoint.environment import running_versions
 from pretrain.checkpoint.lease import (
@@ -26,13 +27,14 @@ from pretrain.checkpoint.lease import (
     read_attempts,
     take_lease,
 )
-from pretrain.checkpoint.manifest import list_checkpoints
+from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
 from pretrain.checkpoint.retention import remove_debris
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.monitor.secrets import scrub
 from pretrain.training.exit_file import (
     DO_NOT_REQUEUE,
     FINISHED,
+    INFRASTRUCTURE,
     INTERRUPTED,
     WRONG_INPUT,
     clear_exit,
@@ -42,6 +44,7 @@ from pretrain.training.run import Run, as_json
 
 log = logging.getLogger(__name__)
 
+_UNREADABLE = (ValueError, DataError, CheckpointError)
 _REGULAR_ENDS = (FINISHED, INTERRUPTED, WRONG_INPUT)
 
 
@@ -87,6 +90,7 @@ def begin_attempt(run: Run) -> RunAttempt:
         HeldError: on every rank: another job holds it.
         LeaseError: on every rank: the last starts got nowhere.
         OSError: on every rank: the file system refuses.
+        CheckpointError: on every rank: what the run says of its rewinds cannot be read or done.
     """
     said: dict[str, Any] = {}
     lease: Lease | None = None
@@ -100,6 +104,8 @@ def begin_attempt(run: Run) -> RunAttempt:
             said = {"refused": str(error)}
         except OSError as error:
             said = {"failed": f"{run.folder}: {error}"}
+        except _UNREADABLE as error:
+            said = {"wrong": f"{run.folder} cannot be gone on with: {error}"}
     said = from_first_rank(said)
     if "held" in said:
         raise HeldError(said["held"])
@@ -107,24 +113,33 @@ def begin_attempt(run: Run) -> RunAttempt:
         raise LeaseError(said["refused"])
     if "failed" in said:
         raise OSError(said["failed"])
+    if "wrong" in said:
+        raise CheckpointError(said["wrong"])
     return RunAttempt(number=said["number"], lease=lease)
 
 
 def _claim(run: Run) -> Lease:
+    """Return the run's lease, with the folder as a start may find it; given back if that fails."""
     digest = _digest(run)
     lease = take_lease(run.folder, lease_s=run.restarts.lease_s, digest=digest)
+    codes: dict[type[Exception], int] = {LeaseError: DO_NOT_REQUEUE, OSError: INFRASTRUCTURE}
+    try:
+        _make_ready(run, lease, digest=digest)
+    except (LeaseError, OSError, *_UNREADABLE) as error:
+        code = next((c for kind, c in codes.items() if isinstance(error, kind)), WRONG_INPUT)
+        RunAttempt(number=lease.number, lease=lease).end(code=code, reason=str(error))
+        raise
+    return lease
+
+
+def _make_ready(run: Run, lease: Lease, *, digest: str) -> None:
     before = read_attempts(run.folder)[:-1]
     if before and before[-1].code is None:
         _record_silent_end(run, before[-1])
-    try:
-        _refuse_without_progress(run, before, digest=digest)
-    except LeaseError as error:
-        lease.end(code=DO_NOT_REQUEUE, reason=str(error))
-        raise
+    _refuse_without_progress(run, before, digest=digest)
     clear_exit(run.folder)
     remove_debris(run.folder / "checkpoints", below=f"{lease.number:08d}")
     finish_rewinds(run.folder)
-    return lease
 
 
 def _digest(run: Run) -> str:
@@ -143,26 +158,30 @@ def _refuse_without_progress(run: Run, attempts: Sequence[Attempt], *, digest: s
     in_vain: list[Attempt] = []
     rewound = {rewind.attempt for rewind in read_rewinds(run.folder)}  # recovery.max_rewinds' case
     newest = list_checkpoints(run.folder / "checkpoints")
+    # a rank may have died between its commit and the note of it: the disk knows
     reached = int(newest[-1].name.removeprefix("step_")) if newest else 0
+    has_later = False  # whether a later start has begun, which shows what was left of this one
     for attempt in reversed(attempts):
         if attempt.code == DO_NOT_REQUEUE:
             continue  # it was refused
-        # a rank may have died between its commit and the note of it: the disk knows
-        progressed = attempt.has_progressed or reached > (attempt.from_step or 0)
         if (
             attempt.digest != digest
-            or progressed
+            or reached > (attempt.from_step or 0)
             or attempt.code in _REGULAR_ENDS
             or attempt.number in rewound
         ):
             break
-        reached = attempt.from_step or 0  # what those before it had reached, on whatever disk
-        in_vain.append(attempt)
+        # what it committed on its nodes' disks may be gone with them: where the next one begins
+        # shows it, and until then it counts neither way
+        if has_later or not attempt.has_progressed:
+            in_vain.append(attempt)
+        if attempt.from_step is not None:
+            has_later, reached = True, max(reached, attempt.from_step)
     if len(in_vain) < most:
         return
     reasons = sorted({attempt.reason or "ended without a word" for attempt in in_vain[:most]})
     text = (
-        f"the last {len(in_vain)} starts of {run.name} committed no checkpoint"
+        f"the last {len(in_vain)} starts of {run.name} committed no checkpoint that lasted"
         f" ({'; '.join(reasons)[:300]}): it is not started again as it is. Read"
         f" {run.folder / 'incidents.jsonl'}; another configuration or commit starts anew, and so"
         f" does restarts.without_progress={len(in_vain) + most}"

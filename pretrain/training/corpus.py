@@ -1,6 +1,7 @@
 """Which text does a run read, and in which order? No torch."""
 
 import json
+import logging
 from dataclasses import dataclass
 
 from data.corpus.manifest import TOKENIZER_NAME, CorpusManifest, dataset_path, file_sha256
@@ -20,6 +21,8 @@ from pretrain.checkpoint.manifest import (
 from pretrain.monitor.secrets import scrub
 from pretrain.training.change import range_of
 from pretrain.training.run import Run
+
+log = logging.getLogger(__name__)
 
 LEDGER_NAME = "ledger.jsonl"
 SUMMARY_NAME = "summary.json"
@@ -237,7 +240,8 @@ def ledger_to_follow(run: Run, corpus: Corpus, *, newest: Manifest | None) -> Le
     Args:
         run: its configuration.
         corpus: its text, with the ledger of a run that begins.
-        newest: of the checkpoint that it goes on from; None: it begins.
+        newest: of the checkpoint that it goes on from; None: it begins, and follows its file if
+            that is of the plan it begins with.
 
     Raises:
         DataError, CheckpointError: as `stored_ledger` and `changed_ledger`.
@@ -249,12 +253,30 @@ def ledger_to_follow(run: Run, corpus: Corpus, *, newest: Manifest | None) -> Le
         begun = corpus.ledger.last_plan
         windows = dict(zip(begun.buckets, begun.windows, strict=True))
         check_epochs(run.curriculum, windows, corpus.ledger.order(seed=run.seed))
-        return changed_ledger(corpus.ledger, run, corpus, step=0)
+        return changed_ledger(_begun_ledger(run, corpus), run, corpus, step=0)
     ledger = changed_ledger(stored_ledger(run, newest), run, corpus, step=newest.step)
     # From an older checkpoint the way to the last plan is one that the curriculum may not have.
     if left := ledger.timetable().segments_from(ledger.batch_of(newest.step)):
         run.check_segments(left)
     return ledger
+
+
+def _begun_ledger(run: Run, corpus: Corpus) -> Ledger:
+    """Return the ledger of a run that has no checkpoint: its file's, if it is of the same plan.
+
+    Batches that were left out before the first checkpoint are left out again. A file of another
+    plan, or with a change of it, is of a run that nobody goes on with; so is one that is damaged.
+    """
+    path = run.folder / LEDGER_NAME
+    if not path.is_file():
+        return corpus.ledger
+    try:
+        found = read_ledger(path)
+    except DataError as error:
+        log.warning("%s; there is no checkpoint, and the run begins with a new one", error)
+        return corpus.ledger
+    num_plans = sum(entry.kind == "plan" for entry in found.entries)
+    return found if found.extends(corpus.ledger) and num_plans == 1 else corpus.ledger
 
 
 def _new_plan(ledger: Ledger, run: Run, train: Dataset, *, batch: int) -> Entry:

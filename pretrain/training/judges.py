@@ -54,5 +54,5 @@ def judges_of(
     audit = StateAudit(trainer, record=record, enter=enter)
     recheck = StepRecheck(trainer, record=record, enter=enter)
     sample = StepSample(trainer, record=record, enter=enter)
-    spikes = SpikeJudge(trainer, attempt=attempt, why_lost=why_lost)
+    spikes = SpikeJudge(trainer, attempt=attempt, why_lost=why_lost, enter=enter)
     return Judges(audit=audit, of_steps=(audit, recheck, sample, spikes))

@@ -6,10 +6,12 @@ first; the ledger gets its entry; the incident is written; a mark says that it i
 these may be done twice, and a start that finds a record without its mark does all of them: the
 rest of a rewind never depends on who began it. Until the ledger is written the newest checkpoint
 and the ledger fit each other at every point, so that a start's own checks have nothing to refuse.
-Rank 0 alone calls what writes. No torch but below `retention`.
+Rank 0 alone calls what writes. No torch: `start.py` reads the records.
 """
 
 import json
+import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +20,26 @@ from typing import Any
 from data.indexed.atomic import write_bytes
 from data.stream.ledger import Entry, Ledger, read_ledger, write_ledger
 from parallel.failpoints import failpoint
-from pretrain.checkpoint.manifest import list_checkpoints, read_manifest, sync_folder
-from pretrain.checkpoint.retention import set_aside
+from pretrain.checkpoint.aside import set_aside
+from pretrain.checkpoint.manifest import (
+    CheckpointError,
+    list_checkpoints,
+    read_manifest,
+    sync_folder,
+)
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.training.corpus import LEDGER_NAME
 from pretrain.training.recovery import Recovery
 
+log = logging.getLogger(__name__)
+
 FOLDER_NAME = "recovery"
 _SLOW_FROM = 3
+_MOST_IN_ONE_PLACE = 4
+_MOST_GROWTH = 4
+"""A row of rewinds in one place leaves out 1, 2, 4 and 4 times `recovery.max_skipped_batches`."""
+_MOST_OF_THE_RUN = 0.2
+"""Our choice: a run without a fifth of its text is another run; batches are not to blame then."""
 _FACTOR = 0.5
 """OPT-175B went on after divergences with lower rates (arXiv 2205.01068, section 2.5)."""
 
@@ -100,9 +114,11 @@ def plan_rewind(
         attempt: number of this start.
 
     Raises:
-        NoWayBackError: if the run has gone back too often, or no checkpoint is older than the
-            onset.
+        NoWayBackError: if the run has gone back too often, altogether or in this place, or its
+            rewinds have left out too much; if no checkpoint is older than the onset, or nothing of
+            the run would be left.
     """
+    num_batches = ledger.timetable().num_batches
     if len(before) >= recovery.max_rewinds:
         raise NoWayBackError(
             f"the loss diverges from step {onset_step} on, and the run has gone back"
@@ -118,11 +134,19 @@ def plan_rewind(
         )
     wanted = onset_step - recovery.margin_steps
     to_step = max((saved for saved in old if saved <= wanted), default=old[0])
-    times = 1 + sum(1 for _ in _in_the_same_place(recovery, before, onset_step=onset_step))
+    times = 1 + len(_in_the_same_place(recovery, before, onset_step=onset_step))
+    _refuse_too_many(before, onset_step=onset_step, times=times, num_batches=num_batches)
     first = ledger.batch_of(max(wanted, to_step))
     stop = ledger.batch_of(step) + 1 + recovery.margin_steps
-    length = min(stop - first, recovery.max_skipped_batches) * 2 ** (times - 1)
-    length = min(length, ledger.timetable().num_batches - first)
+    growth = min(2 ** (times - 1), _MOST_GROWTH)
+    length = max(1, min(stop - first, recovery.max_skipped_batches) * growth)
+    if first + length >= num_batches:
+        raise NoWayBackError(
+            f"the loss diverges from step {onset_step} on, and without the batches {first} to"
+            f" {first + length - 1} nothing of the run's {num_batches} would be left to train on:"
+            " it needs a person. Lower recovery.margin_steps or recovery.max_skipped_batches, or"
+            " optimizer.lr with change.allow"
+        )
     return Rewind(
         number=len(before) + 1,
         attempt=attempt,
@@ -131,9 +155,32 @@ def plan_rewind(
         to_step=to_step,
         times=times,
         first_batch=first,
-        num_batches=max(1, length),
+        num_batches=length,
         slow_batches=recovery.slow_batches if times >= _SLOW_FROM else 0,
     )
+
+
+def _refuse_too_many(
+    before: Sequence[Rewind], *, onset_step: int, times: int, num_batches: int
+) -> None:
+    """Refuse a rewind where the ones before have shown that batches are not the reason.
+
+    Raises:
+        NoWayBackError: names what was given and what is allowed.
+    """
+    if times > _MOST_IN_ONE_PLACE:
+        raise NoWayBackError(
+            f"the loss diverges from step {onset_step} on, and the run has gone back {times - 1}"
+            f" times from there; {_MOST_IN_ONE_PLACE} rewinds in one place are allowed: it needs a"
+            " person. Lower optimizer.lr with change.allow"
+        )
+    gone = {b for r in before for b in range(r.first_batch, r.first_batch + r.num_batches)}
+    if len(gone) > _MOST_OF_THE_RUN * num_batches:
+        raise NoWayBackError(
+            f"the loss diverges from step {onset_step} on, and rewinds have left out {len(gone)} of"
+            f" the run's {num_batches} batches, {int(_MOST_OF_THE_RUN * num_batches)} are allowed:"
+            " it needs a person. Lower optimizer.lr with change.allow, or begin a new run"
+        )
 
 
 def _in_the_same_place(
@@ -155,6 +202,8 @@ def _in_the_same_place(
 def begin_rewind(folder: Path, rewind: Rewind) -> None:
     """Decide on a rewind: from now on every start of the run finishes it first.
 
+    What earlier rewinds have set aside is removed: nobody has asked for it since.
+
     Args:
         folder: the run's.
         rewind: what `plan_rewind` gave.
@@ -162,10 +211,22 @@ def begin_rewind(folder: Path, rewind: Rewind) -> None:
     Raises:
         OSError: if it could not be written; then nothing has begun.
     """
+    _remove_rewound(folder / "checkpoints")
     path = _path(folder, rewind.number)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, (json.dumps(asdict(rewind)) + "\n").encode())
     failpoint("rewind.decided", step=rewind.step)
+
+
+def _remove_rewound(root: Path) -> None:
+    for path in root.glob("rewound_step_*"):
+        # what is left of it counts as debris; after a dot its number would pass for an attempt's
+        doomed = root / f".deleting_{path.name.replace('.', '_')}"
+        try:
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            log.warning("%s could not be removed: %s", path, error)
 
 
 def finish_rewinds(folder: Path) -> None:
@@ -177,6 +238,8 @@ def finish_rewinds(folder: Path) -> None:
     Raises:
         OSError: if storage refuses; the next start goes on with it.
         ValueError: if a record cannot be read.
+        DataError: if the run's ledger cannot be read, or does not take the entries.
+        CheckpointError: if there is no ledger, and no checkpoint to go back to that has it.
     """
     for rewind in read_rewinds(folder):
         if not _path(folder, rewind.number).with_suffix(".done").exists():
@@ -220,6 +283,12 @@ def _ledger(folder: Path, rewind: Rewind) -> Ledger:
     if path.is_file():
         return read_ledger(path)
     kept = {step_of(path): path for path in list_checkpoints(folder / "checkpoints")}
+    if rewind.to_step not in kept:
+        raise CheckpointError(
+            f"rewind {rewind.number} of {folder} goes back to step {rewind.to_step}, but there is"
+            f" neither {LEDGER_NAME} nor a checkpoint of that step (there are {sorted(kept)}):"
+            " restore one of them"
+        )
     manifest = read_manifest(kept[rewind.to_step])
     return Ledger.from_json(manifest.ledger, source=str(kept[rewind.to_step]))
 
@@ -238,6 +307,25 @@ def read_rewinds(folder: Path) -> list[Rewind]:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} cannot be read as a rewind: {error}") from error
     return found
+
+
+def why_not_from_the_start(folder: Path) -> str:
+    """Return why a run that has no checkpoint must not begin at step 0; "" if it may.
+
+    Args:
+        folder: the run's.
+    """
+    root = folder / "checkpoints"
+    found = [*root.glob("rewound_step_*"), *root.glob("damaged_step_*")]
+    found += (folder / FOLDER_NAME).glob("rewind_*.json")
+    if not found:
+        return ""
+    names = ", ".join(sorted(str(path.relative_to(folder)) for path in found)[:5])
+    return (
+        f"{folder} has no checkpoint to go on from, but it has had some ({names}): a start from"
+        " step 0 would train all over again. Rename one of them that is whole to step_*, or move"
+        " the folder away to begin anew"
+    )
 
 
 def step_of(checkpoint: Path) -> int:

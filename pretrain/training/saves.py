@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 _LAST_WAITS_S = (5.0, 30.0)
 """Before the last save of a job is tried again."""
 _WORD_S = 5.0
-"""How often the watch is told that the last save gets on: it may take longer than a hang."""
+"""How often the watch is told that a save which is waited for gets on: it may take longer than a
+hang."""
 
 
 _WHERE: Mapping[Tier, str] = {"shared": "shared storage", "local": "the nodes' own disks"}
@@ -48,6 +49,21 @@ def due_tier(step: int, *, policy: CheckpointPolicy) -> Tier | None:
     if local.folder is not None and step % local.interval_steps == 0:
         return "local"
     return None
+
+
+def wait_for_save(trainer: Trainer, *, enter: Callable[[Phase, int], None]) -> None:
+    """Wait for the save under way; the watch hears of it as long as this rank's file grows.
+
+    Args:
+        trainer: whose saver is waited for.
+        enter: told that this rank saves, at first and every 5 s in which parts were written.
+    """
+    saver, heard = trainer.saver, -1
+    while saver.is_busy:
+        if saver.num_boxes_written != heard:
+            heard = saver.num_boxes_written
+            enter("save", trainer.position.step)
+        saver.wait(_WORD_S)
 
 
 class Saves:
@@ -120,14 +136,14 @@ class Saves:
             StorageError: if storage refuses three times.
         """
         self._enter("save", self._trainer.position.step)
-        self._wait()
+        wait_for_save(self._trainer, enter=self._enter)
         self._hear()
         for wait_s in (*_LAST_WAITS_S, None):
             if self._has_last():
                 self._trainer.saver.clear_local()
                 return
             self._begin("shared")
-            self._wait()
+            wait_for_save(self._trainer, enter=self._enter)
             outcome = self._hear()
             if outcome is not None and outcome.problem:
                 if wait_s is None:
@@ -136,15 +152,6 @@ class Saves:
                         f" on from step {self._committed_step} when it is started again"
                     )
                 time.sleep(wait_s)
-
-    def _wait(self) -> None:
-        """Wait for the save under way; the watch hears of it as long as this rank's file grows."""
-        saver, heard = self._trainer.saver, -1
-        while saver.is_busy:
-            if saver.num_boxes_written != heard:
-                heard = saver.num_boxes_written
-                self._enter("save", self._trainer.position.step)
-            saver.wait(_WORD_S)
 
     def _begin(self, tier: Tier) -> None:
         self._due = None

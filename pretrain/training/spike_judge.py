@@ -7,20 +7,26 @@ by an entry of the ledger after the run was started again.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.indexed.format import DataError
 from parallel.agreement import from_first_rank
+from parallel.beats import Phase
 from parallel.schedule import MicroBatch
+from pretrain.checkpoint.aside import set_aside
 from pretrain.checkpoint.lease import HeldError, incident_mark
-from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints
+from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints, step_folder
+from pretrain.checkpoint.retention import find_damage_together
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.monitor.loss_spikes import Seen
 from pretrain.training.recovery import num_left_out_before, reason_to_skip, stage_name
 from pretrain.training.rewind import (
     NoWayBackError,
+    Rewind,
     begin_rewind,
     finish_rewinds,
     plan_rewind,
@@ -28,6 +34,7 @@ from pretrain.training.rewind import (
     spike_mark,
     step_of,
 )
+from pretrain.training.saves import wait_for_save
 from pretrain.training.train_step import StepResult, Verdict
 from pretrain.training.trainer import Trainer
 
@@ -39,19 +46,31 @@ class RewoundError(RuntimeError):
 class SpikeJudge:
     """Answers the spikes of a run; each rank has one."""
 
-    def __init__(self, trainer: Trainer, *, attempt: int, why_lost: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        attempt: int,
+        why_lost: Callable[[], str],
+        enter: Callable[[Phase, int], None],
+    ) -> None:
         """Look up how often the run has gone back; collective.
 
         Args:
             trainer: whose steps are judged.
             attempt: number of this start.
             why_lost: asked on rank 0 before a rewind: who has taken the run over, or "".
+            enter: told that the run goes back, and that a save is waited for.
+
+        Raises:
+            OSError: on every rank, if the rewinds of the run cannot be read.
         """
         self._trainer = trainer
         self._attempt = attempt
         self._why_lost = why_lost
-        folder = trainer.run.folder
-        self._num_rewinds = int(from_first_rank(len(read_rewinds(folder))))
+        self._enter = enter
+        self._refused: set[int] = set()  # steps whose damaged checkpoint the disk would not rename
+        self._num_rewinds = _num_rewinds(trainer.run.folder)
 
     def __call__(self, batches: Sequence[MicroBatch], result: StepResult) -> Verdict:
         """Return what becomes of a step; collective.
@@ -61,6 +80,7 @@ class SpikeJudge:
             NoWayBackError: on every rank: it diverges, and may not or cannot go back.
             HeldError: on every rank: it is another job's by now.
             OSError: on every rank: storage refused.
+            CheckpointError: on every rank: ranks see unlike files of a checkpoint.
         """
         if not result.is_finite:
             return Verdict(result=result)  # apply_step refuses it; its number says nothing
@@ -95,45 +115,92 @@ class SpikeJudge:
         Raises:
             as __call__; it never returns.
         """
-        self._trainer.saver.wait()  # a checkpoint that commits later would be the newest
-        said: dict[str, str] = {}
-        if torch.distributed.get_rank() == 0:
-            said = self._decide(seen)
-        said = from_first_rank(said)
-        errors = {"held": HeldError, "failed": OSError, "no way": NoWayBackError}
-        for name, error in errors.items():
-            if name in said:
-                raise error(said[name])
-        raise RewoundError(said["done"])
+        # a checkpoint that commits later would be the newest
+        wait_for_save(self._trainer, enter=self._enter)
+        self._enter("recheck", self._trainer.position.step)  # a slow phase, of files
+        rewind = self._plan_to_whole(seen)
+        said = self._done(rewind) if torch.distributed.get_rank() == 0 else ""
+        if failed := from_first_rank(said):
+            raise OSError(failed)
+        raise RewoundError(
+            f"the loss diverged from step {rewind.onset_step} on: the run goes on from step"
+            f" {rewind.to_step}, rewind {rewind.number} of recovery.max_rewinds="
+            f"{self._trainer.run.recovery.max_rewinds}"
+        )
 
-    def _decide(self, seen: Seen) -> dict[str, str]:
+    def _plan_to_whole(self, seen: Seen) -> Rewind:
+        """Return a rewind to a checkpoint that is as it was written; collective.
+
+        Each rank reads a share of it, before newer ones are renamed. One that is damaged is set
+        aside, and the next older one is taken.
+
+        Raises:
+            as __call__.
+        """
+        errors = {"held": HeldError, "failed": OSError, "no way": NoWayBackError}
+        while True:
+            is_first = torch.distributed.get_rank() == 0
+            planned: dict[str, Any] = from_first_rank(self._plan(seen) if is_first else {})
+            for name, error in errors.items():
+                if name in planned:
+                    raise error(planned[name])
+            rewind = Rewind(**planned["rewind"])
+            folder = step_folder(self._trainer.run.folder / "checkpoints", rewind.to_step)
+            damage = find_damage_together(folder, purpose="agreement")
+            if not damage:
+                return rewind
+            if is_first:
+                self._set_aside(folder, damage)
+
+    def _set_aside(self, folder: Path, damage: list[str]) -> None:
+        text = f"{folder.name} is damaged and set aside; the run goes back to one before it"
+        record_incident(
+            self._trainer.run.folder,
+            Incident(
+                kind="damaged_checkpoint",
+                text=text,
+                step=self._trainer.position.step,
+                attempt=self._attempt,
+                detail={"files": damage[:20]},
+            ),
+        )
+        if set_aside(folder) is None:
+            self._refused.add(step_of(folder))
+
+    def _plan(self, seen: Seen) -> dict[str, Any]:
+        """Return what rank 0 would do."""
         trainer, folder = self._trainer, self._trainer.run.folder
-        if lost := self._why_lost():
-            return {"held": lost}
         try:
+            if lost := self._why_lost():
+                return {"held": lost}
+            saved = {step_of(path) for path in list_checkpoints(folder / "checkpoints")}
             rewind = plan_rewind(
                 trainer.run.recovery,
                 trainer.ledger,
                 onset_step=seen.onset_step,
                 step=trainer.position.step,
-                checkpoints=[step_of(path) for path in list_checkpoints(folder / "checkpoints")],
+                checkpoints=sorted(saved - self._refused),
                 before=read_rewinds(folder),
                 attempt=self._attempt,
             )
-            begin_rewind(folder, rewind)
-            finish_rewinds(folder)
-            incident_mark(folder, self._attempt).touch()  # why this start ends is recorded
         except NoWayBackError as error:
             step = trainer.position.step
             record_incident(folder, Incident(kind="diverged", text=str(error), step=step))
             return {"no way": str(error)}
-        except (OSError, ValueError, DataError, CheckpointError) as error:
+        except (OSError, ValueError) as error:
             return {"failed": f"{folder}: the run could not be set back: {error}"}
-        return {
-            "done": f"the loss diverged from step {rewind.onset_step} on: the run goes on from"
-            f" step {rewind.to_step}, rewind {rewind.number} of recovery.max_rewinds="
-            f"{trainer.run.recovery.max_rewinds}"
-        }
+        return {"rewind": asdict(rewind)}
+
+    def _done(self, rewind: Rewind) -> str:
+        """Set the run back and return "", or why that failed; the next start goes on with it."""
+        folder = self._trainer.run.folder
+        try:
+            begin_rewind(folder, rewind)
+            finish_rewinds(folder)
+            incident_mark(folder, self._attempt).touch()  # why this start ends is recorded
+        except (OSError, ValueError, DataError, CheckpointError) as error:
+            return f"{folder}: the run could not be set back: {error}"
+        return ""
 
     def _record(
         self, what: str, text: str, *, number: int, values: dict[str, Any], seen: Seen
@@ -151,3 +218,17 @@ class SpikeJudge:
         )
         mark = spike_mark(folder, what=what, number=number, num_rewinds=self._num_rewinds)
         record_incident(folder, incident, mark=mark)
+
+
+def _num_rewinds(folder: Path) -> int:
+    """Return how often a run has gone back, as rank 0 reads it; collective."""
+    said: list[int | str] = [0, ""]
+    if torch.distributed.get_rank() == 0:
+        try:
+            said[0] = len(read_rewinds(folder))
+        except (OSError, ValueError) as error:
+            said[1] = f"{folder}: {error}"
+    number, failed = from_first_rank(said)
+    if failed:
+        raise OSError(failed)
+    return int(number)

@@ -51,7 +51,7 @@ from pretrain.training.exit_file import (
 )
 from pretrain.training.folders import check_folders, check_given
 from pretrain.training.recovery import why_none_is_old_enough
-from pretrain.training.rewind import read_rewinds
+from pretrain.training.rewind import read_rewinds, why_not_from_the_start
 from pretrain.training.run import Run, as_json, check_data_available
 
 log = logging.getLogger(__name__)
@@ -274,12 +274,16 @@ def _check_checkpoint(run: Run, corpus: Corpus, *, sizes: bool) -> int | None:
         )
     check_schema(root)
     digest = corpus.manifest.tokenizer_digest
+    # what the nodes' own disks have, only the ranks can see: they ask the same (tiers.py)
+    is_shared_only = run.checkpoints.local.folder is None
     try:
         found = find_newest(root, digests=False, sizes=sizes)  # the ranks read every byte, together
     except CheckpointError:
-        if run.checkpoints.local.folder is None:
+        if is_shared_only:
             raise
-        return None  # the nodes may have a whole one; only their ranks can see it (tiers.py)
+        return None
+    if found is None and is_shared_only and (why := why_not_from_the_start(run.folder)):
+        raise CheckpointError(why)
     if found is None or starts_again(run, newest=found[1]):
         if run.initial_weights is not None:
             check_given(run.initial_weights, key="initial_weights")

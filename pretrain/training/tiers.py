@@ -25,7 +25,7 @@ from pretrain.checkpoint.manifest import CheckpointError, Manifest, list_checkpo
 from pretrain.checkpoint.sharded import agree_on_newest
 from pretrain.monitor.incidents import Incident, record_incident, this_node
 from pretrain.training.corpus import Corpus
-from pretrain.training.rewind import read_rewinds
+from pretrain.training.rewind import read_rewinds, why_not_from_the_start
 from pretrain.training.run import Run, as_json
 
 log = logging.getLogger(__name__)
@@ -50,9 +50,19 @@ def find_begin(run: Run) -> Begin:
 
     Raises:
         ValueError: on every rank, if a folder of the local tier is somebody else's.
-        CheckpointError: if all shared checkpoints are damaged, or ranks see unlike files.
+        CheckpointError: if all shared checkpoints are damaged, or ranks see unlike files; if there
+            is none any more, and the run has been further than its beginning.
         OSError: if shared storage does not answer.
     """
+    begin = _find_begin(run)
+    if begin.found is None:
+        is_first = torch.distributed.get_rank() == 0
+        if why := from_first_rank(why_not_from_the_start(run.folder) if is_first else ""):
+            raise CheckpointError(why)
+    return begin
+
+
+def _find_begin(run: Run) -> Begin:
     root = run.folder / "checkpoints"
     place = _open_place(run)
     if place is None:

@@ -211,6 +211,10 @@ class Trainer:
 
         Args:
             reason: for whoever reads the ledger; the same on every rank.
+
+        Raises:
+            OSError: on every rank, if the ledger could not be written.
+            DataError: see settle_damage.
         """
         self.step_state.restore()
         self.settle_damage()
@@ -257,6 +261,7 @@ class Trainer:
         Raises:
             DataError: on every rank, if ranks of one replica have found other damage in what they
                 have trained on, or all replicas together more than may be replaced.
+            OSError: on every rank, if the ledger could not be written.
         """
         before = len(self.ledger.replaced())
         self.ledger = self._replaced.settle(
@@ -273,9 +278,16 @@ class Trainer:
             )
 
     def _write_ledger(self) -> None:
+        """Have rank 0 write the ledger; collective; OSError on every rank if storage refuses."""
+        refused, path = "", self.run.folder / LEDGER_NAME
         if torch.distributed.get_rank() == 0:
-            self.run.folder.mkdir(parents=True, exist_ok=True)
-            write_ledger(self.run.folder / LEDGER_NAME, self.ledger)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_ledger(path, self.ledger)
+            except OSError as error:
+                refused = f"{path} could not be written: {error}"
+        if refused := from_first_rank(refused):
+            raise OSError(refused)
 
     def save(self) -> None:
         """Write a checkpoint of this moment and wait until it is committed; collective.

@@ -1,4 +1,4 @@
-"""Is a start that set the run back taken for one that got nowhere?"""
+"""Is a start the only one, worth making, and told from one that got nowhere?"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint.lease import LeaseError
+from pretrain.checkpoint.lease import LeaseError, read_attempts
+from pretrain.checkpoint.manifest import CheckpointError
 from pretrain.training.attempt import begin_attempt
+from pretrain.training.exit_file import WRONG_INPUT
 from pretrain.training.restarts import Restarts
 from pretrain.training.rewind import Rewind, begin_rewind
 from pretrain.training.run import Run
@@ -51,3 +53,43 @@ def test_a_start_that_set_the_run_back_was_not_in_vain(
     set_back(run, attempt=start_in_vain(run))
     assert start_in_vain(run) == 3
     assert len(done) == 3  # each start first finishes what was begun
+
+
+def test_a_record_that_cannot_be_read_gives_the_lease_back_and_ends_every_rank(run: Run) -> None:
+    path = run.folder / "recovery" / "rewind_0001.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"rewind_0001\.json cannot be read"):
+        begin_attempt(run)
+    (attempt,) = read_attempts(run.folder)
+    assert attempt.code == WRONG_INPUT
+    path.unlink()
+    start_in_vain(run)  # at once: nobody holds the run
+
+
+def start_with_local_commit(run: Run, *, from_step: int, committed_step: int) -> int:
+    attempt = begin_attempt(run)
+    attempt.note(from_step=from_step, committed_step=committed_step)
+    attempt.end(code=85, reason="a test")
+    return attempt.number
+
+
+def test_starts_whose_checkpoints_are_gone_with_their_nodes_are_in_vain(run: Run) -> None:
+    for _ in range(3):  # what the third has left, the fourth would show
+        start_with_local_commit(run, from_step=60, committed_step=90)
+    with pytest.raises(LeaseError, match="committed no checkpoint that lasted"):
+        begin_attempt(run)
+
+
+def test_starts_that_go_on_from_what_the_one_before_left_on_the_nodes_are_not(run: Run) -> None:
+    for step in (60, 90, 120, 150, 180):
+        number = start_with_local_commit(run, from_step=step, committed_step=step + 30)
+    assert number == 5
+
+
+def test_a_start_that_left_a_shared_checkpoint_was_not_in_vain(run: Run) -> None:
+    for _ in range(2):
+        start_with_local_commit(run, from_step=60, committed_step=90)
+    (run.folder / "checkpoints" / "step_00000090").mkdir(parents=True)
+    for _ in range(2):
+        assert start_with_local_commit(run, from_step=90, committed_step=120)

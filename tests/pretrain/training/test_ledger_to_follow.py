@@ -21,7 +21,7 @@ from data.indexed.packing import pack
 from data.indexed.shard_check import read_shard
 from data.indexed.window_writer import WindowWriter, write_packed
 from data.stream.curriculum import Curriculum, Mixture, Stage
-from data.stream.ledger import Ledger, write_ledger
+from data.stream.ledger import Entry, Ledger, write_ledger
 from data.stream.loader import BatchReader, Reading, Share
 from parallel.layout import Layout
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
@@ -81,6 +81,26 @@ def test_a_requeued_job_changes_nothing(run: Run, saved: Manifest) -> None:
     assert follow(run, saved) == first
     write_file(run, first)
     assert follow(run, saved) == first
+
+
+def test_what_was_left_out_before_the_first_checkpoint_is_left_out_again(run: Run) -> None:
+    skip = Entry(kind="skip", first_batch=3, num_batches=1, reason="loss spike: a test")
+    begun = follow(run, None)
+    write_file(run, begun.with_entry(skip))
+    assert follow(run, None).skipped() == [range(3, 4)]
+    other = follow(replace(run, curriculum=curriculum(0.9)), None)  # another run by now
+    assert other.skipped() == []
+
+
+def test_a_file_without_a_checkpoint_that_has_another_plan_or_is_damaged_is_not_followed(
+    run: Run, saved: Manifest
+) -> None:
+    begun = follow(run, None)
+    other = replace(run, curriculum=curriculum(0.9), change=Change(reason="more code"))
+    write_file(run, follow(other, saved))
+    assert follow(run, None) == begun
+    (run.folder / LEDGER_NAME).write_text("none")
+    assert follow(run, None) == begun
 
 
 def test_another_curriculum_is_refused_without_a_reason(run: Run, saved: Manifest) -> None:

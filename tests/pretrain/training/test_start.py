@@ -2,12 +2,17 @@
 
 import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from parallel.cluster import Cluster
 from pretrain.training.start import claim_cluster
+
+ROOT = Path(__file__).resolve().parents[3]
 
 CLUSTER = Cluster(
     name="small",
@@ -78,3 +83,24 @@ def test_a_time_limit_without_time_to_work_is_refused() -> None:
     assert replace(CLUSTER, time_limit_s=None).working_time_s == math.inf
     with pytest.raises(ValueError, match=r"cluster\.time_limit_s=60 .*cluster\.time_margin_s=60"):
         replace(CLUSTER, time_limit_s=60, time_margin_s=60)
+
+
+WITHOUT_TORCH = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ImportError("torch is imported")
+
+sys.meta_path.insert(0, Blocked())
+import pretrain.training.start
+import launch.plan
+"""
+
+
+def test_a_run_is_checked_and_planned_without_torch() -> None:
+    """The cluster's variables come before torch, which reads them once; and it costs seconds."""
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_TORCH]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
