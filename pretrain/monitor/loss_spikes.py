@@ -3,7 +3,8 @@
 Each value gets a robust score, z = (value - expected) / max(1.4826 MAD, floor): expected is what
 the values of the last `window_steps` taken steps lead to, MAD is their median absolute deviation
 from it (robust_window.py). Values beyond the threshold do not enter the window, nor does anything
-while a spike lasts: a spike does not become its own measure, and a NaN poisons nothing.
+while a spike lasts: a spike does not become its own measure, and a NaN poisons nothing. From an
+alarm on what is expected stands still, and the windows begin anew (`RobustWindow.hold`).
 
 One value may stand out by chance, so two thresholds: beyond `far` a value is flagged alone, beyond
 `near` only beside another. Three of five beyond `near` are an alarm, and then the smoothed excess
@@ -252,6 +253,8 @@ class LossSpikes:
             if sum(self._recent) < _ALARM:
                 return ""
             self._state, self._peak, self._calm = "spike", self._smoothed, 0
+            for window in self._windows.values():
+                window.hold()
             return "alarm"
         if self._state not in ("spike", "recovering"):
             return ""
