@@ -154,7 +154,7 @@ class LossSpikes:
             values: `loss` in nats per token, and any of `loss_max` and `gradient_norm`.
             stage: as in `observe`.
         """
-        known = self._windows if stage == self._stage else {}
+        known = self._windows if stage == self._stage or self._outlasts_its_stage else {}
         scores: dict[str, float] = {}
         for name, value in values.items():
             window = known.get(name)
@@ -177,9 +177,10 @@ class LossSpikes:
         Args:
             values: `loss` in nats per token, and any of `loss_max` and `gradient_norm`.
             step: its number, for `onset_step`.
-            stage: what the data are like; with another one all begins anew, without an alarm.
+            stage: what the data are like; with another one all begins anew, without an alarm, but
+                a spike that lasts is followed to its end first, by what was ordinary before it.
         """
-        if stage != self._stage:
+        if stage != self._stage and not self._outlasts_its_stage:
             self._stage = stage
             self._clear()
         seen = self.look(values, stage=stage)
@@ -205,6 +206,15 @@ class LossSpikes:
             event=event,
             onset_step=onset,
         )
+
+    @property
+    def _outlasts_its_stage(self) -> bool:
+        """Whether a spike lasts, or two of the last five values say that one begins.
+
+        One alone is chance (once in 260 steps): carried on, it would take a new stage for a spike.
+        """
+        begins = self._state == "suspect" and sum(self._recent) > 1
+        return begins or self._state in ("spike", "recovering")
 
     @property
     def _may_learn(self) -> bool:

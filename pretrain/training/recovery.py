@@ -109,11 +109,12 @@ def why_none_is_old_enough(
 def stage_name(segment: Segment, ledger: Ledger, *, batch: int) -> str:
     """Return what the data of a batch are like: where it changes, losses do not compare.
 
-    The plan in force, the curriculum's stage, the window length and the size of the batch. Pieces
-    of a mixture that moves within its stage are small on purpose, and are followed.
+    The plan in force, the curriculum's stage and the window length. Not the size of the batch: a
+    ramp of sizes would never let a window fill, and with it the noise falls, the loss goes on.
+    Pieces of a mixture that moves within its stage are small on purpose, and are followed.
     """
     plan = sum(entry.kind == "plan" and entry.first_batch <= batch for entry in ledger.entries)
-    return f"{plan} {segment.stage} {segment.window_tokens} {segment.global_sequences}"
+    return f"{plan} {segment.stage} {segment.window_tokens}"
 
 
 def num_left_out_before(entries: Sequence[Entry], *, batch: int) -> int:

@@ -127,6 +127,41 @@ def test_a_new_stage_raises_no_alarm_where_it_is_announced() -> None:
     assert back[-1].event == "alarm"  # the new stage is watched, too
 
 
+def watch_stages(loss: list[float], *, change: int) -> tuple[LossSpikes, list[Seen]]:
+    """Return what is thought of a loss whose stage changes at a step, and the watch after it."""
+    spikes = LossSpikes(SpikeRule())
+    return spikes, [
+        spikes.observe({"loss": value}, step=step, stage="long" if step >= change else "short")
+        for step, value in enumerate(loss)
+    ]
+
+
+@pytest.mark.parametrize("onset", [390, 397, 398])
+def test_a_divergence_that_began_before_a_new_stage_is_seen_in_it(onset: int) -> None:
+    rises = [value + 0.2 + 0.01 * n for n, value in enumerate(flat(300, seed=2))]
+    _, seen = watch_stages([*flat(onset), *rises], change=400)
+    events = {s.event: s for s in reversed(seen)}
+    assert events["diverged"].onset_step == onset
+
+
+def test_a_spike_that_ends_in_a_new_stage_leaves_nothing_of_the_old_one() -> None:
+    loss = [*flat(395), *(value + 0.5 for value in flat(30, seed=2)), *flat(60, seed=3)]
+    spikes, seen = watch_stages(loss, change=400)
+    end = next(step for step, s in enumerate(seen) if s.event == "recovered")
+    assert seen[end].onset_step == 395
+    assert end < 450
+    assert all(s.scores == {} for s in seen[end + 1 :])
+    assert spikes.onset_step == -1
+
+
+def test_one_value_that_stands_out_before_a_new_stage_is_chance() -> None:
+    loss = [*flat(399), 2.2, *(value + 1.0 for value in flat(200, seed=2))]
+    spikes, seen = watch_stages(loss, change=400)
+    assert seen[399].state == "suspect"
+    assert {s.event for s in seen} == {""}
+    assert spikes.state == "normal"
+
+
 def test_a_spike_that_comes_back_is_recovered() -> None:
     loss = flat(600)
     for step in range(400, 430):

@@ -60,10 +60,9 @@ def test_the_reason_names_the_number_that_stood_out() -> None:
     assert reason_to_skip(seen).startswith(f"{SKIP_REASON}gradient norm 21.1 ")
 
 
-def test_other_windows_batches_or_plans_are_another_stage() -> None:
+def test_other_windows_stages_or_plans_are_another_stage() -> None:
     first = Segment(num_batches=9, global_sequences=4, window_tokens=64, stage="a", weights=(1,))
     others = [
-        Segment(num_batches=9, global_sequences=8, window_tokens=64, stage="a", weights=(1,)),
         Segment(num_batches=9, global_sequences=4, window_tokens=128, stage="a", weights=(1,)),
         Segment(num_batches=9, global_sequences=4, window_tokens=64, stage="b", weights=(1,)),
     ]
@@ -71,10 +70,28 @@ def test_other_windows_batches_or_plans_are_another_stage() -> None:
     later = Entry(kind="plan", first_batch=5, reason="more", windows=(9,), segments=(first,))
     ledger = Ledger((plan, later))
     names = {stage_name(segment, ledger, batch=0) for segment in (first, *others)}
-    assert len(names) == 4
+    assert len(names) == 3
     assert stage_name(first, ledger, batch=4) != stage_name(first, ledger, batch=5)
     moved = Segment(num_batches=9, global_sequences=4, window_tokens=64, stage="a", weights=(2,))
     assert stage_name(moved, ledger, batch=0) == stage_name(first, ledger, batch=0)
+
+
+def test_a_ramp_of_batch_sizes_is_watched_as_one_stage() -> None:
+    sizes = [
+        Segment(num_batches=9, global_sequences=size, window_tokens=64, stage="a", weights=(1,))
+        for size in (4, 8, 12)
+    ]
+    plan = Entry(kind="plan", first_batch=0, reason="begin", windows=(9,), segments=(*sizes,))
+    assert len({stage_name(size, Ledger((plan,)), batch=0) for size in sizes}) == 1
+
+
+def test_checkpoints_are_held_while_a_spike_outlasts_its_stage() -> None:
+    spikes = LossSpikes(SpikeRule(loss_floor=0.1))
+    for step in range(300):
+        spikes.observe({"loss": 2.0 + (step >= 290)}, step=step, stage="short")
+    for step in range(300, 350):
+        spikes.observe({"loss": 3.0}, step=step, stage="long")
+        assert Recovery().oldest_needed(spikes) == 190
 
 
 @pytest.mark.parametrize(
