@@ -63,8 +63,9 @@ class SpikeRule:
     100,000 steps."""
     loss_floor: float = 1e-3
     """Nats per token; smaller deviations are taken for this."""
-    norm_floor: float = 0.01
-    """The same for the gradient norm, as a share of it."""
+    norm_floor: float = 0.05
+    """The same for the gradient norm, as a share of it: `far` of these, 0.7 in its logarithm, are
+    twice the norm. Where it is quiet a quarter more would be beyond `far`, and means nothing."""
     smoothing: float = 0.9
     """Of the loss's excess, each step: it follows within ten."""
     excess: float = 0.1
