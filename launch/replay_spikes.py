@@ -92,7 +92,7 @@ def replay(asked: Replay) -> list[Row]:
             values["gradient_norm"] = _number(line[asked.norm_name], asked)
         stage = " ".join(str(line.get(n, "")) for n in ("stage", "window_tokens"))
         step = int(line.get("step", number))
-        seen = spikes.observe(values, step=step, stage=f"{stage} {line.get('global_sequences')}")
+        seen = spikes.observe(values, step=step, stage=stage)
         row: Row = {
             "step": step,
             "state": seen.state,

@@ -3,7 +3,8 @@
 Each value gets a robust score, z = (value - expected) / max(1.4826 MAD, floor): expected is what
 the values of the last `window_steps` taken steps lead to, MAD is their median absolute deviation
 from it (robust_window.py). Values beyond the threshold do not enter the window, nor does anything
-while a spike lasts: a spike does not become its own measure, and a NaN poisons nothing.
+while a spike lasts: a spike does not become its own measure, and a NaN poisons nothing. From an
+alarm on what is expected stands still, and the windows begin anew (`RobustWindow.hold`).
 
 One value may stand out by chance, so two thresholds: beyond `far` a value is flagged alone, beyond
 `near` only beside another. Three of five beyond `near` are an alarm, and then the smoothed excess
@@ -62,8 +63,9 @@ class SpikeRule:
     100,000 steps."""
     loss_floor: float = 1e-3
     """Nats per token; smaller deviations are taken for this."""
-    norm_floor: float = 0.01
-    """The same for the gradient norm, as a share of it."""
+    norm_floor: float = 0.05
+    """The same for the gradient norm, as a share of it: `far` of these, 0.7 in its logarithm, are
+    twice the norm. Where it is quiet a quarter more would be beyond `far`, and means nothing."""
     smoothing: float = 0.9
     """Of the loss's excess, each step: it follows within ten."""
     excess: float = 0.1
@@ -153,7 +155,7 @@ class LossSpikes:
             values: `loss` in nats per token, and any of `loss_max` and `gradient_norm`.
             stage: as in `observe`.
         """
-        known = self._windows if stage == self._stage else {}
+        known = self._windows if stage == self._stage or self._outlasts_its_stage else {}
         scores: dict[str, float] = {}
         for name, value in values.items():
             window = known.get(name)
@@ -176,9 +178,10 @@ class LossSpikes:
         Args:
             values: `loss` in nats per token, and any of `loss_max` and `gradient_norm`.
             step: its number, for `onset_step`.
-            stage: what the data are like; with another one all begins anew, without an alarm.
+            stage: what the data are like; with another one all begins anew, without an alarm, but
+                a spike that lasts is followed to its end first, by what was ordinary before it.
         """
-        if stage != self._stage:
+        if stage != self._stage and not self._outlasts_its_stage:
             self._stage = stage
             self._clear()
         seen = self.look(values, stage=stage)
@@ -204,6 +207,15 @@ class LossSpikes:
             event=event,
             onset_step=onset,
         )
+
+    @property
+    def _outlasts_its_stage(self) -> bool:
+        """Whether a spike lasts, or two of the last five values say that one begins.
+
+        One alone is chance (once in 260 steps): carried on, it would take a new stage for a spike.
+        """
+        begins = self._state == "suspect" and sum(self._recent) > 1
+        return begins or self._state in ("spike", "recovering")
 
     @property
     def _may_learn(self) -> bool:
@@ -252,6 +264,8 @@ class LossSpikes:
             if sum(self._recent) < _ALARM:
                 return ""
             self._state, self._peak, self._calm = "spike", self._smoothed, 0
+            for window in self._windows.values():
+                window.hold()
             return "alarm"
         if self._state not in ("spike", "recovering"):
             return ""

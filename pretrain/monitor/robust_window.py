@@ -3,7 +3,8 @@
 What they lead to is a parabola through the medians of the window's thirds, so that a series that
 falls, as a loss in its beginning, neither alarms nor hides; the scale is 1.4826 times the median
 absolute deviation from it. Half of a third may be anything without moving either. It is computed
-anew every thirty-second of a window, and carried on along its slope in between.
+anew every thirty-second of a window, and carried on along its slope in between; where a gap begins
+(`hold`), it stands still.
 """
 
 import math
@@ -71,6 +72,20 @@ class RobustWindow:
     def pass_by(self) -> None:
         """Let a value go that is not ordinary: what is expected goes on along its slope."""
         self.since += 1
+
+    def hold(self) -> None:
+        """Begin anew, and until then expect no less than was ordinary, without a slope.
+
+        While a spike lasts the old slope says ever less: a healthy loss that falls ever slower
+        leaves it upwards. And values before and after the gap are no neighbours: no curve goes
+        through both. So the larger of what was expected and the median of the newest third stands
+        still, with the old scale, until the window is filled again.
+        """
+        if self.fit is not None:
+            newest = np.asarray(self.values[-max(1, len(self.values) // 3) :])
+            level = _median(newest) if len(newest) else self.expected
+            self.fit, self.since = (max(self.expected, level), 0.0, self.fit[2]), 0
+        self.values = []
 
     def as_json(self) -> dict[str, Any]:
         """Return the window as JSON values; `from_json` goes on from it, to the bit."""

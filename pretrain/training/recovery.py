@@ -16,10 +16,14 @@ from typing import Literal
 
 from data.stream.ledger import Entry, Ledger
 from data.stream.order import Segment
+from pretrain.model.precision import Precision
 from pretrain.monitor.loss_spikes import LossSpikes, Seen, SpikeRule
 
 SKIP_REASON = "loss spike: "
 """How the reason of a batch that was left out for its own loss or norm begins."""
+_MOST_IN_A_WINDOW = 3
+"""Batches left out so among the last `rule.window_steps`: data that are bad more often than once in
+85 are what there is to train on, and what is left out never enters the window that judges it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +38,8 @@ class Recovery:
     """watch: incidents and metrics only; skip: leave out batches that spike; rewind: that, and go
     back when the loss diverges."""
     max_skips: int = 2
-    """Batches left out in a row; the next one is trained on: then it is the model."""
+    """Batches left out in a row, 0 to 3; the next one is trained on: then it is the model. Never
+    more than 3 of the last `rule.window_steps`."""
     margin_steps: int = 100
     """A rewind goes to a checkpoint so long before the onset, and leaves out the batches from there
     to as long after the step that recognised it."""
@@ -55,22 +60,36 @@ class Recovery:
                 f" slow_batches={self.slow_batches},"
                 f" max_rewinds={self.max_rewinds} given; 0 or more is allowed"
             )
+        if self.max_skips > _MOST_IN_A_WINDOW:
+            raise ValueError(
+                f"recovery.max_skips={self.max_skips} given, at most {_MOST_IN_A_WINDOW} is"
+                " allowed: more are never left out of recovery.rule.window_steps batches"
+            )
         if self.max_skipped_batches < 1:
             raise ValueError(
                 f"recovery.max_skipped_batches={self.max_skipped_batches} given, at least 1 is"
                 " allowed"
             )
 
-    def leaves_out(self, seen: Seen, *, num_before: int) -> bool:
+    def leaves_out(
+        self, seen: Seen, *, entries: Sequence[Entry], batch: int, precision: Precision
+    ) -> bool:
         """Return whether the batch of a step is left out.
 
         Args:
             seen: what is thought of the step.
-            num_before: batches right before it that were left out for the same reason.
+            entries: of the run's ledger; a start that goes on counts the same ones.
+            batch: its number.
+            precision: of the run.
         """
-        if self.policy == "watch" or seen.state != "normal":
+        if seen.state != "normal" or seen.worst <= self.rule.far:
             return False  # amid a spike it is the model, and every batch looks bad
-        return seen.worst > self.rule.far and num_before < self.max_skips
+        if self.policy == "watch" or why_none_is_left_out(self, precision):
+            return False
+        if num_left_out_before(entries, batch=batch) >= self.max_skips:
+            return False
+        recent = range(batch - self.rule.window_steps, batch)
+        return len(_left_out(entries).intersection(recent)) < _MOST_IN_A_WINDOW
 
     def oldest_needed(self, spikes: LossSpikes) -> int | None:
         """Return the step whose checkpoint a rewind would want; None: none is in sight."""
@@ -109,24 +128,41 @@ def why_none_is_old_enough(
 def stage_name(segment: Segment, ledger: Ledger, *, batch: int) -> str:
     """Return what the data of a batch are like: where it changes, losses do not compare.
 
-    The plan in force, the curriculum's stage, the window length and the size of the batch. Pieces
-    of a mixture that moves within its stage are small on purpose, and are followed.
+    The plan in force, the curriculum's stage and the window length. Not the size of the batch: a
+    ramp of sizes would never let a window fill, and with it the noise falls, the loss goes on.
+    Pieces of a mixture that moves within its stage are small on purpose, and are followed.
     """
     plan = sum(entry.kind == "plan" and entry.first_batch <= batch for entry in ledger.entries)
-    return f"{plan} {segment.stage} {segment.window_tokens} {segment.global_sequences}"
+    return f"{plan} {segment.stage} {segment.window_tokens}"
 
 
 def num_left_out_before(entries: Sequence[Entry], *, batch: int) -> int:
     """Return how many batches right before `batch` were left out for their own loss or norm."""
-    left_out = {
-        entry.first_batch
-        for entry in entries
-        if entry.kind == "skip" and entry.reason.startswith(SKIP_REASON)
-    }
+    left_out = _left_out(entries)
     num = 0
     while batch - num - 1 in left_out:
         num += 1
     return num
+
+
+def _left_out(entries: Sequence[Entry]) -> set[int]:
+    return {
+        entry.first_batch
+        for entry in entries
+        if entry.kind == "skip" and entry.reason.startswith(SKIP_REASON)
+    }
+
+
+def why_none_is_left_out(recovery: Recovery, precision: Precision) -> str:
+    """Return why no batch is left out although the policy says so; "" if one may be."""
+    is_delayed = precision.kind == "fp8_hybrid" and precision.fp8_recipe == "delayed"
+    if recovery.policy == "watch" or not is_delayed:
+        return ""
+    return (
+        f"recovery.policy={recovery.policy} given, but no batch is left out for its loss or"
+        " gradient norm: precision.fp8_recipe=delayed keeps histories that cannot be undone."
+        " Spikes are recorded, and a rewind works; precision.fp8_recipe=tensorwise leaves out"
+    )
 
 
 def reason_to_skip(seen: Seen) -> str:

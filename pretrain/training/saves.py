@@ -120,7 +120,7 @@ class Saves:
     def begin_last(self) -> None:
         """Begin to save the step that the run stands at, if it is not saved; collective."""
         self._enter("save", self._trainer.position.step)
-        self._wait()
+        wait_for_save(self._trainer, enter=self._enter)
         self._hear()
         if not self._has_last():
             self._begin("shared")

@@ -23,7 +23,7 @@ from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints, step
 from pretrain.checkpoint.retention import find_damage_together
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.monitor.loss_spikes import Seen
-from pretrain.training.recovery import num_left_out_before, reason_to_skip, stage_name
+from pretrain.training.recovery import reason_to_skip, stage_name
 from pretrain.training.rewind import (
     NoWayBackError,
     Rewind,
@@ -88,8 +88,12 @@ class SpikeJudge:
         values = {"loss": result.loss, "gradient_norm": result.gradient_norm}
         stage = stage_name(trainer.segment, trainer.ledger, batch=trainer.batch)
         seen = trainer.spikes.look(values, stage=stage)
-        num_before = num_left_out_before(trainer.ledger.entries, batch=trainer.batch)
-        if recovery.leaves_out(seen, num_before=num_before):
+        if recovery.leaves_out(
+            seen,
+            entries=trainer.ledger.entries,
+            batch=trainer.batch,
+            precision=trainer.run.precision,
+        ):
             reason = reason_to_skip(seen)
             text = f"batch {trainer.batch} is left out: {reason}"
             self._record("skip", text, number=trainer.batch, values=values, seen=seen)

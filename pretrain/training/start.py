@@ -50,7 +50,7 @@ from pretrain.training.exit_file import (
     write_exit,
 )
 from pretrain.training.folders import check_folders, check_given
-from pretrain.training.recovery import why_none_is_old_enough
+from pretrain.training.recovery import why_none_is_left_out, why_none_is_old_enough
 from pretrain.training.rewind import read_rewinds, why_not_from_the_start
 from pretrain.training.run import Run, as_json, check_data_available
 
@@ -107,8 +107,9 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
             write_exit(run.folder, code=FINISHED, reason="was finished already", step=done)
             log.warning("run %s is finished: nothing to do. Next: %s", run.name, _NEXT)
         return FINISHED
-    if is_first and (why := _why_no_rewind(run)):
-        log.warning("%s", why)
+    if is_first:
+        for why in filter(None, (_why_no_rewind(run), _why_none_left_out(run))):
+            log.warning("%s", why)
     if under_torchrun:
         return int(find_function(RANK_MAIN)(run, config_yaml))
     return _run_local_ranks(run, config_yaml)
@@ -219,6 +220,10 @@ def _why_no_rewind(run: Run) -> str:
         keep=run.checkpoints.keep,
         num_steps=run.timetable.num_batches,
     )
+
+
+def _why_none_left_out(run: Run) -> str:
+    return why_none_is_left_out(run.recovery, run.precision)
 
 
 def _check_local_ranks(num_ranks: int) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import secrets
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -126,6 +127,41 @@ def test_a_new_stage_raises_no_alarm_where_it_is_announced() -> None:
     assert back[-1].event == "alarm"  # the new stage is watched, too
 
 
+def watch_stages(loss: list[float], *, change: int) -> tuple[LossSpikes, list[Seen]]:
+    """Return what is thought of a loss whose stage changes at a step, and the watch after it."""
+    spikes = LossSpikes(SpikeRule())
+    return spikes, [
+        spikes.observe({"loss": value}, step=step, stage="long" if step >= change else "short")
+        for step, value in enumerate(loss)
+    ]
+
+
+@pytest.mark.parametrize("onset", [390, 397, 398])
+def test_a_divergence_that_began_before_a_new_stage_is_seen_in_it(onset: int) -> None:
+    rises = [value + 0.2 + 0.01 * n for n, value in enumerate(flat(300, seed=2))]
+    _, seen = watch_stages([*flat(onset), *rises], change=400)
+    events = {s.event: s for s in reversed(seen)}
+    assert events["diverged"].onset_step == onset
+
+
+def test_a_spike_that_ends_in_a_new_stage_leaves_nothing_of_the_old_one() -> None:
+    loss = [*flat(395), *(value + 0.5 for value in flat(30, seed=2)), *flat(60, seed=3)]
+    spikes, seen = watch_stages(loss, change=400)
+    end = next(step for step, s in enumerate(seen) if s.event == "recovered")
+    assert seen[end].onset_step == 395
+    assert end < 450
+    assert all(s.scores == {} for s in seen[end + 1 :])
+    assert spikes.onset_step == -1
+
+
+def test_one_value_that_stands_out_before_a_new_stage_is_chance() -> None:
+    loss = [*flat(399), 2.2, *(value + 1.0 for value in flat(200, seed=2))]
+    spikes, seen = watch_stages(loss, change=400)
+    assert seen[399].state == "suspect"
+    assert {s.event for s in seen} == {""}
+    assert spikes.state == "normal"
+
+
 def test_a_spike_that_comes_back_is_recovered() -> None:
     loss = flat(600)
     for step in range(400, 430):
@@ -153,6 +189,77 @@ def test_a_spike_that_does_not_come_back_is_a_divergence_if_it_matters(
     assert seen[ends[0]].onset_step == 400
     assert ends[0] - 400 == pytest.approx(after, abs=1)
     assert seen[-1].state == "normal"  # the new level is what is ordinary now
+
+
+def slowing(t: float) -> float:
+    """Return a loss that falls as a power of the step."""
+    return 1.8 + 9.2 * (1 + t / 40) ** -0.45
+
+
+def flattening(t: float) -> float:
+    """Return a loss that falls fast, rests, drops once and goes on slowly."""
+    falls, drops = 3.8 * math.exp(-t / 70), 3.2 / (1 + math.exp((t - 900) / 120))
+    return 1.9 + falls + drops + 2.0 * (1 + t / 1500) ** -0.5
+
+
+def bumped(t: float) -> float:
+    """Return a gradient norm that is doubled for some 25 steps, and does no harm."""
+    return 0.5 * (1 + math.exp(-(((t - 300) / 25) ** 2)))
+
+
+def steady(_: float) -> float:
+    return 0.5
+
+
+def watch_curve(
+    loss: Callable[[float], float],
+    norm: Callable[[float], float],
+    *,
+    seed: int,
+    noise: tuple[float, float] = (0.01, 0.05),
+) -> list[Seen]:
+    """Return what is thought of 1,500 steps of two curves, with normal noise."""
+    draw = np.random.default_rng(seed)
+    losses = [loss(t) + noise[0] * draw.normal() for t in range(1_500)]
+    norms = [norm(t) * math.exp(noise[1] * draw.normal()) for t in range(1_500)]
+    return watch(losses, norm=norms)
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "noise"),
+    [(slowing, bumped, (0.01, 0.05)), (flattening, steady, (0.006, 0.08))],
+)
+def test_a_loss_that_falls_ever_slower_diverges_nowhere(
+    loss: Callable[[float], float],
+    norm: Callable[[float], float],
+    noise: tuple[float, float],
+) -> None:
+    for seed in (*range(3), *fresh_seeds(3)):
+        seen = watch_curve(loss, norm, seed=seed, noise=noise)
+        assert [step for step, s in enumerate(seen) if s.event == "diverged"] == [], f"seed {seed}"
+
+
+def test_a_falling_loss_that_does_diverge_is_seen_within_a_hundred_steps() -> None:
+    def rises(t: float) -> float:
+        return slowing(t) + 0.02 * max(0.0, t - 1_000)
+
+    def triples(t: float) -> float:
+        return 0.5 * (3 if t > 1_000 else 1)
+
+    for seed in fresh_seeds(3):
+        seen = watch_curve(rises, triples, seed=seed)
+        step = next(step for step, s in enumerate(seen) if s.event == "diverged")
+        assert 1_000 < step <= 1_100, f"seed {seed}"
+        assert seen[step].onset_step in range(1_000, 1_005), f"seed {seed}"
+
+
+def test_a_spike_right_after_another_is_seen() -> None:
+    loss = flat(600)
+    for step in (*range(400, 430), *range(480, 490)):
+        loss[step] += 0.5
+    events = [(step, seen.event) for step, seen in enumerate(watch(loss)) if seen.event]
+    assert [event for _, event in events] == ["alarm", "recovered"] * 2
+    assert events[2][0] == 482
 
 
 @pytest.mark.parametrize("cut", [50, 300, 401, 402, 403, 412, 440, 520])

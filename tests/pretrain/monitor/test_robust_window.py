@@ -53,3 +53,16 @@ def test_a_window_says_nothing_before_it_is_filled() -> None:
     assert window.score(9.0) == pytest.approx(0.0)
     assert window.score(10.0) == pytest.approx(10.0)  # one above what comes next, in floors of 0.1
     assert window.score(math.nan) == math.inf
+
+
+def test_a_window_that_is_held_expects_what_was_ordinary_until_it_is_filled_again() -> None:
+    window = RobustWindow(floor=0.1)
+    for value in range(30):
+        window.admit(-float(value), most=30, least=10)
+    window.hold()
+    for value in range(9):
+        assert window.expected == pytest.approx(-24.5)  # median of -20 to -29, not -30 and falling
+        window.pass_by()
+        window.admit(-100.0 - value, most=30, least=10)
+    window.admit(-109.0, most=30, least=10)
+    assert window.expected == pytest.approx(-110.0)  # nothing of before is fitted with it
