@@ -55,7 +55,7 @@ class SpikeRule:
     """Taken steps that are looked back on; a median of 256 is 8 % of a deviation wide."""
     min_steps: int = 128
     """Nothing is flagged before so many are in the window."""
-    near: float = 4.0
+    near: float = 4.2
     """Robust deviations; flagged beside another. Student's t with 5 degrees of freedom is beyond it
     once in 260 steps, twice in a row once in 70,000."""
     far: float = 14.0
