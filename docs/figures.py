@@ -232,7 +232,8 @@ def bench_checkpoint_table(record: Mapping[str, Any]) -> str:
 def chaos_table(record: Mapping[str, Any]) -> str:
     """Return how many faults of which kind struck, and how many runs were not themselves."""
     kinds = [("fault", "struck")]
-    kinds += [(kind, str(count)) for kind, count in record["by_kind"].items()]
+    by_count = sorted(record["by_kind"].items(), key=lambda item: (-item[1], item[0]))
+    kinds += [(kind, str(count)) for kind, count in by_count]
     layouts = ", ".join(f"{name} {count}" for name, count in sorted(record["by_layout"].items()))
     note = (
         f"{record['num_faults']} faults in {record['num_runs']} runs, {record['minutes']:.0f}"
