@@ -30,7 +30,7 @@ run: $(STAMP) ## train a small model on two local CPU ranks, the defaults of con
 	@$(VENV) launch/generate.py checkpoint=$(RUN_FOLDER) prompt='"def main("' max_new_tokens=80
 
 test: $(STAMP) ## run the tests
-	$(VENV) -m pytest tests -m "not slow" $(ARGS)
+	$(VENV) -m pytest tests -m "not slow" --durations 25 $(ARGS)
 
 test-slow: $(STAMP) ## run the tests that take longer: more layouts of four ranks, larger worlds
 	$(VENV) -m pytest tests -m slow $(ARGS)
