@@ -92,7 +92,10 @@ def test_measured_times_take_the_place_of_assumed_ones(plan: Command, tmp_path: 
         (["action=memory"], ["action", "'memory'", "goodput"]),
         (["checkpoints.interval_steps=0"], ["checkpoints.interval_steps=0", "give 1 or more"]),
         (["goodput.tokens_per_s=0"], ["goodput.tokens_per_s=0", "above 0"]),
-        (["checkpoints.local.interval_steps=7"], ["checkpoints.local.interval_steps=7", "divide"]),
+        (
+            ["checkpoints.local.folder=/nvme/a", "checkpoints.local.interval_steps=7"],
+            ["checkpoints.local.interval_steps=7", "divide"],
+        ),
         (["goodput.measured=nowhere.json"], ["goodput.measured=nowhere.json", "measured"]),
         (["goodput.persist=1"], ["goodput.persist", "persist_bytes_per_s"]),
         (["layout.pp=7"], ["layout.pp=7", "1536 ranks"]),
