@@ -138,6 +138,6 @@ def test_a_store_that_fails_ends_the_process_with_a_report(
         raise RuntimeError("connection reset")
 
     monkeypatch.setattr(own, "_round", fail)
-    until(lambda: bool(codes))
+    until(lambda: bool(codes) and bool(reports))  # of two threads that end it one reports
     assert set(codes) == {85}
     assert "connection reset" in reports[0].store_error

@@ -49,7 +49,7 @@ def names(judged: list[Judged]) -> list[Any]:
         ("ep2", "flip", 1, True),
         ("ep2", "flip_moment", 0, True),
         ("pp2", "flip", 0, False),
-        ("tp2", "flip_moment", 1, False),
+        pytest.param("tp2", "flip_moment", 1, False, marks=pytest.mark.slow),
         ("dp2", "flip_copy", 1, False),
     ],
 )

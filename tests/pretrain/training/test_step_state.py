@@ -19,10 +19,11 @@ LAYOUTS = {
     "pp2": Layout(num_ranks=2, pp=2),
     "tp2": Layout(num_ranks=2, tp=2, etp=2),
 }
+FAST = ["ep2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pp2", "tp2"))]
 
 
 @pytest.mark.parametrize(("balance", "at_step"), [("bias", 1), ("global_aux", 0)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FAST)
 def test_a_step_computed_twice_is_the_step_computed_once(
     layout: str, balance: str, at_step: int, tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:
@@ -35,7 +36,7 @@ def test_a_step_computed_twice_is_the_step_computed_once(
     assert once == twice
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FAST)
 def test_a_batch_left_out_is_the_batch_that_the_user_skips(
     layout: str, tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:
