@@ -39,12 +39,14 @@ class Piece:
     """`size` values in row order, on the device; the live ones, not a copy."""
 
 
-def pieces_of_rank(chunks: Sequence[Any], optimizer: Any) -> list[Piece]:
-    """Return what this rank writes: of every value in the run there is one writer.
+def pieces_of_rank(chunks: Sequence[Any], optimizer: Any, *, alone: bool = False) -> list[Piece]:
+    """Return what this rank writes.
 
     Args:
         chunks: this rank's wrapped model chunks.
         optimizer: megatron's ChainedOptimizer over them.
+        alone: all that this rank needs to go on by itself, whoever else holds it, too; False: of
+            every value in the run there is one writer.
 
     Raises:
         CheckpointError: if something has no place in a checkpoint: it would be lost.
@@ -52,30 +54,13 @@ def pieces_of_rank(chunks: Sequence[Any], optimizer: Any) -> list[Piece]:
     Collective: every rank calls it.
     """
     gather_weights(chunks)
-    found = [_piece(box) for box in _all_boxes(chunks, optimizer) if box.is_owner]
+    found = [_piece(box) for box in _all_boxes(chunks, optimizer) if alone or box.is_owner]
     found += _random_pieces()
-    found += [_extra_piece(s) for s in _extra_states(chunks) if not _replica_of_another(s)]
+    extra = _extra_states(chunks)
+    found += [_extra_piece(state) for state in extra if alone or not _replica_of_another(state)]
+    if alone:  # a weight that stands twice on a rank has two boxes of the same values
+        return list({(piece.key, piece.start): piece for piece in found}.values())
     return found
-
-
-def pieces_to_go_on(chunks: Sequence[Any], optimizer: Any) -> list[Piece]:
-    """Return all that this rank needs to go on by itself, whoever else holds it, too.
-
-    Args:
-        chunks: this rank's wrapped model chunks.
-        optimizer: megatron's ChainedOptimizer over them.
-
-    Raises:
-        CheckpointError: if something has no place in a checkpoint: it would be lost.
-
-    Collective: every rank calls it.
-    """
-    gather_weights(chunks)
-    found = [_piece(box) for box in _all_boxes(chunks, optimizer)]
-    found += _random_pieces()
-    found += [_extra_piece(state) for state in _extra_states(chunks)]
-    # a weight that stands twice on a rank has two boxes of the same values
-    return list({(piece.key, piece.start): piece for piece in found}.values())
 
 
 def _all_boxes(chunks: Sequence[Any], optimizer: Any) -> list[Box | StateBox]:

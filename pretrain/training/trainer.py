@@ -27,7 +27,7 @@ from parallel.seeds import seed_ranks
 from pretrain.checkpoint.environment import running_versions
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.checkpoint.optimizer_state import num_updates
-from pretrain.checkpoint.pieces import pieces_of_rank, pieces_to_go_on
+from pretrain.checkpoint.pieces import pieces_of_rank
 from pretrain.checkpoint.saver import Saver, SaverConfig
 from pretrain.checkpoint.sharded import load_checkpoint, load_weights
 from pretrain.model.initialise import initialise_weights
@@ -319,7 +319,9 @@ class Trainer:
     def begin_local_save(self) -> None:
         """Do the same to the nodes' own disks; collective."""
         manifest = self._manifest()
-        self.saver.begin_local(lambda: pieces_to_go_on(self.chunks, self.optimizer), manifest)
+        self.saver.begin_local(
+            lambda: pieces_of_rank(self.chunks, self.optimizer, alone=True), manifest
+        )
         self.corpus.train.check_unchanged()
 
     def _manifest(self) -> Manifest:

@@ -15,7 +15,7 @@ from pretrain.checkpoint.local_resume import LocalFound, find_local, keep_only
 from pretrain.checkpoint.local_steps import digest_of
 from pretrain.checkpoint.manifest import HELD_NAME, CheckpointError, list_checkpoints
 from pretrain.checkpoint.outcome import Outcome
-from pretrain.checkpoint.pieces import pieces_of_rank, pieces_to_go_on
+from pretrain.checkpoint.pieces import pieces_of_rank
 from pretrain.checkpoint.stored import StoredTensors
 from pretrain.training.run import CheckpointPolicy, Run, as_json
 from pretrain.training.trainer import Trainer
@@ -197,7 +197,7 @@ def test_a_rank_writes_what_it_holds_and_readers_of_whole_checkpoints_see_that_i
     """One rank alone holds everything once: both kinds of checkpoint have the same pieces."""
     train(trainer)
     own = {(p.key, p.start) for p in pieces_of_rank(trainer.chunks, trainer.optimizer)}
-    held = [(p.key, p.start) for p in pieces_to_go_on(trainer.chunks, trainer.optimizer)]
+    held = [(p.key, p.start) for p in pieces_of_rank(trainer.chunks, trainer.optimizer, alone=True)]
     assert len(held) == len(set(held))
     assert own == set(held)
     folder = save(trainer).folder
