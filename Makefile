@@ -29,8 +29,8 @@ run: $(STAMP) ## train a small model on two local CPU ranks, the defaults of con
 	@echo; echo "a sample:"
 	@$(VENV) launch/generate.py checkpoint=$(RUN_FOLDER) prompt='"def main("' max_new_tokens=80
 
-test: $(STAMP) ## run the tests
-	$(VENV) -m pytest tests -m "not slow" --durations 25 $(ARGS)
+test: $(STAMP) ## run the tests, on two workers (ARGS='-n 0': in one process, for a debugger)
+	$(VENV) -m pytest tests -m "not slow" -n 2 --dist loadfile --durations 25 $(ARGS)
 
 test-slow: $(STAMP) ## run the tests that take longer: more layouts of four ranks, larger worlds
 	$(VENV) -m pytest tests -m slow $(ARGS)

@@ -39,6 +39,7 @@ EXTRAS = {
     "hf": ["transformers==5.23.0"],
     "dev": [
         "pytest>=9,<10",
+        "pytest-xdist>=3.8,<4",
         "hypothesis>=6.170,<7",
         "ruff==0.17.6",
         "pyright[nodejs]==1.1.414",

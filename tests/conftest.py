@@ -104,7 +104,7 @@ def tiny_curriculum(tokens: int = 1_000_000, *, sequences: int = 8, **changes: A
 
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[RankPool]:
-    """Yield two local gloo ranks; they start with the first call and serve the whole test run."""
+    """Yield two local gloo ranks; they start with the first call and serve all of a worker."""
     pool = RankPool(2)
     yield pool
     pool.close()

@@ -63,7 +63,7 @@ class Environment:
     def left_over(self) -> tuple[str, ...]:
         """Return what is there now and was not there before."""
         processes = descendants(os.getpid()) - self._processes
-        files = [*self.folder.iterdir(), *(_shared_memory() - self._shared)]
+        files = [*self.folder.iterdir(), *(_abandoned(_shared_memory() - self._shared))]
         return (*(f"process {pid}" for pid in sorted(processes)), *sorted(map(str, files)))
 
 
@@ -156,6 +156,24 @@ def descendants(pid: int) -> frozenset[int]:
             if "forkserver" not in names[child] or child not in children.get(pid, []):
                 found.add(child)
     return frozenset(p for p in found if "resource_tracker" not in names[p])
+
+
+def _abandoned(paths: frozenset[Path]) -> frozenset[Path]:
+    """Return those that no process on this machine has mapped or open: others run tests beside us.
+
+    A folder of ours is named after this process, so whatever is in it was left by it.
+    """
+    if not (others := {str(path) for path in paths if path.is_file()}):
+        return paths
+    in_use: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "maps").read_text("utf-8", "replace").split()
+            words += [os.readlink(link) for link in (process / "fd").iterdir()]
+        except OSError:  # it has just ended, or is another user's, who owns no file of ours
+            continue
+        in_use |= others.intersection(words)
+    return frozenset(path for path in paths if str(path) not in in_use)
 
 
 def _shared_memory() -> frozenset[Path]:
