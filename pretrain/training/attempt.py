@@ -166,12 +166,13 @@ def _refuse_without_progress(run: Run, attempts: Sequence[Attempt], *, digest: s
             continue  # it was refused
         if (
             attempt.digest != digest
-            or reached > (attempt.from_step or 0)
             or attempt.code in _REGULAR_ENDS
             or attempt.number in rewound
+            or (attempt.from_step is not None and reached > attempt.from_step)
         ):
             break
-        # what it committed on its nodes' disks may be gone with them: where the next one begins
+        # one without a from_step ended before it knew where to begin, so it committed nothing;
+        # what another committed on its nodes' disks may be gone with them: where the next one begins
         # shows it, and until then it counts neither way
         if has_later or not attempt.has_progressed:
             in_vain.append(attempt)

@@ -93,3 +93,18 @@ def test_a_start_that_left_a_shared_checkpoint_was_not_in_vain(run: Run) -> None
     (run.folder / "checkpoints" / "step_00000090").mkdir(parents=True)
     for _ in range(2):
         assert start_with_local_commit(run, from_step=90, committed_step=120)
+
+
+def test_starts_that_end_before_they_know_where_to_begin_are_in_vain(run: Run) -> None:
+    (run.folder / "checkpoints" / "step_00000040").mkdir(parents=True)
+    for _ in range(2):
+        begin_attempt(run).end(code=85, reason="a test")
+    with pytest.raises(LeaseError, match="committed no checkpoint"):
+        begin_attempt(run)
+
+
+def test_a_commit_that_was_not_noted_counts_where_the_start_knew_its_first_step(run: Run) -> None:
+    for _ in range(2):
+        start_in_vain(run)
+    (run.folder / "checkpoints" / "step_00000060").mkdir(parents=True)
+    assert start_in_vain(run) == 3
