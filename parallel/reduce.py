@@ -5,13 +5,31 @@
 import torch
 from torch import Tensor
 
-from parallel.groups import data_context_group, last_stage_rank, pipeline_group
+from parallel.groups import context_group, data_context_group, last_stage_rank, pipeline_group
 
 
 def sum_over_data(values: Tensor) -> Tensor:
     """Return `values` summed over data and context ranks; collective over that axis."""
     values = values.clone()
     torch.distributed.all_reduce(values, group=data_context_group())
+    return values
+
+
+def max_over_data(values: Tensor) -> Tensor:
+    """Return the elementwise maximum over data and context ranks; collective over that axis."""
+    values = values.clone()
+    torch.distributed.all_reduce(
+        values, op=torch.distributed.ReduceOp.MAX, group=data_context_group()
+    )
+    return values
+
+
+def sum_over_context(values: Tensor) -> Tensor:
+    """Return `values` summed over the ranks that share this one's sequences; collective."""
+    if context_group().size() == 1:
+        return values
+    values = values.clone()
+    torch.distributed.all_reduce(values, group=context_group())
     return values
 
 

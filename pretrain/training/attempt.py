@@ -171,9 +171,9 @@ def _refuse_without_progress(run: Run, attempts: Sequence[Attempt], *, digest: s
             or (attempt.from_step is not None and reached > attempt.from_step)
         ):
             break
-        # one without a from_step ended before it knew where to begin, so it committed nothing;
-        # what another committed on its nodes' disks may be gone with them: where the next one begins
-        # shows it, and until then it counts neither way
+        # One without a from_step ended before it knew where to begin, so it committed nothing. What
+        # another committed on its nodes' disks may be gone with them: where the next one begins
+        # shows it, and until then it counts neither way.
         if has_later or not attempt.has_progressed:
             in_vain.append(attempt)
         if attempt.from_step is not None:

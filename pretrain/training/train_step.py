@@ -8,7 +8,7 @@ be taken again or left out.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from parallel.failpoints import failpoint
 from parallel.gradients import apply_gradients, measure_gradients
-from parallel.groups import is_last_stage
-from parallel.reduce import from_last_stage, sum_over_data
+from parallel.reduce import from_last_stage, max_over_data, sum_over_context, sum_over_data
 from parallel.schedule import MicroBatch, forward_backward
 from pretrain.model.router import batch_counters, counting_batch
 from pretrain.training.model_failpoints import grow_first_moments
@@ -34,6 +33,11 @@ class StepResult:
     """Global norm before the clip."""
     lr: float
     """Learning rate that it was taken with."""
+    loss_max: float = math.nan
+    """The largest loss of a replica's share of the batch."""
+    sequence_sums: Tensor | None = field(default=None, compare=False, repr=False)
+    """`[C, 2]` fp32, this rank's alone: losses and tokens of its replica's sequences in their
+    order, with context ranks of its part of each; None on all stages but the last."""
 
     @property
     def is_finite(self) -> bool:
@@ -108,12 +112,16 @@ def measure_step(
         num_microbatches=len(batches),
         micro_batch_size=micro_batch_size,
         sequence_length=sequence_length,
-        read_loss=_sum_and_count,
+        read_loss=_sequence_sums,
     )
-    sum_and_count = _loss_over_all(kept, batches[0].loss_mask.device)
-    gradient_norm = measure_gradients(optimizer)
+    sequence_sums = torch.cat(kept) if kept else None
+    loss, loss_max = _loss_over_all(sequence_sums, batches[0].loss_mask.device)
     return StepResult(
-        loss=float(sum_and_count[0] / sum_and_count[1]), gradient_norm=gradient_norm, lr=lr
+        loss=loss,
+        loss_max=loss_max,
+        gradient_norm=measure_gradients(optimizer),
+        lr=lr,
+        sequence_sums=sequence_sums,
     )
 
 
@@ -161,25 +169,28 @@ def count_choices(chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatc
             num_microbatches=len(batches),
             micro_batch_size=micro_batch_size,
             sequence_length=sequence_length,
-            read_loss=_sum_and_count,
+            read_loss=_sequence_sums,
             forward_only=True,
         )
     for chunk in chunks:
         chunk.train()
 
 
-def _sum_and_count(batch: MicroBatch, token_loss_BS: Tensor) -> Tensor:
-    return torch.stack([(token_loss_BS.float() * batch.loss_mask).sum(), batch.loss_mask.sum()])
+def _sequence_sums(batch: MicroBatch, token_loss_BS: Tensor) -> Tensor:
+    loss_BS = token_loss_BS.float() * batch.loss_mask
+    return torch.stack([loss_BS.sum(1), batch.loss_mask.sum(1)], dim=1)
 
 
-def _loss_over_all(kept: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the loss of the global batch and its tokens, summed in fp64: replicas do not show."""
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    if is_last_stage():
-        for sum_and_count in kept:
-            total += sum_and_count
-        total = sum_over_data(total)
-    return from_last_stage(total)
+def _loss_over_all(sums_C2: Tensor | None, device: torch.device) -> tuple[float, float]:
+    """Return the loss of the global batch and the largest of a replica's; in fp64, collective."""
+    told = torch.zeros(2, dtype=torch.float64, device=device)
+    if sums_C2 is not None:
+        own = sums_C2.sum(0, dtype=torch.float64)
+        total, share = sum_over_data(own), sum_over_context(own)
+        largest = max_over_data(share[0] / share[1].clamp_min(1))  # a share may count no token
+        told = torch.stack([total[0] / total[1], largest])
+    loss, loss_max = from_last_stage(told).tolist()
+    return loss, loss_max
 
 
 def micro_batches(

@@ -27,6 +27,11 @@ def reduced(pool: RankPool, layout: Layout, name: str) -> list[list[float]]:
         (Layout(num_ranks=2), "from_last_stage", [[1.0, 20.0], [3.0, -4.0]]),
         (Layout(num_ranks=2, pp=2), "sum_over_all", [[4.0, 16.0]] * 2),
         (Layout(num_ranks=2), "max_over_all", [[3.0, 20.0]] * 2),
+        (Layout(num_ranks=2), "max_over_data", [[3.0, 20.0]] * 2),
+        (Layout(num_ranks=2, cp=2), "max_over_data", [[3.0, 20.0]] * 2),
+        (Layout(num_ranks=2, pp=2), "max_over_data", [[1.0, 20.0], [3.0, -4.0]]),
+        (Layout(num_ranks=2, cp=2), "sum_over_context", [[4.0, 16.0]] * 2),
+        (Layout(num_ranks=2), "sum_over_context", [[1.0, 20.0], [3.0, -4.0]]),
     ],
     ids=lambda value: str(value) if isinstance(value, str | Layout) else "",
 )
