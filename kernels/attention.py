@@ -87,6 +87,40 @@ def causal_attention_from(
     return torch.cat(tiles_BNTH, dim=-2)[..., : v_BNKW.shape[-1]]
 
 
+def largest_score(
+    q_BNSH: Tensor,
+    k_BNKH: Tensor,
+    *,
+    documents_BK: Tensor | None = None,
+    first: int = 0,
+    scale: float,
+) -> Tensor:
+    """Return the largest score that the softmax of causal attention sees, 0-dimensional fp32.
+
+    Args:
+        q_BNSH: `[B, N, S, H]` fp32 or bf16, at positions first to first + S - 1.
+        k_BNKH: `[B, N, K, H]`, at positions 0 to K - 1.
+        documents_BK: `[B, K]`, the document of each key; None: one.
+        first: position of the first query, 0 <= first <= K - S.
+        scale: factor on the scores.
+
+    Costs a matrix product as large as that of the scores; memory is linear in S.
+    """
+    largest: list[Tensor] = []
+    for row in range(0, q_BNSH.shape[-2], TILE_TOKENS):
+        q_BNTH = q_BNSH[..., row : row + TILE_TOKENS, :]
+        num_rows, begin = q_BNTH.shape[-2], first + row
+        num_seen = begin + num_rows
+        scores_BNTK = (q_BNTH @ k_BNKH[..., :num_seen, :].transpose(-1, -2)).float() * scale
+        hidden_TK = torch.ones(num_rows, num_seen, dtype=torch.bool, device=q_BNSH.device)
+        hidden_BTK = hidden_TK.triu_(begin + 1)[None]
+        if documents_BK is not None:
+            own_BT1 = documents_BK[:, begin:num_seen, None]
+            hidden_BTK = hidden_BTK | (own_BT1 != documents_BK[:, None, :num_seen])
+        largest.append(scores_BNTK.masked_fill_(hidden_BTK[:, None], float("-inf")).amax())
+    return torch.stack(largest).amax()
+
+
 def _bias(like: Tensor, *, num_rows: int, num_keys: int) -> Tensor:
     """Return `[T, K]`, 0 or minus infinity, in which the last row sees every key.
 

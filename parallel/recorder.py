@@ -30,6 +30,10 @@ _BUFFER = "TORCH_FR_BUFFER_SIZE"
 _C10D: Any = c10d
 _NUM_KEPT = 1000
 """Collectives that torch keeps on each rank; some steps of a large model."""
+WAIT_KINDS = ("all_to_all", "pipeline", "collective")
+"""What is waited for: an exchange of tokens, another stage (send or receive), all else."""
+_KIND_OF_OP = {10: "all_to_all", 11: "all_to_all", 12: "pipeline", 13: "pipeline", 14: "pipeline"}
+"""By c10d::OpType (Work.hpp): ALLTOALL_BASE, ALLTOALL, SEND, RECV, RECVANYSOURCE."""
 
 
 def record_collectives() -> None:
@@ -84,9 +88,14 @@ class Waits:
 
     def __init__(self) -> None:
         """Begin at 0."""
-        self.total_s = 0.0
+        self.by_kind_s = dict.fromkeys(WAIT_KINDS, 0.0)
         """Seconds, over all threads."""
         self._since_s: dict[int, float] = {}
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of all kinds, over all threads."""
+        return sum(self.by_kind_s.values())
 
     def waiting(self) -> frozenset[int]:
         """Return the threads that stand in a wait now, by their identifiers."""
@@ -95,8 +104,9 @@ class Waits:
     def _enter(self) -> None:
         self._since_s[threading.get_ident()] = time.perf_counter()
 
-    def _leave(self) -> None:
-        self.total_s += time.perf_counter() - self._since_s.pop(threading.get_ident())
+    def _leave(self, work: Any) -> None:
+        waited_s = time.perf_counter() - self._since_s.pop(threading.get_ident())
+        self.by_kind_s[_KIND_OF_OP.get(work._get_op_type(), "collective")] += waited_s
 
 
 @contextmanager
@@ -110,7 +120,7 @@ def measured_waits() -> Iterator[Waits]:
         try:
             return wait(work, *args, **kwargs)
         finally:
-            waits._leave()
+            waits._leave(work)
 
     work_class.wait = timed_wait
     try:

@@ -14,6 +14,7 @@ S sequence (this rank's tokens of it), K all keys of the sequence, B batch, N lo
 and key head, W value head.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class CoreAttention(torch.nn.Module):
         super().__init__()
         self.num_context_ranks = int(config.context_parallel_size)
         self.scale = softmax_scale
+        self.watch: Callable[[Tensor, Tensor, Tensor | None, int], None] | None = None
+        """Shown queries, keys, documents and first position of each pass (gauges.py)."""
 
     def forward(
         self,
@@ -88,6 +91,8 @@ class CoreAttention(torch.nn.Module):
         first: int,
     ) -> Tensor:
         """Return `[B, N, S, W]` of queries from position `first` on."""
+        if self.watch is not None:
+            self.watch(q_BNSH, k_BNKH, documents_BK, first)
         if documents_BK is None:
             return causal_attention_from(q_BNSH, k_BNKH, v_BNKW, first=first, scale=self.scale)
         return document_attention(

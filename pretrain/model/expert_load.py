@@ -61,5 +61,15 @@ def routers_by_layer(
     for chunk in chunks:
         for name, module in chunk.named_modules():
             if isinstance(module, TopKRouter):
-                number = int(module.layer_number or 0)
-                yield (num_layers - 1 if name.startswith("mtp.") else number - 1), module
+                yield layer_of(name, module, num_layers=num_layers), module
+
+
+def layer_of(name: str, module: Any, *, num_layers: int) -> int:
+    """Return the layer that a module of a chunk is or is in, counted from 0, MTP's module last.
+
+    Args:
+        name: of the module in its chunk.
+        module: a layer or a router; megatron numbers both from 1, MTP's anew.
+        num_layers: decoder layers and MTP modules of the whole model.
+    """
+    return num_layers - 1 if name.startswith("mtp.") else int(module.layer_number) - 1

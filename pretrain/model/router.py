@@ -21,7 +21,7 @@ first needs them; so the batch is routed once before the step (`counting_batch`)
 T tokens of a rank, E experts, K chosen.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,8 @@ class ScaledAuxLossRouter(TopKRouter):
 
     is_counting = False
     """Whether forward passes only count what the global batch chooses."""
+    watch: Callable[[Tensor], None] | None = None
+    """Shown the logits `[..., E]` of each pass (gauges.py)."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return weights and choices `[T, E]`; while counting, count the choices besides."""
@@ -46,6 +48,8 @@ class ScaledAuxLossRouter(TopKRouter):
             chosen_TE, _ = self._choices_and_scores(logits)
             counts_E: Any = self.global_tokens_per_expert
             counts_E += chosen_TE.sum(0)
+        if self.watch is not None:
+            self.watch(logits)
         return super().routing(logits, padding_mask)
 
     def _choices_and_scores(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,6 +114,20 @@ class ScaledAuxLossRouter(TopKRouter):
             valid_token_count=num_tokens,
             **kwargs,
         )
+
+
+def router_scores(router: ScaledAuxLossRouter, logits: Tensor) -> Tensor:
+    """Return each token's scores over all experts, adding up to 1, `[T, E]` fp32.
+
+    Args:
+        router: its function of scores, sigmoid or softmax.
+        logits: `[..., E]`.
+    """
+    logits_TE = logits.flatten(0, -2).float()
+    if router.score_function == "softmax":
+        return logits_TE.softmax(-1)
+    scores_TE = logits_TE.sigmoid()
+    return scores_TE / scores_TE.sum(-1, keepdim=True)
 
 
 def batch_counters(chunks: Sequence[torch.nn.Module]) -> list[ScaledAuxLossRouter]:

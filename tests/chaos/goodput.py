@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def account(run: Run, killed_unix_s: list[float]) -> dict[str, Any]:
     records = read_records(run.folder / "metrics.jsonl")
     steps = [record for record in records if "loss" in record]
     first, last = steps[0], steps[-1]
-    step_s = statistics.median(float(r["step_time_s"]) for r in steps if "step_time_s" in r)
+    saves = [record for record in records if "checkpoint_save_s" in record]
+    step_s, save_s = times_of_steps(steps, saves)
     begun_unix_s = float(first["time_unix_s"]) - step_s
     total_s = float(last["time_unix_s"]) - begun_unix_s
     kills = [at for at in killed_unix_s if at < float(last["time_unix_s"])]
@@ -85,8 +87,6 @@ def account(run: Run, killed_unix_s: list[float]) -> dict[str, Any]:
         - step_s
         for at in kills
     ]
-    saves = [record for record in records if "checkpoint_blocking_s" in record]
-    blocking_s = statistics.median(float(record["checkpoint_blocking_s"]) for record in saves)
     persist_s = statistics.median(float(record["checkpoint_save_s"]) for record in saves)
     restart_s = statistics.mean(recoveries)
     plan = Plan(
@@ -94,8 +94,8 @@ def account(run: Run, killed_unix_s: list[float]) -> dict[str, Any]:
         detection_s=0.0,  # it is in the restart: from the kill to the next step
         shared=Tier(
             interval_s=INTERVAL_STEPS * step_s,
-            blocking_s=blocking_s,
-            persist_s=persist_s - blocking_s,
+            blocking_s=save_s,
+            persist_s=max(persist_s - save_s, 0.0),
             restart_s=restart_s,
         ),
     )
@@ -110,10 +110,34 @@ def account(run: Run, killed_unix_s: list[float]) -> dict[str, Any]:
         "step_s": step_s,
         "ettr": useful_s / total_s,
         "simulated_ettr": predicted_s / total_s,
-        "measured": {"blocking_s": blocking_s, "init_s": restart_s},
+        "measured": {"blocking_s": save_s, "init_s": restart_s},
         "persist_s": persist_s,
         "recoveries_s": recoveries,
     }
+
+
+def times_of_steps(
+    steps: Sequence[Mapping[str, Any]], saves: Sequence[Mapping[str, Any]]
+) -> tuple[float, float]:
+    """Return the seconds of a step without a save beside it, and those that a save adds.
+
+    Means, not medians: steps that are looked at twice, or written down in full, are steps, too.
+    What a save adds is what training waits for it and what the steps beside it take longer.
+    """
+    busy = [
+        (float(save["time_unix_s"]) - float(save["checkpoint_save_s"]), float(save["time_unix_s"]))
+        for save in saves
+    ]
+    alone: list[float] = []
+    beside: list[float] = []
+    for before, after in itertools.pairwise(steps):
+        if before["attempt"] != after["attempt"]:
+            continue  # a recovery has its own account
+        begin, end = float(before["time_unix_s"]), float(after["time_unix_s"])
+        is_beside = any(first < end and last > begin for first, last in busy)
+        (beside if is_beside else alone).append(end - begin)
+    step_s = statistics.mean(alone)
+    return step_s, (sum(beside) - step_s * len(beside)) / len(saves)
 
 
 def main(arguments: list[str]) -> int:
@@ -141,7 +165,7 @@ def main(arguments: list[str]) -> int:
     print(
         f"killed {found['num_kills']} times in {found['total_s']:.0f} s, {found['num_steps']} steps"
         f" of {found['step_s'] * 1e3:.0f} ms are left; exit code {code}\n"
-        f"  a save blocks       {found['measured']['blocking_s'] * 1e3:8.1f} ms\n"
+        f"  a save costs        {found['measured']['blocking_s'] * 1e3:8.1f} ms\n"
         f"  a save is committed {found['persist_s'] * 1e3:8.1f} ms after its begin\n"
         f"  kill to next step   {found['measured']['init_s']:8.2f} s\n"
         f"effective training time {found['ettr']:.3f}, simulated {found['simulated_ettr']:.3f}"
