@@ -60,6 +60,11 @@ def entered_collectives() -> tuple[Entered, ...]:
     )
 
 
+def host_waits() -> bool:
+    """Return whether the host stands in `Work.wait` until a collective is done: on gloo only."""
+    return torch.distributed.get_backend() == "gloo"
+
+
 def group_ranks() -> dict[str, tuple[int, ...]]:
     """Return the ranks of each group of several ranks that this rank is in, by torch's name."""
     world: Any = distributed_c10d._world
@@ -88,7 +93,7 @@ class Waits:
 
     def __init__(self) -> None:
         """Begin at 0."""
-        self.by_kind_s = dict.fromkeys(WAIT_KINDS, 0.0)
+        self.by_kind_s: dict[str, float] = dict.fromkeys(WAIT_KINDS, 0.0)
         """Seconds, over all threads."""
         self._since_s: dict[int, float] = {}
 

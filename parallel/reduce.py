@@ -2,6 +2,8 @@
 # (megatron-core and torch.distributed are loosely typed; strict mode would check them, not us)
 """How do scalars of all ranks become one number?"""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,35 @@ def max_over_all(values: Tensor) -> Tensor:
     values = values.clone()
     torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     return values
+
+
+def reduce_together(
+    sums: Sequence[Tensor], maxima: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return many small tensors reduced over every rank: two collectives and one wait, all in all.
+
+    Args:
+        sums: any shapes and number formats, the same on all ranks; added up in fp64.
+        maxima: likewise; of each value the largest.
+
+    Returns:
+        Both in fp64 on the host, each tensor in its shape.
+
+    Collective: every rank calls it.
+    """
+    kinds = ((sums, torch.distributed.ReduceOp.SUM), (maxima, torch.distributed.ReduceOp.MAX))
+    reduced: list[Tensor] = []
+    for tensors, op in kinds:
+        packed = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+        torch.distributed.all_reduce(packed, op=op)
+        reduced.append(packed)
+    sizes = [[tensor.numel() for tensor in tensors] for tensors, _ in kinds]
+    on_host = torch.cat(reduced).cpu().split([sum(size) for size in sizes])
+    added, largest = (
+        [part.reshape(tensor.shape) for part, tensor in zip(one.split(size), of, strict=True)]
+        for one, size, (of, _) in zip(on_host, sizes, kinds, strict=True)
+    )
+    return added, largest
 
 
 def gather_over_all(values: Tensor) -> Tensor:

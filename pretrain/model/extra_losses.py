@@ -29,14 +29,23 @@ def take_mtp_loss(layout: Layout, *, num_microbatches: int, device: torch.device
 
     Collective: every rank calls it.
     """
+    return float(sum_over_all(take_own_mtp_loss(device))) / mtp_terms(layout, num_microbatches)
+
+
+def take_own_mtp_loss(device: torch.device) -> Tensor:
+    """Return what this rank has of it, 0-dimensional, and begin anew."""
     tracked = MTPLossLoggingHelper.tracker.get("values")
-    own = tracked.clone().sum() if tracked is not None else torch.zeros((), device=device)
-    if tracked is not None:
-        tracked.zero_()
-    copies = (
-        layout.dp * layout.cp * layout.tp
-    )  # every tensor rank of the last stage holds the same value
-    return float(sum_over_all(own)) / (copies * num_microbatches)
+    if tracked is None:
+        return torch.zeros((), device=device)
+    own = tracked.clone().sum()
+    tracked.zero_()
+    return own
+
+
+def mtp_terms(layout: Layout, num_microbatches: int) -> int:
+    """Return how many losses the sum over all ranks is of."""
+    # every tensor rank of the last stage holds the same value
+    return layout.dp * layout.cp * layout.tp * num_microbatches
 
 
 def take_aux_loss(
@@ -55,8 +64,19 @@ def take_aux_loss(
 
     Collective: every rank calls it.
     """
+    terms = aux_terms(layout, num_microbatches, num_moe_layers)
+    return float(sum_over_all(take_own_aux_loss(device))) / terms
+
+
+def take_own_aux_loss(device: torch.device) -> Tensor:
+    """Return what this rank has of it, 0-dimensional, and begin anew."""
     own: Tensor = torch.zeros((), device=device)
     for entry in get_moe_layer_wise_logging_tracker().values():
         own = own + entry["values"].sum()
         entry["values"].zero_()
-    return float(sum_over_all(own)) / (layout.dp * num_microbatches * num_moe_layers)
+    return own
+
+
+def aux_terms(layout: Layout, num_microbatches: int, num_moe_layers: int) -> int:
+    """Return how many losses the sum over all ranks is of."""
+    return layout.dp * num_microbatches * num_moe_layers

@@ -75,7 +75,9 @@ class Gauges:
         self.is_on = True
 
     def end(self) -> None:
-        """Measure no longer; `sums_LQ2` and `maxima_LQ` stay until `begin`."""
+        """Measure no longer; `sums_LQ2` and `maxima_LQ` stay until `begin`, empty without one."""
+        if not self.is_on:
+            self.begin()
         self.is_on = False
         for (layer, bias_E), before_E in zip(self._router_biases(), self._biases, strict=True):
             self.maxima_LQ[layer, _RANGE] = bias_E.max() - bias_E.min()

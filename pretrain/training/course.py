@@ -74,11 +74,15 @@ class Course:
         self._attempt, self._watch, self._progress = attempt, watch, progress
         self._begun_s = time.monotonic()
         self._throughput = make_throughput(trainer.run, device)
-        self._observer = Observer(
-            trainer, device=device, throughput=self._throughput, telemetry=telemetry
-        )
         self._judges = judges_of(
             trainer, attempt=attempt.number, why_lost=attempt.why_lost, enter=watch.enter
+        )
+        self._observer = Observer(
+            trainer,
+            device=device,
+            throughput=self._throughput,
+            telemetry=telemetry,
+            num_rewinds=self._judges.num_rewinds,
         )
         self._saves = Saves(
             trainer,
@@ -128,8 +132,8 @@ class Course:
         step = self._trainer.position.step
         self._judges.audit.after_update()
         self._progress.step = step
-        self._observer.step_done(result, num_sequences=num_sequences)
-        self._watch.step_done(step, device=self._trainer.device)
+        times_s = self._watch.step_done(step, device=self._trainer.device)
+        self._observer.step_done(result, num_sequences=num_sequences, times_s=times_s)
         evaluation = self._run.evaluation
         is_due = evaluation.interval_steps and step % evaluation.interval_steps == 0
         if is_due and not self._trainer.is_finished:

@@ -27,6 +27,8 @@ class Judges:
     """Also told of every update, and asked before every checkpoint."""
     of_steps: tuple[Judge, ...]
     """For `fit`, in order; the audit is the first."""
+    num_rewinds: int
+    """How often the run has gone back before this start."""
 
 
 def judges_of(
@@ -55,4 +57,8 @@ def judges_of(
     recheck = StepRecheck(trainer, record=record, enter=enter)
     sample = StepSample(trainer, record=record, enter=enter)
     spikes = SpikeJudge(trainer, attempt=attempt, why_lost=why_lost, enter=enter)
-    return Judges(audit=audit, of_steps=(audit, recheck, sample, spikes))
+    return Judges(
+        audit=audit,
+        of_steps=(audit, recheck, sample, spikes),
+        num_rewinds=spikes.num_rewinds,
+    )

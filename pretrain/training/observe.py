@@ -1,31 +1,24 @@
 """What does a run show of itself while it trains?
 
 After each step the loss, the gradient norm, the rate and the speed; every `console_interval_steps`
-what costs a
-collective: expert loads, MTP and load-balance losses, memory. Values are the same on every rank;
-    rank 0 writes them.
-
-L layers (decoder and MTP), E experts.
+what costs a collective (step_metrics.py). Values are the same on every rank; rank 0 writes them.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from data.corpus.manifest import CorpusManifest
 from parallel.device import Device
-from parallel.reduce import max_over_all, sum_over_all
 from pretrain.checkpoint.saver import Outcome
 from pretrain.model.count import flop_per_token
-from pretrain.model.expert_load import ExpertLoad
-from pretrain.model.extra_losses import take_aux_loss, take_mtp_loss
 from pretrain.monitor.loss_spikes import STATES, Seen
 from pretrain.monitor.quantities import bits_per_byte
 from pretrain.monitor.telemetry import Telemetry
 from pretrain.monitor.throughput import Throughput, ThroughputConfig, find_peak_flop_per_s
 from pretrain.training.evaluate import ValidationLoss
 from pretrain.training.run import Run
+from pretrain.training.step_metrics import StepMetrics
 from pretrain.training.train_step import StepResult
 from pretrain.training.trainer import Trainer
 
@@ -60,85 +53,79 @@ class Observer:
         device: Device,
         throughput: Throughput,
         telemetry: Telemetry | None,
+        num_rewinds: int = 0,
     ) -> None:
-        """Hook the routers.
+        """Hook the model.
 
         Args:
             trainer: what is watched.
             device: asked for memory.
             throughput: clock of the steps, started by the caller.
             telemetry: where records go; None on all ranks but the first.
+            num_rewinds: how often the run has gone back before this start.
         """
-        run = trainer.run
-        num_layers = run.model.num_layers + run.model.num_mtp_layers
         self._trainer = trainer
-        self._device = device
         self.throughput = throughput
         """The clock; paused for what is no training."""
         self._telemetry = telemetry
-        self._load = ExpertLoad(
-            trainer.modules, num_layers=num_layers, num_experts=run.model.num_routed_experts
-        )
-        trainer.step_state.include(self._load.counts_LE)
-        self._microbatches_unread = 0
+        self._num_rewinds = num_rewinds
+        self._committed_s = time.monotonic()
+        self._metrics = StepMetrics(trainer, device=device)
+        self._metrics.begin_step(is_logged=self._is_logged(trainer.position.step + 1))
         self.losses: list[float] = []
         """Loss of each step of this attempt, nats per token."""
         self.memory_peak_bytes = 0
         """Of the fullest rank, when last asked."""
 
-    def step_done(self, result: StepResult, *, num_sequences: int) -> None:
-        """Record a step; collective every `console_interval_steps`.
+    def step_done(
+        self, result: StepResult, *, num_sequences: int, times_s: Mapping[str, float]
+    ) -> None:
+        """Record a step; collective where it is a logged one.
 
         Args:
             result: what the step measured.
             num_sequences: sequences of its global batch.
+            times_s: where the time of a logged step went (watching.py).
         """
         trainer, run = self._trainer, self._trainer.run
-        segment = trainer.timetable.segment_at(trainer.ledger.batch_of(trainer.position.step - 1))
+        step = trainer.position.step
+        batch = trainer.ledger.batch_of(step - 1)
+        segment = trainer.timetable.segment_at(batch)
         flop = flop_per_token(run.model, sequence_tokens=segment.window_tokens)
         self.throughput.finish_step(segment.batch_tokens, flop_per_token=flop)
-        self._microbatches_unread += num_sequences // (
-            run.micro_sequences(segment.window_tokens) * run.layout.dp
+        self._metrics.count(
+            num_sequences // (run.micro_sequences(segment.window_tokens) * run.layout.dp)
         )
         self.losses.append(result.loss)
-        step = trainer.position.step
         record: dict[str, float | int | str] = {
             "step": step,
             "tokens": trainer.tokens,
             "loss": result.loss,
+            "loss_max": result.loss_max,
             "gradient_norm": result.gradient_norm,
+            "gradient_norm_clipped": result.gradient_norm * trainer.clip_factor(result),
             "lr": result.lr,
             "stage": segment.stage,
             "window_tokens": segment.window_tokens,
             "global_sequences": segment.global_sequences,
             "data_wait_s": trainer.data.wait_s,
+            "skipped_batches": batch - (step - 1),
+            "rewinds": self._num_rewinds,
             **_spike_metrics(trainer.seen),
             **self.throughput.metrics(tokens_left=trainer.timetable.num_tokens - trainer.tokens),
         }
-        if step % run.telemetry.console_interval_steps == 0 or trainer.is_finished:
+        if self._is_logged(step):
             trainer.settle_damage()
-            record |= self._costly_metrics() | self._consumed()
+            found = self._metrics.read(result)
+            self.memory_peak_bytes = int(found["memory_peak_bytes"])
+            age_s = time.monotonic() - self._committed_s
+            record |= {**found, **times_s, **self._consumed(), "last_commit_age_s": age_s}
+        self._metrics.begin_step(is_logged=self._is_logged(step + 1))
         self._write(record)
 
-    def _costly_metrics(self) -> dict[str, float | int]:
-        run, device = self._trainer.run, self._trainer.device
-        num_microbatches, self._microbatches_unread = self._microbatches_unread, 0
-        num_routers = run.model.num_moe_layers + run.model.num_mtp_layers
-        peak = torch.tensor(
-            float(self._device.peak_memory_bytes()), dtype=torch.float64, device=device
-        )
-        self.memory_peak_bytes = int(max_over_all(peak))
-        return {
-            **_load_metrics(sum_over_all(self._load.take()), run.model.num_dense_layers),
-            "mtp_loss": take_mtp_loss(run.layout, num_microbatches=num_microbatches, device=device),
-            "aux_loss": take_aux_loss(
-                run.layout,
-                num_microbatches=num_microbatches,
-                num_moe_layers=num_routers,
-                device=device,
-            ),
-            "memory_peak_bytes": self.memory_peak_bytes,
-        }
+    def _is_logged(self, step: int) -> bool:
+        interval = self._trainer.run.telemetry.console_interval_steps
+        return step % interval == 0 or step >= self._trainer.total_steps
 
     def _consumed(self) -> dict[str, int | str]:
         first = self._trainer.consumed_from_step
@@ -166,6 +153,7 @@ class Observer:
 
     def saved(self, outcome: Outcome) -> None:
         """Record a checkpoint that is committed."""
+        self._committed_s = time.monotonic()
         name = "checkpoint" if outcome.tier == "shared" else "local_checkpoint"
         self._write(
             {
@@ -205,23 +193,3 @@ def score_validation(result: ValidationLoss, corpus: CorpusManifest) -> dict[str
         )
         scores[name] = Score(loss=loss, bits_per_byte=bits)
     return scores
-
-
-def _load_metrics(counts_LE: torch.Tensor, num_dense_layers: int) -> dict[str, float | int]:
-    """Return how evenly each MoE layer's experts were used: 1 and 1 is perfect."""
-    metrics: dict[str, float | int] = {}
-    over, under, dead = [], [], 0
-    for layer, counts_E in enumerate(counts_LE[num_dense_layers:].double(), start=num_dense_layers):
-        mean = counts_E.mean().clamp_min(1e-9)
-        over.append(float(counts_E.max() / mean))
-        under.append(float(counts_E.min() / mean))
-        layer_dead = int((counts_E == 0).sum())
-        dead += layer_dead
-        metrics[f"layer/{layer}/load_max_over_mean"] = over[-1]
-        metrics[f"layer/{layer}/load_min_over_mean"] = under[-1]
-        metrics[f"layer/{layer}/dead_experts"] = layer_dead
-    return metrics | {
-        "load_max_over_mean": max(over),
-        "load_min_over_mean": min(under),
-        "dead_experts": dead,
-    }

@@ -70,7 +70,8 @@ class SpikeJudge:
         self._why_lost = why_lost
         self._enter = enter
         self._refused: set[int] = set()  # steps whose damaged checkpoint the disk would not rename
-        self._num_rewinds = _num_rewinds(trainer.run.folder)
+        self.num_rewinds = _num_rewinds(trainer.run.folder)
+        """How often the run has gone back before this start."""
 
     def __call__(self, batches: Sequence[MicroBatch], result: StepResult) -> Verdict:
         """Return what becomes of a step; collective.
@@ -220,7 +221,7 @@ class SpikeJudge:
             attempt=self._attempt,
             detail={**values, "scores": {**seen.scores}, "batch": self._trainer.batch},
         )
-        mark = spike_mark(folder, what=what, number=number, num_rewinds=self._num_rewinds)
+        mark = spike_mark(folder, what=what, number=number, num_rewinds=self.num_rewinds)
         record_incident(folder, incident, mark=mark)
 
 

@@ -38,6 +38,8 @@ class StepResult:
     sequence_sums: Tensor | None = field(default=None, compare=False, repr=False)
     """`[C, 2]` fp32, this rank's alone: losses and tokens of its replica's sequences in their
     order, with context ranks of its part of each; None on all stages but the last."""
+    sequence_domains: Tensor | None = field(default=None, compare=False, repr=False)
+    """`[C]` int64, the domain of each of these sequences; on every stage."""
 
     @property
     def is_finite(self) -> bool:
@@ -122,6 +124,7 @@ def measure_step(
         gradient_norm=measure_gradients(optimizer),
         lr=lr,
         sequence_sums=sequence_sums,
+        sequence_domains=torch.cat([batch.domain_idx for batch in batches]),
     )
 
 

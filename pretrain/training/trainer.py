@@ -204,6 +204,10 @@ class Trainer:
             * self.ledger.rate_factor(self.batch),
         )
 
+    def clip_factor(self, result: StepResult) -> float:
+        """Return what the clip multiplies a step's gradients by, as megatron does."""
+        return min(1.0, self.run.optimizer.clip_norm / (result.gradient_norm + 1e-6))
+
     def leave_out(self, reason: str) -> None:
         """Leave the batch that was read last out of the run: an entry of the ledger; collective.
 

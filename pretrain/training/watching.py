@@ -16,6 +16,7 @@ import torch
 
 from parallel.beats import Phase
 from parallel.groups import stage_rank
+from parallel.recorder import WAIT_KINDS, host_waits
 from parallel.reduce import gather_over_all
 from parallel.watch import RankWatch, Report, watched_ranks
 from pretrain.checkpoint.lease import incident_mark
@@ -26,6 +27,8 @@ from pretrain.training.hang import incident_of
 from pretrain.training.run import Run
 
 HANG_FOLDER = "hang"
+WAIT_METRICS = ("all_to_all_s", "pipeline_wait_s", "collective_wait_s")
+"""Names of the times of WAIT_KINDS."""
 
 
 class RunWatch:
@@ -40,9 +43,10 @@ class RunWatch:
         """
         self._run, self._own = run, own
         self._phase: Phase = "start"
-        self._since_s, self._waited_s = time.perf_counter(), own.waits.total_s
-        self._data_s = self._step_s = self._wait_s = 0.0
-        self._rows: list[tuple[float, float, float]] = []
+        self._since_s, self._waited_s = time.perf_counter(), dict(own.waits.by_kind_s)
+        self._data_s = self._step_s = 0.0
+        self._wait_s = dict.fromkeys(WAIT_KINDS, 0.0)
+        self._rows: list[tuple[float, ...]] = []
         self._stragglers: StragglerWatch | None = None
 
     def enter(self, phase: Phase, step: int) -> None:
@@ -53,25 +57,31 @@ class RunWatch:
             step: optimizer steps done.
         """
         self._own.enter(phase, step)
-        now_s, waited_s = time.perf_counter(), self._own.waits.total_s
+        now_s, waited_s = time.perf_counter(), dict(self._own.waits.by_kind_s)
         if self._phase == "data":
             self._data_s += now_s - self._since_s
         elif self._phase == "step":
             self._step_s += now_s - self._since_s
-            self._wait_s += waited_s - self._waited_s
+            for kind in WAIT_KINDS:
+                self._wait_s[kind] += waited_s[kind] - self._waited_s[kind]
         self._phase, self._since_s, self._waited_s = phase, now_s, waited_s
 
-    def step_done(self, step: int, *, device: torch.device) -> None:
+    def step_done(self, step: int, *, device: torch.device) -> dict[str, float]:
         """Keep the times of a step; collective every `console_interval_steps`.
 
         Args:
             step: optimizer steps done.
             device: of the tensor that is gathered.
+
+        Returns:
+            Then the times of the step that was just done, of its slowest rank, as metrics.
         """
-        self._rows.append((self._data_s, max(self._step_s - self._wait_s, 0.0), self._wait_s))
-        self._data_s = self._step_s = self._wait_s = 0.0
+        waits_s = tuple(self._wait_s.values())
+        self._rows.append((self._data_s, max(self._step_s - sum(waits_s), 0.0), *waits_s))
+        self._data_s = self._step_s = 0.0
+        self._wait_s = dict.fromkeys(WAIT_KINDS, 0.0)
         if step % self._run.telemetry.console_interval_steps:
-            return
+            return {}
         times_RNP = gather_over_all(torch.tensor(self._rows, dtype=torch.float32, device=device))
         self._rows = []
         if self._stragglers is None:
@@ -79,13 +89,18 @@ class RunWatch:
             self._stragglers = StragglerWatch(
                 self._run.stragglers, peers=stages_R1.flatten().tolist()
             )
+        times_RNP = times_RNP.cpu()
         if torch.distributed.get_rank() == 0:
-            self._name_stragglers(self._stragglers, times_RNP, step=step)
+            parts_RNP = torch.cat([times_RNP[..., :2], times_RNP[..., 2:].sum(-1, True)], dim=-1)
+            self._name_stragglers(self._stragglers, parts_RNP, step=step)
+        data_s, _compute_s, *waits_s = times_RNP[:, -1].amax(0).tolist()
+        waited = dict(zip(WAIT_METRICS, waits_s, strict=True)) if host_waits() else {}
+        return {"data_wait_s": data_s, **waited}
 
     def _name_stragglers(
         self, stragglers: StragglerWatch, times_RNP: torch.Tensor, *, step: int
     ) -> None:
-        times_NRP = times_RNP.double().cpu().numpy().transpose(1, 0, 2)
+        times_NRP = times_RNP.double().numpy().transpose(1, 0, 2)
         for found in stragglers.add(times_NRP, last_step=step):
             node = self._own.node_of(found.rank)
             text = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import causal_attention, causal_attention_reference
+from kernels.attention import causal_attention, causal_attention_reference, largest_score
 
 SHAPES = [  # B, N, S, H, W
     (1, 1, 1, 4, 4),
@@ -66,3 +66,32 @@ def test_a_later_key_changes_no_earlier_output() -> None:
 def test_values_wider_than_queries_are_refused_by_key() -> None:
     with pytest.raises(ValueError, match=r"value heads of 9 given.*model\.v_head_size"):
         causal_attention(*draw((1, 1, 4, 8, 9)), scale=1.0)
+
+
+@pytest.mark.parametrize("num_documents", [0, 3])
+@pytest.mark.parametrize(("first", "num_queries"), [(0, 600), (200, 400), (599, 1)])
+def test_the_largest_score_is_that_of_the_whole_matrix(
+    first: int, num_queries: int, num_documents: int
+) -> None:
+    generator = torch.Generator().manual_seed(first + num_documents)
+    q_BNSH = torch.randn(2, 3, num_queries, 8, generator=generator)
+    k_BNKH = torch.randn(2, 3, 600, 8, generator=generator)
+    documents_BK = (torch.arange(600) * num_documents // 600).expand(2, -1)
+    keys, own = torch.arange(600), torch.arange(first, first + num_queries)
+    seen_SK = keys <= own[:, None]
+    if num_documents:
+        seen_SK &= documents_BK[0, own, None] == documents_BK[0]
+    hidden = (~seen_SK).nonzero()
+    if len(hidden):  # the largest of all scores is one that must not be seen
+        query, key = hidden[len(hidden) // 2].tolist()
+        k_BNKH[:, :, key] = 3 * q_BNSH[:, :, query]
+    scores = (q_BNSH @ k_BNKH.transpose(-1, -2)) * 0.3
+    found = largest_score(
+        q_BNSH,
+        k_BNKH,
+        documents_BK=documents_BK if num_documents else None,
+        first=first,
+        scale=0.3,
+    )
+    assert found == pytest.approx(float(scores[:, :, seen_SK].max()))
+    assert not len(hidden) or scores.max() > scores[:, :, seen_SK].max()

@@ -45,7 +45,7 @@ def train_some(run: Run, *, save_after: int | None = None, leave_after: int | No
     observer = Observer(trainer, device=device, throughput=throughput, telemetry=telemetry)
 
     def monitor(result: StepResult, num_sequences: int) -> None:
-        observer.step_done(result, num_sequences=num_sequences)
+        observer.step_done(result, num_sequences=num_sequences, times_s={})
 
     def checkpoint(_: bool) -> None:
         if trainer.position.step == save_after:

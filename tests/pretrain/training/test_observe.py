@@ -38,7 +38,8 @@ def test_the_rate_before_skipped_batches_is_the_one_of_the_step(
     throughput.start()
     used: list[float] = []
     for _ in range(3):
-        observer.step_done(trainer.step(trainer.next_batch()), num_sequences=8)
+        result = trainer.step(trainer.next_batch())
+        observer.step_done(result, num_sequences=8, times_s={})
         used.append(trainer.optimizer.param_groups[0]["lr"])
     assert used == pytest.approx([1e-5, 2e-5, 51e-5])
     assert [record["lr"] for record in kept.records] == pytest.approx(used)

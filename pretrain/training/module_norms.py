@@ -1,0 +1,124 @@
+"""How large is each module's gradient, and how far does an update move its weights?
+
+Read from what the distributed optimizer holds: every rank sums the squares of its own shards, each
+value of the model on exactly one rank, as megatron does for the norm of the whole. So squares of
+all ranks add up, and those of all modules to the norm that the clip acts on.
+
+The update is not measured by a copy of the weights, which would be as large as the masters, but
+follows from the moments after it: lr * m / (sqrt(v) + eps), bias-corrected, and the decay.
+
+M modules.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+from torch import Tensor
+
+from pretrain.model.module_names import module_names, named_modules_of
+from pretrain.model.spec import ModelSpec
+
+
+class ModuleNorms:
+    """Squares of gradients, weights and updates of this rank's shards, by module."""
+
+    def __init__(
+        self, modules: Sequence[torch.nn.Module], optimizer: Any, *, spec: ModelSpec
+    ) -> None:
+        """Find out which shard belongs to which module.
+
+        Args:
+            modules: this rank's model chunks, not wrapped.
+            optimizer: megatron's ChainedOptimizer over them.
+            spec: the whole model.
+
+        Raises:
+            ValueError: if a parameter belongs to no module.
+        """
+        self.names = module_names(spec)
+        """Of all M modules, the same on every rank."""
+        num_layers = spec.num_layers + spec.num_mtp_layers
+        self._optimizer = optimizer
+        self._device = next(modules[0].parameters()).device
+        self._index = {
+            parameter: self.names.index(name)
+            for chunk in modules
+            for name, parameter in named_modules_of(chunk, num_layers=num_layers)
+        }
+
+    def gradient_squares(self) -> Tensor:
+        """Return `[M]` fp64, sums of squares of the gradients as they are now, reduced.
+
+        After the clip they are the clipped ones. Waits for nothing.
+        """
+        found = [
+            (index, torch.linalg.vector_norm(shard.grad, dtype=torch.float32).square())
+            for index, shard, _group, _state in self._shards()
+            if shard.grad is not None
+        ]
+        return self._by_module(found)
+
+    def update_squares(self) -> Tensor:
+        """Return `[2, M]` fp64: of the last update and of the weights before it.
+
+        Zero before the first update. Waits for nothing.
+        """
+        updates: list[tuple[int, Tensor]] = []
+        weights: list[tuple[int, Tensor]] = []
+        for index, shard, group, state in self._shards():
+            if "exp_avg" not in state:
+                continue
+            before, update = _last_update(shard, group, state)
+            updates.append((index, torch.linalg.vector_norm(update).square()))
+            weights.append((index, torch.linalg.vector_norm(before).square()))
+        return torch.stack([self._by_module(updates), self._by_module(weights)])
+
+    def _by_module(self, squares: Sequence[tuple[int, Tensor]]) -> Tensor:
+        total_M = torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
+        if squares:
+            index = torch.tensor([one[0] for one in squares], device=self._device)
+            total_M.index_add_(0, index, torch.stack([one[1] for one in squares]).double())
+        return total_M
+
+    def _shards(self) -> Iterator[tuple[int, Tensor, Mapping[str, Any], Mapping[str, Tensor]]]:
+        """Yield module, fp32 shard, parameter group and state of what this rank alone counts."""
+        for part in self._optimizer.chained_optimizers:
+            if part.is_stub_optimizer:
+                continue
+            for parameter, (group_idx, idx) in part.model_param_group_index_map.items():
+                group = part.optimizer.param_groups[group_idx]
+                shard = group["params"][idx]
+                if param_is_not_shared(shard) and param_is_not_tensor_parallel_duplicate(
+                    shard, getattr(part, "tp_group", None)
+                ):
+                    yield self._index[parameter], shard, group, part.optimizer.state[shard]
+
+
+def _last_update(
+    shard: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the weights before the last update, and what it added."""
+    beta1, beta2 = group["betas"]
+    step, lr = group["step"], group["lr"]
+    root = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+    moved = (state["exp_avg"] / root).mul_(lr / (1 - beta1**step))
+    before = (shard.detach() + moved).div_(1 - lr * group["weight_decay"])
+    return before, shard.detach() - before
+
+
+def norms_of(squares_M: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Return norms by module where there are any.
+
+    Args:
+        squares_M: `[M]`, summed over all ranks.
+        names: of the modules.
+    """
+    return {
+        name: math.sqrt(value)
+        for name, value in zip(names, squares_M.tolist(), strict=True)
+        if value > 0
+    }
