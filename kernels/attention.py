@@ -102,7 +102,7 @@ def largest_score(
         k_BNKH: `[B, N, K, H]`, at positions 0 to K - 1.
         documents_BK: `[B, K]`, the document of each key; None: one.
         first: position of the first query, 0 <= first <= K - S.
-        scale: factor on the scores.
+        scale: factor on the scores, > 0.
 
     Costs a matrix product as large as that of the scores; memory is linear in S.
     """
@@ -111,14 +111,14 @@ def largest_score(
         q_BNTH = q_BNSH[..., row : row + TILE_TOKENS, :]
         num_rows, begin = q_BNTH.shape[-2], first + row
         num_seen = begin + num_rows
-        scores_BNTK = (q_BNTH @ k_BNKH[..., :num_seen, :].transpose(-1, -2)).float() * scale
+        scores_BNTK = q_BNTH @ k_BNKH[..., :num_seen, :].transpose(-1, -2)
         hidden_TK = torch.ones(num_rows, num_seen, dtype=torch.bool, device=q_BNSH.device)
         hidden_BTK = hidden_TK.triu_(begin + 1)[None]
         if documents_BK is not None:
             own_BT1 = documents_BK[:, begin:num_seen, None]
             hidden_BTK = hidden_BTK | (own_BT1 != documents_BK[:, None, :num_seen])
         largest.append(scores_BNTK.masked_fill_(hidden_BTK[:, None], float("-inf")).amax())
-    return torch.stack(largest).amax()
+    return torch.stack(largest).amax().float() * scale
 
 
 def _bias(like: Tensor, *, num_rows: int, num_keys: int) -> Tensor:

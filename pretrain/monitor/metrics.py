@@ -132,7 +132,8 @@ lr | 1 | same
     learning rate of the step
 [logged]
 update_over_weight | 1 | same
-    L2 norm of the update over that of the weights before it; about 1e-3 is usual
+    L2 norm of the update over that of the weights before it, estimated from a sample of each
+    shard; about 1e-3 is usual
 module/<module>/gradient_norm | 1 | same
     L2 norm of one module's gradient before the clip; their squares add up to gradient_norm's
 module/<module>/update_over_weight | 1 | same

@@ -5,7 +5,8 @@ value of the model on exactly one rank, as megatron does for the norm of the who
 all ranks add up, and those of all modules to the norm that the clip acts on.
 
 The update is not measured by a copy of the weights, which would be as large as the masters, but
-follows from the moments after it: lr * m / (sqrt(v) + eps), bias-corrected, and the decay.
+follows from the moments after it: lr * m / (sqrt(v) + eps), bias-corrected, and the decay. It is
+estimated from a sample of each shard, within some percent: its size is what matters.
 
 M modules.
 """
@@ -21,6 +22,9 @@ from torch import Tensor
 
 from pretrain.model.module_names import module_names, named_modules_of
 from pretrain.model.spec import ModelSpec
+
+_SAMPLE = 4096
+"""Values of a shard, about, that say how far an update moves it."""
 
 
 class ModuleNorms:
@@ -63,7 +67,7 @@ class ModuleNorms:
         return self._by_module(found)
 
     def update_squares(self) -> Tensor:
-        """Return `[2, M]` fp64: of the last update and of the weights before it.
+        """Return `[2, M]` fp64: of the last update and of the weights before it, estimated.
 
         Zero before the first update. Waits for nothing.
         """
@@ -73,8 +77,9 @@ class ModuleNorms:
             if "exp_avg" not in state:
                 continue
             before, update = _last_update(shard, group, state)
-            updates.append((index, torch.linalg.vector_norm(update).square()))
-            weights.append((index, torch.linalg.vector_norm(before).square()))
+            share = shard.numel() / update.numel()
+            updates.append((index, torch.linalg.vector_norm(update).square() * share))
+            weights.append((index, torch.linalg.vector_norm(before).square() * share))
         return torch.stack([self._by_module(updates), self._by_module(weights)])
 
     def _by_module(self, squares: Sequence[tuple[int, Tensor]]) -> Tensor:
@@ -101,13 +106,19 @@ class ModuleNorms:
 def _last_update(
     shard: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return the weights before the last update, and what it added."""
+    """Return a sample of the weights before the last update, and what it added."""
+    # an odd stride meets all columns of a matrix, whose rows are of an even length
+    stride = shard.numel() // _SAMPLE | 1
+    weight, moment, square = (
+        tensor.detach().flatten()[::stride]
+        for tensor in (shard, state["exp_avg"], state["exp_avg_sq"])
+    )
     beta1, beta2 = group["betas"]
     step, lr = group["step"], group["lr"]
-    root = state["exp_avg_sq"].sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-    moved = (state["exp_avg"] / root).mul_(lr / (1 - beta1**step))
-    before = (shard.detach() + moved).div_(1 - lr * group["weight_decay"])
-    return before, shard.detach() - before
+    root = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+    moved = (moment / root).mul_(lr / (1 - beta1**step))
+    before = (weight + moved).div_(1 - lr * group["weight_decay"])
+    return before, weight - before
 
 
 def norms_of(squares_M: Tensor, names: Sequence[str]) -> dict[str, float]:
