@@ -33,6 +33,7 @@ Kind = Literal[
     "data",  # windows missing, damaged or not read in time
     "loss_spike",  # a loss or gradient norm that is out of the ordinary
     "diverged",  # a loss that does not come back by itself
+    "alarm",  # a number that is out of bounds for long (alarms.py)
     "non_finite",  # a loss or gradient that is no number
     "transient",  # numbers that were wrong once, and right when computed again
     "suspect_device",  # a rank whose memory or arithmetic is wrong

@@ -106,6 +106,9 @@ consumed | hash | same
     launch/inspect_data.py action=audit compares it with the plan
 consumed_from_step | steps | same
     steps done before the first that `consumed` covers
+mixture_error | 1 | same
+    largest difference, over domains, between the share of all sequences since this start and
+    the planned one; absent before the first thousand
 # Losses.
 [step]
 loss | nats/token | mean

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,7 @@ from pretrain.checkpoint.resume import open_checkpoint
 from pretrain.monitor.incidents import Incident, record_incident, this_node
 from pretrain.monitor.secrets import guard_tracebacks, print_traceback, scrub, start_log
 from pretrain.monitor.telemetry import Telemetry, open_telemetry
+from pretrain.monitor.webhook import posted_incidents
 from pretrain.training.attempt import RunAttempt, begin_attempt
 from pretrain.training.corpus import LEDGER_NAME, ledger_to_follow, open_run_corpus
 from pretrain.training.course import Course, Progress, is_first, say
@@ -62,6 +64,11 @@ def train(run: Run, config_yaml: str) -> int:
     guard_tracebacks()  # of threads; a local rank was forked before anybody else did
     start_log(level=logging.WARNING, format=f"[rank {rank}] %(levelname)s %(message)s")
     logging.getLogger("pretrain").setLevel(level)
+    with posted_incidents(run.folder, name=run.name) if rank == 0 else nullcontext():
+        return _train_to_an_end(run, config_yaml, rank)
+
+
+def _train_to_an_end(run: Run, config_yaml: str, rank: int) -> int:
     progress = Progress()
     try:
         stop = StopRequest(

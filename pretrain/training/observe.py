@@ -12,6 +12,8 @@ from data.corpus.manifest import CorpusManifest
 from parallel.device import Device
 from pretrain.checkpoint.saver import Outcome
 from pretrain.model.count import flop_per_token
+from pretrain.monitor.alarms import Alarms
+from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.monitor.loss_spikes import STATES, Seen
 from pretrain.monitor.quantities import bits_per_byte
 from pretrain.monitor.telemetry import Telemetry
@@ -70,6 +72,8 @@ class Observer:
         self._telemetry = telemetry
         self._num_rewinds = num_rewinds
         self._committed_s = time.monotonic()
+        run = trainer.run
+        self._alarms = Alarms(run.alarms, checkpoint_interval_steps=run.checkpoints.interval_steps)
         self._metrics = StepMetrics(trainer, device=device)
         self._metrics.begin_step(is_logged=self._is_logged(trainer.position.step + 1))
         self.losses: list[float] = []
@@ -93,8 +97,9 @@ class Observer:
         segment = trainer.timetable.segment_at(batch)
         flop = flop_per_token(run.model, sequence_tokens=segment.window_tokens)
         self.throughput.finish_step(segment.batch_tokens, flop_per_token=flop)
+        micro_sequences = run.micro_sequences(segment.window_tokens)
         self._metrics.count(
-            num_sequences // (run.micro_sequences(segment.window_tokens) * run.layout.dp)
+            result, segment, num_microbatches=num_sequences // (micro_sequences * run.layout.dp)
         )
         self.losses.append(result.loss)
         record: dict[str, float | int | str] = {
@@ -120,8 +125,22 @@ class Observer:
             self.memory_peak_bytes = int(found["memory_peak_bytes"])
             age_s = time.monotonic() - self._committed_s
             record |= {**found, **times_s, **self._consumed(), "last_commit_age_s": age_s}
+            self._raise_alarms(record)
         self._metrics.begin_step(is_logged=self._is_logged(step + 1))
         self._write(record)
+
+    def _raise_alarms(self, record: Mapping[str, float | int | str]) -> None:
+        if self._telemetry is None:
+            return
+        for alarm in self._alarms.look(record):
+            incident = Incident(
+                kind="alarm",
+                text=f"{alarm.text}; the run goes on",
+                step=int(record["step"]),
+                attempt=self._telemetry.attempt,
+                detail={"metric": alarm.metric, "value": alarm.value, "limit": alarm.limit},
+            )
+            record_incident(self._trainer.run.folder, incident)
 
     def _is_logged(self, step: int) -> bool:
         interval = self._trainer.run.telemetry.console_interval_steps

@@ -28,6 +28,7 @@ from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.recompute import Recompute, check_recompute
 from pretrain.model.spec import ModelSpec
+from pretrain.monitor.alarms import AlarmRules
 from pretrain.monitor.secrets import scrubbed
 from pretrain.monitor.stragglers import Stragglers
 from pretrain.monitor.telemetry import TelemetryConfig
@@ -262,6 +263,8 @@ class Run:
     """How closely ranks are watched for one that hangs."""
     stragglers: Stragglers = field(default_factory=Stragglers)
     """When a rank that holds up the others is named."""
+    alarms: AlarmRules = field(default_factory=AlarmRules)
+    """Which of its numbers need a person."""
     recovery: Recovery = field(default_factory=Recovery)
     """What it does about a loss that spikes or diverges."""
     change: Change = field(default_factory=Change)

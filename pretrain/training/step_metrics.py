@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from data.stream.order import Segment
 from parallel.device import Device
 from parallel.groups import is_last_stage
 from parallel.reduce import reduce_together, sum_over_context
@@ -27,6 +28,9 @@ from pretrain.model.gauges import Gauges, gauge_metrics
 from pretrain.training.module_norms import ModuleNorms, norms_of
 from pretrain.training.train_step import StepResult
 from pretrain.training.trainer import Trainer
+
+_LEAST_SEQUENCES = 1000
+"""Fewer say nothing of a mixture."""
 
 
 class StepMetrics:
@@ -51,6 +55,9 @@ class StepMetrics:
         for counted in (self._load.counts_LE, self._gauges.sums_LQ2, self._gauges.maxima_LQ):
             trainer.step_state.include(counted)  # of a pass that is taken again, once
         self._microbatches_unread = 0
+        num_domains = len(trainer.corpus.domains)
+        self._read_D = torch.zeros(num_domains, dtype=torch.float64, device=trainer.device)
+        self._planned_D = torch.zeros(num_domains, dtype=torch.float64)
 
     def begin_step(self, *, is_logged: bool) -> None:
         """Prepare for the step to come.
@@ -62,9 +69,18 @@ class StepMetrics:
         if is_logged:
             self._gauges.begin()
 
-    def count(self, num_microbatches: int) -> None:
-        """Count a step's forward passes of each replica."""
+    def count(self, result: StepResult, segment: Segment, *, num_microbatches: int) -> None:
+        """Count what a step has read.
+
+        Args:
+            result: of the step.
+            segment: what was planned for it.
+            num_microbatches: forward passes of each replica.
+        """
         self._microbatches_unread += num_microbatches
+        assert result.sequence_domains is not None
+        self._read_D += torch.bincount(result.sequence_domains, minlength=len(self._read_D))
+        self._planned_D += _shares(self._trainer, segment) * segment.global_sequences
 
     def read(self, result: StepResult) -> dict[str, float]:
         """Return the metrics of the step that was just done; collective, and waits for the device.
@@ -84,18 +100,20 @@ class StepMetrics:
                 self._norms.gradient_squares(),
                 self._norms.update_squares(),
                 domains_D2,
+                self._read_D,
                 take_own_mtp_loss(device),
                 take_own_aux_loss(device),
             ],
             [self._gauges.maxima_LQ, worst, memory],
         )
-        loads_LE, gauges_LQ2, gradients_M, updates_2M, domains_D2, mtp, aux = sums
+        loads_LE, gauges_LQ2, gradients_M, updates_2M, domains_D2, read_D, mtp, aux = sums
         return {
             **load_metrics(loads_LE, trainer.run.model.num_dense_layers),
             **gauge_metrics(gauges_LQ2, maxima[0]),
             **self._norm_metrics(gradients_M, updates_2M, result),
             **_domain_losses(domains_D2, trainer.corpus.domains),
             **self._extra_losses(float(mtp), float(aux)),
+            **self._mixture(read_D),
             "sequence_loss_max": float(maxima[1]),
             "memory_peak_bytes": int(maxima[2]),
         }
@@ -136,6 +154,23 @@ class StepMetrics:
             "mtp_loss": mtp / mtp_terms(run.layout, num_microbatches),
             "aux_loss": aux / aux_terms(run.layout, num_microbatches, num_routers),
         }
+
+    def _mixture(self, read_D: Tensor) -> dict[str, float]:
+        """Return how far what all replicas have read is from what was planned."""
+        num_planned = float(self._planned_D.sum())
+        if num_planned < _LEAST_SEQUENCES:
+            return {}
+        difference_D = read_D / read_D.sum() - self._planned_D / num_planned
+        return {"mixture_error": float(difference_D.abs().max())}
+
+
+def _shares(trainer: Trainer, segment: Segment) -> Tensor:
+    """Return the planned share of each domain in a segment's sequences, `[D]` fp64."""
+    shares_D = torch.zeros(len(trainer.corpus.domains), dtype=torch.float64)
+    total = sum(segment.weights)
+    for bucket, weight in zip(trainer.ledger.last_plan.buckets, segment.weights, strict=False):
+        shares_D[trainer.corpus.domains.index(bucket.domain)] += weight / total
+    return shares_D
 
 
 def _domain_losses(domains_D2: Tensor, names: Sequence[str]) -> dict[str, float]:

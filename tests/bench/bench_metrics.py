@@ -26,6 +26,7 @@ from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUs
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from data.stream.order import Segment
 from launch.compose import from_yaml
 from parallel.device import Device
 from parallel.groups import join_world, leave_world
@@ -41,6 +42,8 @@ from tests.pretrain.serving import twin
 
 NUM_SEQUENCES, SEQUENCE_TOKENS = 4, 256
 ADAMW = AdamW(lr=1e-4)
+BUCKETS = [SimpleNamespace(domain=name) for name in ("a", "b")]
+SEGMENT = Segment(num_batches=1, global_sequences=NUM_SEQUENCES, weights=(1, 1))
 MOST_SHARE, MOST_MS = 0.005, 2.0
 """Of a step, whichever is more."""
 
@@ -58,6 +61,7 @@ class Side:
             optimizer=self.optimizer,
             device=torch.device("cpu"),
             corpus=SimpleNamespace(domains=("a", "b")),
+            ledger=SimpleNamespace(last_plan=SimpleNamespace(buckets=BUCKETS)),
             step_state=SimpleNamespace(include=lambda _: None),
             clip_factor=lambda _: 1.0,
         )
@@ -72,7 +76,7 @@ class Side:
             self.chunks, self.optimizer, batches, lr=1e-4, clip_norm=1.0
         )
         if self.metrics is not None:
-            self.metrics.count(1)
+            self.metrics.count(result, SEGMENT, num_microbatches=1)
             if is_read:
                 self.metrics.read(result)
         return (time.perf_counter() - begun) * 1e3

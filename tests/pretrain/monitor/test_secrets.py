@@ -94,7 +94,15 @@ def test_our_own_configurations_and_documents_hold_nothing_that_looks_like_one()
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        *((name, True) for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")),
+        *(
+            (name, True)
+            for name in (
+                "WANDB_API_KEY",
+                "HF_TOKEN",
+                "PRETRAIN_WEBHOOK_URL",
+                "AWS_SECRET_ACCESS_KEY",
+            )
+        ),
         *((name, True) for name in ("PGPASSWORD", "CLIENT_SECRET", "API_KEY", "password")),
         *((name, True) for name in ("AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "DB_PASSWD_2")),
         *((name, False) for name in ("TOKENIZERS_PARALLELISM", "AWS_REGION", "KEYBOARD", "PATH")),

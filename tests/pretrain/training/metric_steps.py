@@ -25,7 +25,7 @@ def metrics_of_steps(run: Run, *, num_steps: int = 2, again: bool = False) -> di
             trainer.measure(batches)
             trainer.step_state.restore()
         result = trainer.step(batches)
-        metrics.count(len(batches))
+        metrics.count(result, trainer.timetable.segment_at(step), num_microbatches=len(batches))
         found = {"loss_max": result.loss_max, "gradient_norm": result.gradient_norm}
         if step == num_steps - 1:
             found |= metrics.read(result)

@@ -127,7 +127,7 @@ def by_hand(tiny_run: MakeRun, one_rank: object) -> tuple[ByHand, dict[str, floa
         layer.mlp.router.weight.detach().clone() for layer in hand.chunk.decoder.layers[1:]
     ]
     result = trainer.step(batches)
-    metrics.count(len(batches))
+    metrics.count(result, trainer.segment, num_microbatches=len(batches))
     found = metrics.read(result)
     trainer.validate(windows_per_domain=1)  # nothing of it may count
     hand.seen["weights"] = router_weights
@@ -203,7 +203,7 @@ def test_an_update_is_what_moves_the_masters(
         before = masters()
         metrics.begin_step(is_logged=step == 2)
         result = trainer.step(trainer.next_batch())
-        metrics.count(8)
+        metrics.count(result, trainer.segment, num_microbatches=8)
     found, after = metrics.read(result), masters()
     for name, old in before.items():
         expected = float((after[name] - old).norm() / old.norm())
@@ -238,7 +238,7 @@ def test_losses_of_domains_and_sequences_are_those_of_the_batch(
             losses[trainer.corpus.domains[int(batch.domain_idx)]].append(loss)
     chunk.train()
     result = trainer.step(batches)
-    metrics.count(len(batches))
+    metrics.count(result, trainer.segment, num_microbatches=len(batches))
     found = metrics.read(result)
     assert len(losses) == 2
     for name, values in losses.items():
