@@ -36,6 +36,9 @@ _RECENT = 5
 _ALARM = 3
 """Values beyond `near`, of the last five, that are an alarm: chance gives it once in 1e8 steps of
 Student's t with 5 degrees of freedom."""
+_SCALES = {"loss_max": 2.0}
+"""The largest of many replicas' losses has a long tail of its own: of 96 with Student's t of 5
+degrees of freedom 20 values in 20,000 would be flagged, with half of its score 1."""
 _CALM = 5
 """Ordinary steps in a row after which a spike is over."""
 
@@ -161,7 +164,7 @@ class LossSpikes:
             window = known.get(name)
             score = None if window is None else window.score(_measured(name, value))
             if score is not None:
-                scores[name] = score
+                scores[name] = score / _SCALES.get(name, 1.0)
         worst = max(scores.values(), default=-math.inf)
         is_near = worst > self._rule.near
         beside = self._recent[-1:] == [True] or self._state in ("spike", "recovering")
@@ -316,6 +319,14 @@ class LossSpikes:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"no state of loss spikes: {error!r}") from error
         return found
+
+    def forget(self, name: str) -> None:
+        """Begin a value's window anew, where what it measures has changed.
+
+        Args:
+            name: as in `observe`.
+        """
+        self._windows.pop(name, None)
 
     def _take(self, record: Mapping[str, Any]) -> None:
         if record["state"] not in STATES:

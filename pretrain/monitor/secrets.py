@@ -29,7 +29,8 @@ _LEAST_CHARACTERS = 8
 _MANY_DIGITS = 16  # fewer are a number that may stand anywhere
 
 _SECRET_NAME = re.compile(
-    r"(?:^|[_.-])(?:key|apikey|token|pat|credentials?)$|passw(?:or)?d|passphrase|secret|access_?key|webhook_?url",
+    r"(?:^|[_.-])(?:key|apikey|token|pat|credentials?)$|passw(?:or)?d|passphrase|secret|access_?key"
+    r"|webhook_?url",
     re.IGNORECASE,
 )
 _NUMBER = re.compile(r"[-+]?[\d_.]{1,40}(?:[eE][-+]?\d{1,4})?")

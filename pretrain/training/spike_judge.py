@@ -87,6 +87,8 @@ class SpikeJudge:
             return Verdict(result=result)  # apply_step refuses it; its number says nothing
         trainer, recovery = self._trainer, self._trainer.run.recovery
         values = {"loss": result.loss, "gradient_norm": result.gradient_norm}
+        if trainer.run.layout.dp > 1:  # of one replica it is the loss again
+            values["loss_max"] = result.loss_max
         stage = stage_name(trainer.segment, trainer.ledger, batch=trainer.batch)
         seen = trainer.spikes.look(values, stage=stage)
         if recovery.leaves_out(

@@ -371,6 +371,8 @@ class Trainer:
             self.saver.trust(folder)
         set_coefficients(self.optimizer, self.run.optimizer)
         self.spikes = LossSpikes.from_json(manifest.spikes, rule=self.run.recovery.rule)
+        if not same_ranks:
+            self.spikes.forget("loss_max")  # the largest of more replicas is larger
         self._move_to(manifest.step)
         self.consumed_from_step = manifest.step
 

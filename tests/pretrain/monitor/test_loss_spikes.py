@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from pretrain.monitor.loss_spikes import LossSpikes, Seen, SpikeRule
 from tests.pretrain.monitor.published_rules import (
@@ -87,6 +88,50 @@ def test_a_spike_of_the_gradient_norm_alone_is_flagged() -> None:
     norm[500] *= 4
     assert [step for step, seen in enumerate(watch(flat(600), norm=norm.tolist()))
             if seen.is_flagged] == [500]  # fmt: skip
+
+
+def replicas(seed: int, num_steps: int, number: int) -> NDArray[np.float64]:
+    """Return losses of replicas, `[steps, number]`, with noise of a long tail."""
+    noise = np.random.default_rng(seed).standard_t(5, (num_steps, number))
+    return 2.2 + 0.02 * number**0.5 * noise
+
+
+def watch_replicas(losses: NDArray[np.float64], *, largest: bool) -> list[Seen]:
+    spikes = LossSpikes(SpikeRule())
+    found: list[Seen] = []
+    for step, row in enumerate(losses):
+        values = {"loss": float(row.mean())} | ({"loss_max": float(row.max())} if largest else {})
+        found.append(spikes.observe(values, step=step))
+    return found
+
+
+@pytest.mark.parametrize("number", [2, 96])
+def test_the_largest_loss_of_replicas_raises_no_alarm_by_chance(number: int) -> None:
+    (seed,) = fresh_seeds(1)
+    seen = watch_replicas(replicas(seed, 5000, number), largest=True)
+    assert sum(one.is_flagged for one in seen) <= 3, seed
+    assert not [one for one in seen if one.event], seed
+
+
+def test_one_replica_of_many_that_spikes_is_seen_by_its_own_loss_alone() -> None:
+    losses = replicas(1, 600, 96)
+    losses[500:505, 17] += 6.5
+    assert [
+        step for step, one in enumerate(watch_replicas(losses, largest=False)) if one.event
+    ] == []
+    seen = watch_replicas(losses, largest=True)
+    assert seen[500].is_flagged
+    assert [one.event for one in seen[500:505]].count("alarm") == 1
+
+
+def test_a_window_that_is_forgotten_begins_anew() -> None:
+    spikes = LossSpikes(SpikeRule())
+    for step, row in enumerate(replicas(1, 300, 2)):
+        spikes.observe({"loss": float(row.mean()), "loss_max": float(row.max())}, step=step)
+    values = {"loss": 2.2, "loss_max": 9.0}
+    assert spikes.look(values, stage="").scores["loss_max"] > 10
+    spikes.forget("loss_max")
+    assert spikes.look(values, stage="").scores.keys() == {"loss"}
 
 
 def test_a_number_that_is_none_is_flagged_and_poisons_nothing() -> None:
