@@ -22,7 +22,7 @@ MANIFEST_NAME = "manifest.json"
 DIGEST_NAME = "manifest.sha256"
 HELD_NAME = "held.json"
 """In a checkpoint of one rank on its node's disk: which part of each tensor it has."""
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _WAITS_S = (1.0, 4.0)
 """Before storage that does not answer is asked again."""
 _STEP_FOLDER = re.compile(r"step_(\d{8})")
@@ -76,6 +76,8 @@ class Manifest:
     """Updates that the optimizer has made; steps without those that were skipped."""
     spikes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """State of the run's watch over its loss (monitor/loss_spikes.py); empty: it begins anew."""
+    clip: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """State of the clip of gradients (training/clip.py); empty: it begins anew."""
     written_by: str = ""
     """The attempt that wrote it: its lease's epoch, or a number drawn at its start."""
 

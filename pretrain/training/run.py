@@ -64,18 +64,33 @@ class AdamW:
     """Times the learning rate; matrices only."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
+    clip: Literal["global", "zclip"] = "global"
+    """zclip: besides, none that is far above those before (clip.py)."""
+    zclip_alpha: float = 0.97
+    """Share of the running mean and variance that a step keeps."""
+    zclip_z: float = 2.5
+    """Standard deviations from which on a norm is clipped."""
+    zclip_warmup_steps: int = 25
+    """Steps before it begins."""
     overlap: bool = False
     """Reduce gradients and gather weights while computing, in buckets."""
     bucket_parameters: int = 40_000_000
     """Parameters in a bucket; read with overlap only."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "clip_norm", "bucket_parameters"):
+        if self.clip not in ("global", "zclip"):
+            raise ValueError(f"optimizer.clip={self.clip} given, global or zclip is allowed")
+        if self.zclip_warmup_steps < 2:
+            raise ValueError(
+                f"optimizer.zclip_warmup_steps={self.zclip_warmup_steps} given, at least 2 is"
+                " allowed: a variance needs them"
+            )
+        for name in ("lr", "eps", "clip_norm", "bucket_parameters", "zclip_z"):
             if not getattr(self, name) > 0:
                 raise ValueError(
                     f"optimizer.{name}={getattr(self, name)} given, above 0 is allowed"
                 )
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "zclip_alpha"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"optimizer.{name}={getattr(self, name)} given, 0 <= value < 1 is allowed"

@@ -33,6 +33,7 @@ from pretrain.checkpoint.sharded import load_checkpoint, load_weights
 from pretrain.model.initialise import initialise_weights
 from pretrain.monitor.loss_spikes import LossSpikes, Seen
 from pretrain.training.build import build_modules
+from pretrain.training.clip import GradientClip
 from pretrain.training.corpus import LEDGER_NAME, Corpus, validation_window_tokens
 from pretrain.training.evaluate import ValidationLoss, validation_loss
 from pretrain.training.lr_schedule import step_lr
@@ -102,6 +103,8 @@ class Trainer:
         self.chunks = wrap_chunks(self.modules, config=self.modules[0].config, adamw=run.optimizer)
         self.optimizer = make_optimizer(self.chunks, adamw=run.optimizer, precision=run.precision)
         self.step_state = StepState(self.modules)
+        self.clip = GradientClip(run.optimizer)
+        self.clip_norm = run.optimizer.clip_norm  # of the last step
         self.spikes = LossSpikes(run.recovery.rule)
         self.seen: Seen | None = None  # what spike_judge.py thinks of the last step
         self.saver = Saver(
@@ -190,7 +193,9 @@ class Trainer:
                 self.leave_out(verdict.leave_out)
                 return None
             result = verdict.result
-        apply_step(self.optimizer, result, clip_norm=self.run.optimizer.clip_norm)
+        self.clip_norm = self.clip.limit(result.gradient_norm)
+        apply_step(self.optimizer, result, clip_norm=self.clip_norm)
+        self.clip.observe(result.gradient_norm)
         self._move_to(self.position.step + 1)
         return result
 
@@ -205,8 +210,8 @@ class Trainer:
         )
 
     def clip_factor(self, result: StepResult) -> float:
-        """Return what the clip multiplies a step's gradients by, as megatron does."""
-        return min(1.0, self.run.optimizer.clip_norm / (result.gradient_norm + 1e-6))
+        """Return what the last step's gradients were multiplied by, as megatron does."""
+        return min(1.0, self.clip_norm / (result.gradient_norm + 1e-6))
 
     def leave_out(self, reason: str) -> None:
         """Leave the batch that was read last out of the run: an entry of the ledger; collective.
@@ -341,6 +346,7 @@ class Trainer:
             ledger=self.ledger.as_json(),
             updates=num_updates(self.optimizer),
             spikes=self.spikes.as_json(),
+            clip=self.clip.as_json(),
         )
 
     def start_from(self, folder: Path) -> None:
@@ -371,6 +377,7 @@ class Trainer:
             self.saver.trust(folder)
         set_coefficients(self.optimizer, self.run.optimizer)
         self.spikes = LossSpikes.from_json(manifest.spikes, rule=self.run.recovery.rule)
+        self.clip.take(manifest.clip)
         if not same_ranks:
             self.spikes.forget("loss_max")  # the largest of more replicas is larger
         self._move_to(manifest.step)

@@ -126,7 +126,7 @@ def test_every_flipped_bit_of_a_manifest_is_found(
 def test_another_schema_is_refused(version: int, manifest: Manifest, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "manifest.json").read_text())
     write_text(tmp_path, json.dumps({**record, "schema_version": version}))
-    with pytest.raises(CheckpointError, match=rf"schema {version}, this code reads 3"):
+    with pytest.raises(CheckpointError, match=rf"schema {version}, this code reads 4"):
         read_manifest(tmp_path)
 
 

@@ -1,6 +1,6 @@
 """What is out of bounds for long is told once, and nothing else is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -17,7 +17,7 @@ class Clock:
 
 
 def watched(
-    records: list[Mapping[str, float | int | str]],
+    records: Sequence[Mapping[str, float | int | str]],
     *,
     rules: AlarmRules = RULES,
     apart_s: float = 10.0,
