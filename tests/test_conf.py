@@ -20,7 +20,7 @@ ONLY_INSPECTED = ("described",)
 GROUPS = sorted(
     f"{path.parent.name}={path.stem}"
     for path in CONF.glob("*/*.yaml")
-    if path.parent.name not in ("cluster", *ONLY_INSPECTED)
+    if path.parent.name not in ("cluster", "experiment", *ONLY_INSPECTED)
 )
 CLUSTERS = sorted(path.stem for path in CONF.glob("cluster/*.yaml"))
 # A choice that needs others beside it to stand: without them the run is refused, and rightly so.
@@ -78,6 +78,11 @@ def test_a_dry_run_or_plan_is_of_the_run_that_the_same_words_would_train(
 
 def test_the_command_line_wins_over_a_cluster() -> None:
     assert composed("+cluster=h200_1536", "layout.pp=8").layout.pp == 8
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("experiment/*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_composes_and_its_run_is_named_after_it(path: Path) -> None:
+    assert composed(f"+experiment={path.stem}").name.startswith(path.stem)
 
 
 def test_1024_and_1536_gpus_share_every_batch_of_the_ramp() -> None:
