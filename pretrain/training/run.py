@@ -30,7 +30,7 @@ from pretrain.model.recompute import Recompute, check_recompute
 from pretrain.model.spec import ModelSpec
 from pretrain.monitor.secrets import scrubbed
 from pretrain.monitor.stragglers import Stragglers
-from pretrain.monitor.telemetry import TelemetryConfig
+from pretrain.monitor.telemetry_config import TelemetryConfig
 from pretrain.training.batch import check_divisible, check_interleaved
 from pretrain.training.change import Change
 from pretrain.training.lr_schedule import LrSchedule

@@ -13,7 +13,9 @@ import pytest
 
 from pretrain.monitor.metrics import Record, Value
 from pretrain.monitor.records import read_attempts
-from pretrain.monitor.telemetry import Telemetry, TelemetryConfig, WandbSink, open_telemetry
+from pretrain.monitor.telemetry import Telemetry, open_telemetry
+from pretrain.monitor.telemetry_config import TelemetryConfig
+from pretrain.monitor.wandb_sink import WandbSink
 
 ROOT = Path(__file__).resolve().parents[3]
 OFFLINE = TelemetryConfig(wandb="offline", wandb_close_timeout_s=10.0)
@@ -226,7 +228,8 @@ def test_disabled_starts_nothing(tmp_path: Path, wandb: FakeWandb):
 REAL_RUN = """
 import logging, sys, time
 from pathlib import Path
-from pretrain.monitor.telemetry import TelemetryConfig, open_telemetry
+from pretrain.monitor.telemetry import open_telemetry
+from pretrain.monitor.telemetry_config import TelemetryConfig
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 config = TelemetryConfig(wandb=sys.argv[2], wandb_init_timeout_s=30.0,
                          wandb_close_timeout_s=float(sys.argv[3]))
@@ -324,6 +327,7 @@ def test_an_opened_telemetry_counts_attempts_in_file_and_mirror(tmp_path: Path, 
     [
         ("wandb", "sometimes"),
         ("console_interval_steps", 0),
+        ("page_interval_s", -1.0),
         ("wandb_queue_records", 0),
         ("wandb_init_timeout_s", 0.0),
         ("wandb_close_timeout_s", -1.0),
