@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -270,7 +271,7 @@ def _marks(folder: Path, curves: Curves) -> list[Json]:
         for start in curves.starts[1:]
     ]
     for incident in read_incidents(folder):
-        step = incident.get("step")
+        step = incident.get("step") or _step_at(incident.get("time_unix_s"), curves)
         if isinstance(step, int):
             text = f"{incident.get('kind')}: {incident.get('text')}"[:_MAX_TEXT]
             marks.append({"step": step, "kind": "incident", "text": text})
@@ -279,6 +280,14 @@ def _marks(folder: Path, curves: Curves) -> list[Json]:
             kind = "skip" if name == "skipped_batches" else "rewind"
             marks.append({"step": step, "kind": kind, "text": f"{said} so far: {value:g}"})
     return marks[-_MAX_MARKS:]
+
+
+def _step_at(unix_s: object, curves: Curves) -> int | None:
+    """Return the newest step that is drawn and was taken before a time; None before the first."""
+    points = curves.axes()["time_unix_s"]
+    if not isinstance(unix_s, int | float) or not points or points[0][1] > unix_s:
+        return None
+    return points[bisect_right(points, unix_s, key=lambda point: point[1]) - 1][0]
 
 
 def _rises(curves: Curves, name: str) -> Iterator[tuple[int, float]]:
