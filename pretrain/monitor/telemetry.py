@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from pretrain.checkpoint.environment import running_versions
 from pretrain.monitor.console import ConsoleSink
 from pretrain.monitor.live_page import LivePage
 from pretrain.monitor.metrics import Record, check_names
@@ -96,7 +97,8 @@ def open_telemetry(
         stream: where progress lines go.
         total_steps: last step of the run; >= 1.
         vocabulary_size: tokens in the vocabulary, to put validation losses in proportion.
-        run_config: what wandb shows as the configuration of the run; JSON values.
+        run_config: what wandb shows as the configuration of the run; JSON values. The versions of
+            what its numbers depend on are added.
         attempt: see JsonLinesSink.
 
     Raises:
@@ -111,5 +113,6 @@ def open_telemetry(
     )
     records = JsonLinesSink(run_dir / METRICS_NAME, attempt=attempt)
     pages = [LivePage(run_dir, interval_s=config.page_interval_s)] if config.page_interval_s else []
-    mirror = WandbSink(run_dir, config, run_config=run_config)
+    known = {**(run_config or {}), "versions": dict(running_versions())}
+    mirror = WandbSink(run_dir, config, run_config=known)
     return Telemetry([records, console, *pages, mirror], attempt=records.attempt)

@@ -26,6 +26,7 @@ from typing import Protocol
 from pretrain.monitor.metrics import Record, Value
 from pretrain.monitor.secrets import scrubbed
 from pretrain.monitor.telemetry_config import TelemetryConfig
+from pretrain.monitor.wandb_incidents import COLUMNS, IncidentMirror
 from pretrain.monitor.wandb_mode import ChosenMode, choose_mode, keep_run_id
 from pretrain.monitor.wandb_settings import wandb_settings
 
@@ -35,6 +36,20 @@ DEFAULT_PROJECT = "pretrain"
 """Where neither the configuration nor WANDB_PROJECT names one."""
 INCIDENTS_TABLE = "incidents"
 """Key of the table that has a row for each incident."""
+_AXIS = "tokens"
+_PLACE = ("tokens", "step", "attempt")
+_SUMMARIES = {
+    "loss": "min,last",
+    "validation/loss": "min,last",
+    "validation/bits_per_byte": "min,last",
+    "gradient_norm": "max,last",
+    "spike_z": "max,last",
+    "attention_logit_max": "max,last",
+    "residual_abs_max": "max,last",
+    "memory_peak_bytes": "max,last",
+}
+"""What wandb's table of runs shows of a metric; of all others the last value."""
+_LOOK_S = 5.0
 _SERVICE = "wandb-core"
 _CLEAN_UP_S = 2.0
 
@@ -42,8 +57,11 @@ _CLEAN_UP_S = 2.0
 class _WandbRun(Protocol):
     """The part of wandb.Run that is used here."""
 
-    def define_metric(self, name: str, *, step_metric: str | None = None) -> object: ...
-    def log(self, data: dict[str, Value]) -> None: ...
+    def define_metric(
+        self, name: str, *, step_metric: str | None = None, summary: str | None = None
+    ) -> object: ...
+    def log(self, data: dict[str, object]) -> None: ...
+    def alert(self, title: str, text: str, level: str) -> None: ...
     def finish(self) -> None: ...
 
 
@@ -136,8 +154,21 @@ class WandbSink:
         """Run wandb from start to finish; the body of the thread."""
         try:
             run = self._start()
-            while (record := self._queue.get()) is not None:
-                run.log(record)
+            incidents, last = IncidentMirror(self._run_dir), dict[str, Value]()
+            looked_s = -_LOOK_S
+            record: dict[str, Value] | None = {}
+            while record is not None:
+                if record:
+                    run.log({**record})
+                    last = record
+                if time.monotonic() - looked_s > _LOOK_S:
+                    self._tell(run, incidents, at=last)
+                    looked_s = time.monotonic()
+                try:
+                    record = self._queue.get(timeout=_LOOK_S)
+                except queue.Empty:  # steps may take longer than an incident can wait
+                    record = {}
+            self._tell(run, incidents, at=last)
             run.finish()
         # A third-party service on a thread of its own: whatever it raises, SystemExit included,
         # must end here and be told once.
@@ -151,6 +182,19 @@ class WandbSink:
         finally:
             self._is_off = True
 
+    def _tell(self, run: _WandbRun, incidents: IncidentMirror, *, at: Record) -> None:
+        """Mirror what was added to incidents.jsonl: a table of all, an alert for some."""
+        rows = incidents.rows()
+        if rows is None:
+            return
+        import wandb
+
+        table = wandb.Table(columns=list(COLUMNS), data=rows)
+        run.log({**{name: at[name] for name in _PLACE if name in at}, INCIDENTS_TABLE: table})
+        for incident in incidents.to_tell():
+            title = f"{self._run_dir.resolve().name}: {incident.get('kind')}"
+            run.alert(title=title, text=str(incident.get("text")), level="ERROR")
+
     def _start(self) -> _WandbRun:
         mode = self._mode
         try:
@@ -162,8 +206,10 @@ class WandbSink:
             _forget_service()  # it holds on to the id of the failed run and would refuse it
             mode, self._reason = "offline", "for want of a server"
             run = self._init(mode)
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
+        run.define_metric(_AXIS)
+        run.define_metric("*", step_metric=_AXIS)
+        for name, summary in _SUMMARIES.items():
+            run.define_metric(name, step_metric=_AXIS, summary=summary)
         if mode == "online":
             log.info("wandb: online, %s", self._reason)
         else:

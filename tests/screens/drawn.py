@@ -36,7 +36,18 @@ READ = """[...document.querySelectorAll('section')].map(section => ({
 
 _PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _UNITS = {"MiB": 2.0**20, "GiB": 2.0**30, "ms": 1e-3, "min": 60.0, "h": 3600.0}
-_RAMP = ("440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725").split()
+_RAMP = [
+    "440154",
+    "482878",
+    "3e4989",
+    "31688e",
+    "26828e",
+    "1f9e89",
+    "35b779",
+    "6ece58",
+    "b5de2b",
+    "fde725",
+]
 
 
 @dataclass(frozen=True, slots=True)
