@@ -31,7 +31,7 @@ class Panel:
     is_log: bool = False
     """Whether values are spread by their logarithm."""
     is_smoothed: bool = False
-    """Whether a running mean is drawn beside the first metric."""
+    """Whether a running mean is drawn beside the first metric of a run that is long enough."""
     alarming: Extreme = "max"
     """Which value of several steps is shown where there is room for one (layers)."""
 

@@ -32,6 +32,7 @@ _SUMMARY_NAME = "summary.json"  # with it a run is over: pretrain/training/corpu
 _LEDGER_NAME = "ledger.jsonl"
 _COLUMNS = 100
 _LEAST_POINTS = 16
+_MEAN_FROM_STEPS = 200
 _MAX_TABLE_ROWS = 100
 _MAX_MARKS = 200
 _MAX_TEXT = 400
@@ -192,7 +193,9 @@ def _panel(
         steps, values = curves.curve(names[0]).points(60)
         said |= {"metric": names[0], "value": _short(curves.last[names[0]])}
         return {**said, "steps": steps, "values": [_short(value) for value in values]}
-    shown = [*names, *([SMOOTHED + names[0]] if panel.is_smoothed else [])]
+    # over few steps a mean is late and says nothing that the curve does not
+    is_long = len(curves.curve(names[0]).steps) > _MEAN_FROM_STEPS
+    shown = [*names, *([SMOOTHED + names[0]] if panel.is_smoothed and is_long else [])]
     return {**said, "series": [_series(panel, name, curves, points) for name in shown]}
 
 

@@ -161,7 +161,8 @@ class WandbSink:
                 if record:
                     run.log({**record})
                     last = record
-                if time.monotonic() - looked_s > _LOOK_S:
+                # not before the first record: a table needs its place on the axis
+                if last and time.monotonic() - looked_s > _LOOK_S:
                     self._tell(run, incidents, at=last)
                     looked_s = time.monotonic()
                 try:

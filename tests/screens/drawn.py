@@ -9,45 +9,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-READ = """[...document.querySelectorAll('section')].map(section => ({
-  row: section.dataset.row,
-  panels: [...section.querySelectorAll('figure')].map(figure => {
-    const ticks = name => [...figure.querySelectorAll('.' + name)].map(t =>
-      ({ value: +t.dataset.value, at: +t.dataset.at, text: t.textContent }));
-    const canvas = figure.querySelector('canvas'), number = figure.querySelector('.value');
-    const pixels = () => {
-      const pen = canvas.getContext('2d'), data = pen.getImageData(0, 0, canvas.width, canvas.height).data;
-      const lefts = JSON.parse(canvas.dataset.lefts), count = figure.querySelectorAll('.ylabel').length;
-      return { metric: canvas.dataset.metric, lefts, range: JSON.parse(canvas.dataset.range),
-        offset: parseFloat(canvas.style.left), width: canvas.width, height: canvas.height, labels: count,
-        bytes: btoa(Array.from(data, b => String.fromCharCode(b)).join('')) };
-    };
-    return {
-      title: figure.querySelector('figcaption b').textContent,
-      unit: figure.querySelector('.unit')?.textContent ?? '',
-      number: number && { metric: number.dataset.metric, text: number.textContent, unit: number.dataset.unit },
-      curves: [...figure.querySelectorAll('path.curve[data-metric]')].map(p => ({ metric: p.dataset.metric, d: p.getAttribute('d') })),
-      cells: canvas && pixels(), xticks: ticks('xtick'), yticks: ticks('ytick'),
-    };
-  }),
-}))"""
+READ = Path(__file__).with_name("read.js").read_text(encoding="utf-8")
 
 _PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _UNITS = {"MiB": 2.0**20, "GiB": 2.0**30, "ms": 1e-3, "min": 60.0, "h": 3600.0}
-_RAMP = [
-    "440154",
-    "482878",
-    "3e4989",
-    "31688e",
-    "26828e",
-    "1f9e89",
-    "35b779",
-    "6ece58",
-    "b5de2b",
-    "fde725",
-]
+_RAMP = "440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +69,7 @@ def points_of(curve: dict[str, Any]) -> list[tuple[float, float]]:
 
 def share_of_colour(red: int, green: int, blue: int) -> float:
     """Return where in the ramp of colours one lies, in [0, 1]."""
-    stops = [tuple(int(stop[k : k + 2], 16) for k in (0, 2, 4)) for stop in _RAMP]
+    stops = [tuple(int(stop[k : k + 2], 16) for k in (0, 2, 4)) for stop in _RAMP.split()]
     best, best_error = 0.0, math.inf
     for i in range(len(stops) - 1):
         for part in range(33):

@@ -124,16 +124,8 @@ def x_values(axis: str, history: History) -> Mapping[int, float]:
 
 
 def series(metric: str, history: History) -> dict[int, float]:
-    """Return what metrics.jsonl says of a metric, by step; for `~name` its running mean."""
-    name = metric.removeprefix("~")
-    found = {r["step"]: float(r[name]) for r in history if name in r}
-    if metric == name:
-        return found
-    means, mean = dict[int, float](), 0.0
-    for number, (step, value) in enumerate(found.items()):
-        mean += max(0.1, 1 / (number + 1)) * (value - mean)
-        means[step] = mean
-    return means
+    """Return what metrics.jsonl says of a metric, by step."""
+    return {r["step"]: float(r[metric]) for r in history if metric in r}
 
 
 def compare_curve(
@@ -173,6 +165,10 @@ def compare_cells(panel: Any, history: History, x_of: Mapping[int, float]) -> It
     rows = sorted(names, key=lambda n: natural(n[len(before) : len(n) - len(after)]))
     x_scale = scale_of(panel["xticks"])
     low, high = cells["range"]
+    said = [number_of(text) for text in cells["legend"] if text]
+    ends = [10**end if is_log else end for end in (low, high)]
+    if not all(math.isclose(a, b, rel_tol=6e-3) for a, b in zip(said, ends, strict=True)):
+        yield f"the legend says {cells['legend']}, the colours go from {low:g} to {high:g}"
     steps = list(series(rows[0], history))
     if len(steps) != len(cells["lefts"]):
         yield f"{len(cells['lefts'])} columns are drawn, {len(steps)} recorded"

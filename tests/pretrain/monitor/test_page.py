@@ -53,11 +53,20 @@ def steps(count: int, **more: Value) -> list[dict[str, Value]]:
 
 def test_a_page_holds_every_step_of_a_short_run(tmp_path: Path) -> None:
     data = data_of(page_of(run_folder(tmp_path, *steps(20))))
-    loss, mean = panels_of(data)["Loss"]["series"]
+    (loss,) = panels_of(data)["Loss"]["series"]
     assert loss["steps"] == list(range(1, 21))
     assert loss["values"] == pytest.approx([3.0 / s for s in range(1, 21)], rel=1e-6)
-    assert mean["isMean"]
     assert data["last"] == {"step": 20, "tokens": 1280}
+
+
+def test_a_longer_run_has_the_running_mean_of_its_loss_beside_it(tmp_path: Path) -> None:
+    data = data_of(page_of(run_folder(tmp_path, *steps(300))))
+    loss, mean = panels_of(data)["Loss"]["series"]
+    expected = 0.0
+    for number, value in enumerate(loss["values"], start=1):
+        expected += max(0.1, 1 / number) * (value - expected)
+    assert mean["isMean"]
+    assert mean["values"][-1] == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_was_not_recorded_is_named_and_has_no_panel(tmp_path: Path) -> None:
