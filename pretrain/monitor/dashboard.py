@@ -65,12 +65,14 @@ class Panel:
 
     def names_in(self, recorded: tuple[str, ...]) -> tuple[str, ...]:
         """Return which of the recorded names it shows, in its order, layers counted upwards."""
-        return tuple(
-            name
-            for metric in self.entries
-            for name in sorted(recorded, key=_natural)
-            if (metric.pattern.fullmatch(name) if metric.is_pattern else name == metric.name)
-        )
+        found: list[str] = []
+        for metric in self.entries:
+            if metric.is_pattern:
+                pattern = metric.pattern
+                found += sorted((n for n in recorded if pattern.fullmatch(n)), key=_natural)
+            elif metric.name in recorded:
+                found.append(metric.name)
+        return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
