@@ -291,7 +291,7 @@ def look_in_the_dark(tab: Tab, folder: Path) -> Checked:
 
 def main() -> int:
     """Train, look, and say what differs."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--keep", type=Path, help="folder for the run and the pictures")
     parser.add_argument("--figure", type=Path, help="write the picture of the documentation")
     asked = parser.parse_args()

@@ -5,6 +5,7 @@ of records, each with a checksum (4 bytes), a length (2) and a kind (1): 1 whole
 4 last.
 """
 
+import importlib
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,7 @@ def records_of(path: Path) -> Iterator[Any]:
     Raises:
         ValueError: if a piece is of a kind that there is none of.
     """
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    messages = importlib.import_module("wandb.proto.wandb_internal_pb2")
     content, at, begun = path.read_bytes(), _HEADER, b""
     assert content[:4] == b":W&B"
     while at + _HEADER <= len(content):
@@ -34,7 +34,7 @@ def records_of(path: Path) -> Iterator[Any]:
         begun += content[at + _HEADER : at + _HEADER + size]
         at += _HEADER + size
         if kind in (1, 4):
-            record = Record()
+            record = messages.Record()
             record.ParseFromString(begun)
             yield record
             begun = b""
