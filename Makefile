@@ -1,7 +1,7 @@
 # `make` lists the targets. Every target that needs Python makes .venv first, once.
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow lint chaos serve-check slurm-check bench figures clean distclean
+.PHONY: help install run test test-slow lint chaos serve-check slurm-check screens bench figures clean distclean
 
 VENV := .venv/bin/python
 STAMP := .venv/.installed
@@ -28,6 +28,7 @@ run: $(STAMP) ## train a small model on two local CPU ranks, the defaults of con
 	$(VENV) launch/pretrain.py when_finished=start_again $(ARGS)
 	@echo; echo "a sample:"
 	@$(VENV) launch/generate.py checkpoint=$(RUN_FOLDER) prompt='"def main("' max_new_tokens=80
+	@echo; echo "the run as a page, for a browser: $(RUN_FOLDER)/dashboard.html"
 
 test: $(STAMP) ## run the tests, on two workers (ARGS='-n 0': in one process, for a debugger)
 	$(VENV) -m pytest tests -m "not slow" -n 2 --dist loadfile --durations 25 $(ARGS)
@@ -53,6 +54,9 @@ serve-check: $(STAMP) ## compare a real vLLM with transformers on an exported mo
 
 slurm-check: $(STAMP) ## run chains of jobs on a SLURM of their own (installs it as root; 8 minutes)
 	$(VENV) tests/slurm/slurm_check.py $(ARGS)
+
+screens: $(STAMP) ## look at the page of a small run in Chromium (installs it as root; 2 minutes)
+	$(VENV) tests/screens/screens.py $(ARGS)
 
 bench: $(STAMP) ## run each benchmark of tests/bench in turn, one table each
 	@for file in tests/bench/bench_*.py; do echo "$$file"; $(VENV) $$file $(ARGS) || exit 1; done

@@ -37,6 +37,8 @@ EXTRAS = {
     "remote": ["fsspec>=2025.5"],
     # What launch/export_hf.py and import_hf.py compare with; the trainer never imports it.
     "hf": ["transformers==5.23.0"],
+    # Saves the dashboard in a wandb project; a run and its page do without.
+    "dashboard": ["wandb-workspaces>=0.4.13,<0.5"],
     "dev": [
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",
@@ -49,6 +51,8 @@ EXTRAS = {
         "ml_dtypes>=0.6,<1",
         # Writes the pairs of ids that most open corpora come as.
         "datatrove==0.10.1",
+        # The dashboard as wandb would be sent it.
+        "wandb-workspaces>=0.4.13,<0.5",
     ],
 }
 

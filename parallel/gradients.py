@@ -13,6 +13,8 @@ import math
 from typing import Any
 
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -52,3 +54,16 @@ def apply_gradients(optimizer: Any, *, norm: float, clip_norm: float) -> None:
         if parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=clip_norm, total_norm=norm)
     optimizer.step_with_ready_grads()
+
+
+def counts_in_norm(part: Any, shard: Any) -> bool:
+    """Return whether this rank, of all that hold a value, is the one that counts it in a norm.
+
+    Args:
+        part: one of the ChainedOptimizer's optimizers.
+        shard: a parameter that it updates.
+
+    Source: megatron-core 0.16.1, optimizer.py:136 (get_main_grads_for_grad_norm).
+    """
+    group = getattr(part, "tp_group", None)
+    return param_is_not_shared(shard) and param_is_not_tensor_parallel_duplicate(shard, group)

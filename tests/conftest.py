@@ -16,7 +16,7 @@ from parallel.spawn import RankPool, silence_expected_warnings
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.spec import ModelSpec
-from pretrain.monitor.telemetry import TelemetryConfig
+from pretrain.monitor.telemetry_config import TelemetryConfig
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.run import AdamW, CheckpointPolicy, Data, Evaluation, Run
 from tests.tiny_corpus import write_corpus

@@ -38,6 +38,7 @@ MEGATRON = """
     parallel/reduce.py parallel/seeds.py parallel/context.py
     pretrain/model/assemble.py pretrain/model/attention.py pretrain/model/dual_norm_layer.py
     pretrain/model/expert_load.py pretrain/model/experts.py pretrain/model/extra_losses.py
+    pretrain/model/gauges.py
     pretrain/model/initialise.py pretrain/model/router.py pretrain/model/transformer_config.py
     pretrain/checkpoint/boxes.py
     pretrain/checkpoint/pieces.py
@@ -58,7 +59,8 @@ OWNERS = {
     "pyarrow": "data/corpus/*",
     "zstandard": "data/corpus/*",
     "tokenizers": "data/tokenizer/*",
-    "wandb": "pretrain/monitor/telemetry.py",
+    "wandb": "pretrain/monitor/wandb_sink.py",
+    "wandb_workspaces": "pretrain/monitor/workspace.py",
     "matplotlib": "pretrain/monitor/plots.py",
     "transformers": "pretrain/serving/transformers_model.py",
     "psutil": "pretrain/serving/check_hub.py",
@@ -68,8 +70,8 @@ OWNERS = {
 }
 
 OPTIONAL_IMPORTS = (
-    "kernels/backend.py pretrain/serving/transformers_model.py pretrain/monitor/telemetry.py "
-    "data/indexed/remote.py"
+    "kernels/backend.py pretrain/serving/transformers_model.py pretrain/monitor/wandb_sink.py "
+    "pretrain/monitor/workspace.py data/indexed/remote.py"
 )
 DEVICE_WORDS = "parallel/device.py kernels/backend.py"
 FORBIDDEN_WORDS = "utils helpers common misc base manager handler wrapper processor".split()  # noqa: SIM905 (a table)
@@ -236,7 +238,7 @@ CAUGHT = [
     ("pretrain/training/run.py", "from omegaconf import OmegaConf", "only launch/compose.py"),
     ("pretrain/training/run.py", "import hydra", "only launch/* may"),
     ("launch/prepare.py", "import omegaconf", "only launch/compose.py launch/hydra_limits.py"),
-    ("pretrain/training/trainer.py", "import wandb", "only pretrain/monitor/telemetry.py may"),
+    ("pretrain/training/trainer.py", "import wandb", "only pretrain/monitor/wandb_sink.py may"),
     ("pretrain/monitor/console.py", "import matplotlib.pyplot as plt", "monitor/plots.py may"),
     ("pretrain/serving/decoder.py", "import transformers", "serving/transformers_model.py may"),
     ("data/stream/loader.py", "from tokenizers import Tokenizer", "only data/tokenizer/* may"),

@@ -74,8 +74,8 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
         " recover_steps high_excess high_steps",
         "restarts": "in_job without_progress lease_s",
         "stragglers": "window_steps late_share excess_share repeat_steps",
-        "telemetry": "wandb project entity console_interval_steps wandb_queue_records"
-        " wandb_init_timeout_s wandb_close_timeout_s",
+        "telemetry": "wandb project entity console_interval_steps page_interval_s"
+        " wandb_queue_records wandb_init_timeout_s wandb_close_timeout_s",
         "watch": "interval_s hang_s slow_hang_s",
     },
 }

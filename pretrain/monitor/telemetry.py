@@ -1,85 +1,23 @@
 """Where do the records of a run go, and how does none of it ever hold up a step?
 
 A `Telemetry` checks each record against the registry, stamps it, and hands it to its sinks:
-`JsonLinesSink` (the truth, on disk), `ConsoleSink` (what a person sees) and `WandbSink` (a
-mirror). Rank 0 alone has one.
-
-wandb is kept at arm's length, because everything about it can fail or hang: the import, the
-start of its service, the server, the last upload. All of it happens in one daemon thread behind a
-bounded queue. `WandbSink.log` puts a record into the queue or, when the queue is full, drops and
-counts it: microseconds either way, never an exception. `close` waits for a bounded time. When a
-server cannot be reached the run goes on offline, to be uploaded later with `wandb sync`.
-
-Each wandb record carries `step` and `attempt`, and `step` is the x axis. wandb's own counter only
-grows, so steps repeated after a resume stand beside the first ones instead of being refused.
+`JsonLinesSink` (the truth, on disk), `ConsoleSink` (what a person sees), `LivePage` (the same as
+curves) and `WandbSink` (a mirror). Rank 0 alone has one.
 """
 
-import contextlib
-import logging
-import os
-import queue
-import signal
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from pretrain.checkpoint.environment import running_versions
 from pretrain.monitor.console import ConsoleSink
-from pretrain.monitor.metrics import Record, Value, check_names
-from pretrain.monitor.records import JsonLinesSink
-from pretrain.monitor.secrets import scrub, scrubbed
-from pretrain.monitor.wandb_mode import ChosenMode, WandbMode, choose_mode, keep_run_id
-from pretrain.monitor.wandb_settings import wandb_settings
-
-log = logging.getLogger(__name__)
-
-_DEFAULT_PROJECT = "pretrain"
-_SERVICE = "wandb-core"
-_CLEAN_UP_S = 2.0
-_MODES = ("auto", "offline", "online", "disabled")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TelemetryConfig:
-    """What is shown where, and how long wandb may take.
-
-    Attributes:
-        wandb: "auto" follows WANDB_MODE, `wandb offline` and the login state; the others insist.
-        project: wandb project; empty for WANDB_PROJECT, or else "pretrain".
-        entity: wandb user or team; empty for WANDB_ENTITY, or else the user's default.
-        console_interval_steps: steps between two plain progress lines; a terminal is live.
-        wandb_queue_records: records that may wait for wandb before new ones are dropped.
-        wandb_init_timeout_s: seconds a server may take to answer before the run goes offline.
-        wandb_close_timeout_s: seconds the end of a run may wait for wandb's last upload.
-    """
-
-    wandb: WandbMode = "auto"
-    project: str = ""
-    entity: str = ""
-    console_interval_steps: int = 10
-    wandb_queue_records: int = 10_000
-    wandb_init_timeout_s: float = 30.0
-    wandb_close_timeout_s: float = 20.0
-
-    def __post_init__(self) -> None:
-        """Refuse modes that do not exist and bounds that do not bound.
-
-        Raises:
-            ValueError: if `wandb` is not one of the four modes or a number is not positive.
-        """
-        if self.wandb not in _MODES:
-            raise ValueError(f"wandb={self.wandb!r}: allowed are {', '.join(_MODES)}")
-        for name in (
-            "console_interval_steps",
-            "wandb_queue_records",
-            "wandb_init_timeout_s",
-            "wandb_close_timeout_s",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be > 0")
+from pretrain.monitor.live_page import LivePage
+from pretrain.monitor.metrics import Record, check_names
+from pretrain.monitor.records import METRICS_NAME, JsonLinesSink
+from pretrain.monitor.secrets import scrub
+from pretrain.monitor.telemetry_config import TelemetryConfig
+from pretrain.monitor.wandb_sink import WandbSink
 
 
 class Sink(Protocol):
@@ -92,206 +30,6 @@ class Sink(Protocol):
     def close(self) -> None:
         """Finish; no `log` follows."""
         ...
-
-
-class _WandbRun(Protocol):
-    """The part of wandb.Run that is used here."""
-
-    def define_metric(self, name: str, *, step_metric: str | None = None) -> object: ...
-    def log(self, data: dict[str, Value]) -> None: ...
-    def finish(self) -> None: ...
-
-
-class WandbSink:
-    """Mirrors records to wandb from a thread of its own."""
-
-    def __init__(
-        self,
-        run_dir: Path,
-        config: TelemetryConfig,
-        *,
-        run_config: Mapping[str, object] | None = None,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        """Start the thread; wandb itself starts in the background.
-
-        Args:
-            run_dir: folder of the run; wandb writes to `<run_dir>/wandb`.
-            config: mode, names and bounds.
-            run_config: what wandb shows as the configuration of the run; JSON values.
-            environment: environment variables; None for those of the process.
-        """
-        self._run_dir = run_dir
-        self._config = config
-        self._run_config: dict[str, object] = scrubbed(run_config or {})
-        self._environment = os.environ if environment is None else environment
-        self._queue: queue.Queue[dict[str, Value] | None] = queue.Queue(config.wandb_queue_records)
-        self._num_dropped = 0
-        self._is_closed = False
-        self._gave_up = False
-        mode, self._reason = choose_mode(
-            config.wandb, environment=self._environment, home=Path.home(), folder=Path.cwd()
-        )
-        self._mode: ChosenMode = mode
-        self._is_off = self._mode == "disabled"
-        self._thread = threading.Thread(target=self._mirror, name="wandb-mirror", daemon=True)
-        if self._is_off:
-            log.info("wandb: disabled, %s", self._reason)
-        else:
-            self._thread.start()
-
-    @property
-    def num_dropped(self) -> int:
-        """Records that did not fit into the queue; they stand in metrics.jsonl all the same."""
-        return self._num_dropped
-
-    @property
-    def is_off(self) -> bool:
-        """True if wandb is disabled, missing or broken, so that records are not even queued."""
-        return self._is_off
-
-    def log(self, record: Record) -> None:
-        """Queue one record, or drop and count it if the queue is full.
-
-        Args:
-            record: metric names to values.
-        """
-        if self._is_off or self._is_closed:
-            return
-        try:
-            self._queue.put_nowait(dict(record))
-        except queue.Full:
-            self._num_dropped += 1
-
-    def close(self, timeout_s: float | None = None) -> None:
-        """Let wandb finish its upload, but wait no longer than the timeout.
-
-        Args:
-            timeout_s: seconds; None for `wandb_close_timeout_s` of the configuration.
-        """
-        if self._is_closed:
-            return
-        self._is_closed = True
-        limit_s = self._config.wandb_close_timeout_s if timeout_s is None else timeout_s
-        deadline_s = time.monotonic() + limit_s
-        try:
-            if self._thread.is_alive():
-                self._queue.put(None, timeout=limit_s)
-                self._thread.join(max(deadline_s - time.monotonic(), 0.0))
-        except queue.Full:
-            log.warning("wandb: the queue did not move for %.1f s", limit_s)
-        if self._thread.is_alive():
-            self._gave_up = True
-            log.warning("wandb: gave up after %.1f s, metrics.jsonl has every record", limit_s)
-            _end_service()
-        if self._num_dropped:
-            log.warning("wandb: %d record(s) dropped, the queue was full", self._num_dropped)
-
-    def _mirror(self) -> None:
-        """Run wandb from start to finish; the body of the thread."""
-        try:
-            run = self._start()
-            while (record := self._queue.get()) is not None:
-                run.log(record)
-            run.finish()
-        # A third-party service on a thread of its own: whatever it raises, SystemExit included,
-        # must end here and be told once.
-        except BaseException as error:
-            log.log(
-                logging.DEBUG if self._gave_up else logging.WARNING,
-                "wandb: not available, the run goes on without it: %s: %s",
-                type(error).__name__,
-                error,
-            )
-        finally:
-            self._is_off = True
-
-    def _start(self) -> _WandbRun:
-        mode = self._mode
-        try:
-            run = self._init(mode)
-        except Exception as error:  # wandb raises its own errors, pydantic's and the network's
-            if mode != "online" or self._gave_up or isinstance(error, ImportError):
-                raise
-            log.warning("wandb: offline, the server did not take the run: %s", error)
-            _forget_service()  # it holds on to the id of the failed run and would refuse it
-            mode, self._reason = "offline", "for want of a server"
-            run = self._init(mode)
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
-        if mode == "online":
-            log.info("wandb: online, %s", self._reason)
-        else:
-            log.info(
-                "wandb: offline, %s; upload with: wandb sync %s",
-                self._reason,
-                self._run_dir / "wandb" / "offline-run-*",
-            )
-        return run
-
-    def _init(self, mode: ChosenMode) -> _WandbRun:
-        os.environ.setdefault("WANDB_SILENT", "true")  # its messages would cut the live line
-        import wandb  # optional, and its import takes a second: here it costs the run nothing
-
-        environment = self._environment
-        return wandb.init(
-            project=self._config.project or environment.get("WANDB_PROJECT") or _DEFAULT_PROJECT,
-            entity=self._config.entity or environment.get("WANDB_ENTITY") or None,
-            name=environment.get("WANDB_NAME") or self._run_dir.resolve().name,
-            dir=str(self._run_dir),
-            id=keep_run_id(self._run_dir, environment=environment),
-            resume="allow",
-            mode=mode,
-            config=self._run_config,
-            settings=wandb_settings(
-                init_timeout_s=self._config.wandb_init_timeout_s,
-                finish_timeout_s=self._config.wandb_close_timeout_s,
-                stop=_refuse_to_stop,
-            ),
-        )
-
-
-def _forget_service() -> None:
-    """Take wandb back to where it has no service, running or killed."""
-    import wandb
-
-    try:
-        wandb.teardown()
-    except Exception as error:  # of a service that no longer answers, which is why we are here
-        log.debug("wandb: teardown: %s", error)
-
-
-def _end_service() -> None:
-    """Kill the wandb service that this process started, if it still runs.
-
-    wandb waits for it in an exit hook, which would hold up the end of the process for as long as
-    the server stays silent. What the service has received by then is on disk.
-    """
-    try:
-        listing = subprocess.run(
-            ["ps", "-A", "-o", "pid=,ppid=,comm="], capture_output=True, text=True, timeout=5.0
-        ).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        log.warning("wandb: its service was left running: %s", error)
-        return
-    rows = [line.split(None, 2) for line in listing.splitlines()]
-    services = [
-        int(pid)
-        for pid, parent, command in rows
-        if int(parent) == os.getpid() and Path(command).name == _SERVICE
-    ]
-    for pid in services:
-        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile, as wished
-            os.kill(pid, signal.SIGKILL)
-    if services:  # the exit hook, too, must go: it would complain about the lost service
-        cleaner = threading.Thread(target=_forget_service, name="wandb-cleaner", daemon=True)
-        cleaner.start()
-        cleaner.join(_CLEAN_UP_S)
-
-
-def _refuse_to_stop() -> None:
-    """Note a stop asked for on the web page; wandb's own answer is SIGINT to the main thread."""
-    log.warning("wandb: a stop was asked for on the web page; stop the job itself instead")
 
 
 class Telemetry:
@@ -349,7 +87,7 @@ def open_telemetry(
     run_config: Mapping[str, object] | None = None,
     attempt: int = 0,
 ) -> Telemetry:
-    """Return the telemetry of a run: metrics.jsonl, then the console, then wandb.
+    """Return the telemetry of a run: metrics.jsonl, the console, the page, wandb.
 
     Call it on one rank, normally rank 0.
 
@@ -359,7 +97,8 @@ def open_telemetry(
         stream: where progress lines go.
         total_steps: last step of the run; >= 1.
         vocabulary_size: tokens in the vocabulary, to put validation losses in proportion.
-        run_config: what wandb shows as the configuration of the run; JSON values.
+        run_config: what wandb shows as the configuration of the run; JSON values. The versions of
+            what its numbers depend on are added.
         attempt: see JsonLinesSink.
 
     Raises:
@@ -372,6 +111,8 @@ def open_telemetry(
         interval_steps=config.console_interval_steps,
         vocabulary_size=vocabulary_size,
     )
-    records = JsonLinesSink(run_dir / "metrics.jsonl", attempt=attempt)
-    mirror = WandbSink(run_dir, config, run_config=run_config)
-    return Telemetry([records, console, mirror], attempt=records.attempt)
+    records = JsonLinesSink(run_dir / METRICS_NAME, attempt=attempt)
+    pages = [LivePage(run_dir, interval_s=config.page_interval_s)] if config.page_interval_s else []
+    known = {**(run_config or {}), "versions": dict(running_versions())}
+    mirror = WandbSink(run_dir, config, run_config=known)
+    return Telemetry([records, console, *pages, mirror], attempt=records.attempt)

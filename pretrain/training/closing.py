@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from pretrain.monitor.page import PAGE_NAME
 from pretrain.monitor.plots import plot_run
 from pretrain.monitor.provenance import provenance
 from pretrain.monitor.records import METRICS_NAME, read_metrics
@@ -121,12 +122,15 @@ def _text_score(name: str, scores: Mapping[str, Score], corpus: Corpus) -> TextS
 
 def _places(run: Run) -> dict[str, str]:
     names = {
+        "page": PAGE_NAME,
         "curves": "curves.png",
         "metrics": METRICS_NAME,
         "summary": SUMMARY_NAME,
         "configuration": "config.yaml",
         "checkpoints": "checkpoints",
     }
+    if not run.telemetry.page_interval_s:
+        del names["page"]
     return {label: str(run.folder / name) for label, name in names.items()}
 
 

@@ -16,10 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
+from parallel.gradients import counts_in_norm
 from pretrain.model.module_names import module_names, named_modules_of
 from pretrain.model.spec import ModelSpec
 
@@ -97,9 +96,7 @@ class ModuleNorms:
             for parameter, (group_idx, idx) in part.model_param_group_index_map.items():
                 group = part.optimizer.param_groups[group_idx]
                 shard = group["params"][idx]
-                if param_is_not_shared(shard) and param_is_not_tensor_parallel_duplicate(
-                    shard, getattr(part, "tp_group", None)
-                ):
+                if counts_in_norm(part, shard):
                     yield self._index[parameter], shard, group, part.optimizer.state[shard]
 
 

@@ -183,8 +183,11 @@ class Observer:
         )
 
     def _write(self, record: Mapping[str, float | int | str]) -> None:
+        """Log a record, with the tokens read up to its step: they are every curve's axis."""
         if self._telemetry is not None:
-            self._telemetry.log(record)
+            trainer, step = self._trainer, int(record["step"])
+            batch = min(trainer.ledger.batch_of(step), trainer.timetable.num_batches)
+            self._telemetry.log({"tokens": trainer.timetable.tokens_before(batch), **record})
 
 
 def _spike_metrics(seen: Seen | None) -> dict[str, float | int]:

@@ -31,7 +31,7 @@ from pretrain.model.spec import ModelSpec
 from pretrain.monitor.alarms import AlarmRules
 from pretrain.monitor.secrets import scrubbed
 from pretrain.monitor.stragglers import Stragglers
-from pretrain.monitor.telemetry import TelemetryConfig
+from pretrain.monitor.telemetry_config import TelemetryConfig
 from pretrain.training.batch import check_divisible, check_interleaved
 from pretrain.training.change import Change
 from pretrain.training.lr_schedule import LrSchedule

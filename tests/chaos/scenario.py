@@ -14,7 +14,7 @@ from pretrain.checkpoint.local_place import LocalTier
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.spec import ModelSpec
-from pretrain.monitor.telemetry import TelemetryConfig
+from pretrain.monitor.telemetry_config import TelemetryConfig
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.restarts import Restarts
 from pretrain.training.run import AdamW, CheckpointPolicy, Data, Evaluation, Run

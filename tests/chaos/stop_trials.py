@@ -31,7 +31,7 @@ from pretrain.model.precision import Precision
 from pretrain.model.spec import ModelSpec
 from pretrain.monitor.incidents import read_incidents
 from pretrain.monitor.provenance import provenance
-from pretrain.monitor.telemetry import TelemetryConfig
+from pretrain.monitor.telemetry_config import TelemetryConfig
 from pretrain.training import job
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.run import AdamW, CheckpointPolicy, Data, Evaluation, Run

@@ -17,7 +17,7 @@ from data.stream.loader import BatchReader, Reading, Share
 from data.tokenizer.codec import Codec
 from parallel.layout import Layout
 from parallel.spawn import RankPool
-from pretrain.monitor.telemetry import TelemetryConfig
+from pretrain.monitor.telemetry_config import TelemetryConfig
 from pretrain.training.change import Change
 from tests.launch.conftest import Inspect
 from tests.launch.short_runs import train_some

@@ -19,7 +19,7 @@ from parallel.beats import Watch
 from parallel.layout import Layout
 from pretrain.monitor.incidents import read_incidents
 from pretrain.monitor.stragglers import Stragglers
-from pretrain.monitor.telemetry import TelemetryConfig
+from pretrain.monitor.telemetry_config import TelemetryConfig
 from pretrain.training.run import Run
 from tests.conftest import tiny_curriculum
 from tests.launch.conftest import SMALL, STEP_TOKENS, TOKENS

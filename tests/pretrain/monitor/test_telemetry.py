@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from pretrain.monitor.metrics import Record, Value
+from pretrain.monitor.incidents import Incident, record_incident
+from pretrain.monitor.metrics import Record, find_metric
 from pretrain.monitor.records import read_attempts
-from pretrain.monitor.telemetry import Telemetry, TelemetryConfig, WandbSink, open_telemetry
+from pretrain.monitor.telemetry import Telemetry, open_telemetry
+from pretrain.monitor.telemetry_config import TelemetryConfig
+from pretrain.monitor.wandb_sink import WandbSink
 
 ROOT = Path(__file__).resolve().parents[3]
 OFFLINE = TelemetryConfig(wandb="offline", wandb_close_timeout_s=10.0)
@@ -26,18 +30,33 @@ class FakeRun:
     """What wandb.init returns, kept in memory."""
 
     def __init__(self) -> None:
-        self.records: list[dict[str, Value]] = []
+        self.records: list[dict[str, Any]] = []
         self.x_axes: list[tuple[str, str | None]] = []
         self.is_finished = False
+        self.summaries: dict[str, str | None] = {}
+        self.alerts: list[tuple[str, str]] = []
 
-    def define_metric(self, name: str, *, step_metric: str | None = None) -> None:
+    def define_metric(
+        self, name: str, *, step_metric: str | None = None, summary: str | None = None
+    ) -> None:
         self.x_axes.append((name, step_metric))
+        self.summaries[name] = summary
 
-    def log(self, data: dict[str, Value]) -> None:
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.alerts.append((title, text))
+
+    def log(self, data: dict[str, Any]) -> None:
         self.records.append(data)
 
     def finish(self) -> None:
         self.is_finished = True
+
+
+class FakeTable:
+    """What wandb.Table keeps."""
+
+    def __init__(self, *, columns: list[str], data: list[list[object]]) -> None:
+        self.columns, self.data = columns, data
 
 
 class FakeWandb(ModuleType):
@@ -45,6 +64,7 @@ class FakeWandb(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("wandb")
+        self.Table = FakeTable
         self.run = FakeRun()
         self.calls: list[dict[str, object]] = []
         self.errors: list[BaseException] = []
@@ -91,9 +111,46 @@ def test_every_record_reaches_wandb_in_order(tmp_path: Path, wandb: FakeWandb):
     assert wandb.run.is_finished
 
 
-def test_step_is_the_x_axis_of_everything(tmp_path: Path, wandb: FakeWandb):
+def test_tokens_are_the_x_axis_of_everything(tmp_path: Path, wandb: FakeWandb):
     WandbSink(tmp_path, OFFLINE, environment={}).close()
-    assert wandb.run.x_axes == [("step", None), ("*", "step")]
+    (first, axis), *others = wandb.run.x_axes
+    assert (first, axis) == ("tokens", None)
+    assert others[0] == ("*", "tokens")
+    assert {of for _, of in others} == {"tokens"}
+
+
+def test_the_table_of_runs_shows_the_best_loss_and_the_worst_norm(tmp_path: Path, wandb: FakeWandb):
+    WandbSink(tmp_path, OFFLINE, environment={}).close()
+    shown = wandb.run.summaries
+    assert (shown["loss"], shown["gradient_norm"]) == ("min,last", "max,last")
+    for name in shown.keys() - {"*"}:
+        find_metric(name)  # of the registry
+
+
+def test_incidents_are_a_table_and_those_that_want_a_person_alerts(
+    tmp_path: Path, wandb: FakeWandb
+):
+    record_incident(tmp_path, Incident(kind="lease_taken", text="taken over"))
+    record_incident(tmp_path, Incident(kind="diverged", text="it diverges", step=7))
+    for _ in range(2):  # the second start tells nothing again
+        sink = WandbSink(tmp_path, OFFLINE, environment={})
+        sink.log({"step": 9, "tokens": 900, "loss": 1.0})
+        sink.close()
+    tables = [r["incidents"] for r in wandb.run.records if "incidents" in r]
+    assert [[row[1:3] for row in table.data] for table in tables] == [
+        [["lease_taken", None], ["diverged", 7]]
+    ] * 2
+    assert wandb.run.alerts == [(f"{tmp_path.name}: diverged", "it diverges")]
+
+
+def test_an_incident_while_the_run_goes_on_is_told_at_its_end_at_the_latest(
+    tmp_path: Path, wandb: FakeWandb
+):
+    sink = WandbSink(tmp_path, OFFLINE, environment={})
+    sink.log({"step": 9, "tokens": 900, "loss": 1.0})
+    record_incident(tmp_path, Incident(kind="hang", text="rank 1 is silent"))
+    sink.close()
+    assert wandb.run.alerts == [(f"{tmp_path.name}: hang", "rank 1 is silent")]
 
 
 def test_the_run_lies_in_its_folder_under_an_id_that_stays(tmp_path: Path, wandb: FakeWandb):
@@ -226,7 +283,8 @@ def test_disabled_starts_nothing(tmp_path: Path, wandb: FakeWandb):
 REAL_RUN = """
 import logging, sys, time
 from pathlib import Path
-from pretrain.monitor.telemetry import TelemetryConfig, open_telemetry
+from pretrain.monitor.telemetry import open_telemetry
+from pretrain.monitor.telemetry_config import TelemetryConfig
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 config = TelemetryConfig(wandb=sys.argv[2], wandb_init_timeout_s=30.0,
                          wandb_close_timeout_s=float(sys.argv[3]))
@@ -324,6 +382,7 @@ def test_an_opened_telemetry_counts_attempts_in_file_and_mirror(tmp_path: Path, 
     [
         ("wandb", "sometimes"),
         ("console_interval_steps", 0),
+        ("page_interval_s", -1.0),
         ("wandb_queue_records", 0),
         ("wandb_init_timeout_s", 0.0),
         ("wandb_close_timeout_s", -1.0),

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[3]
 TELEMETRY = """
 import logging, sys, time
 from pathlib import Path
-from pretrain.monitor.telemetry import TelemetryConfig, open_telemetry
+from pretrain.monitor.telemetry import open_telemetry
+from pretrain.monitor.telemetry_config import TelemetryConfig
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 config = TelemetryConfig(wandb=sys.argv[2], wandb_init_timeout_s=3.0, wandb_close_timeout_s=2.0)
 telemetry = open_telemetry(Path(sys.argv[1]), config, stream=sys.stdout, total_steps=200)
