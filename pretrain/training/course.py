@@ -22,6 +22,7 @@ from pretrain.training.closing import draw_curves, summarise, write_summary
 from pretrain.training.ending import require_finite
 from pretrain.training.exit_file import FINISHED, INTERRUPTED
 from pretrain.training.fit import fit
+from pretrain.training.flight_recorder import FlightRecorder
 from pretrain.training.judges import judges_of
 from pretrain.training.observe import Observer, Score, make_throughput
 from pretrain.training.saves import Saves
@@ -77,8 +78,15 @@ class Course:
         self._observer = Observer(
             trainer, device=device, throughput=self._throughput, telemetry=telemetry
         )
+        recorder = FlightRecorder(
+            trainer, attempt=attempt.number, load=self._observer.load, enter=watch.enter
+        )
         self._judges = judges_of(
-            trainer, attempt=attempt.number, why_lost=attempt.why_lost, enter=watch.enter
+            trainer,
+            attempt=attempt.number,
+            why_lost=attempt.why_lost,
+            enter=watch.enter,
+            recorder=recorder,
         )
         self._saves = Saves(
             trainer,

@@ -76,10 +76,11 @@ class Observer:
         self.throughput = throughput
         """The clock; paused for what is no training."""
         self._telemetry = telemetry
-        self._load = ExpertLoad(
+        self.load = ExpertLoad(
             trainer.modules, num_layers=num_layers, num_experts=run.model.num_routed_experts
         )
-        trainer.step_state.include(self._load.counts_LE)
+        """Counts tokens of experts, since it was last read."""
+        trainer.step_state.include(self.load.counts_LE)
         self._microbatches_unread = 0
         self.losses: list[float] = []
         """Loss of each step of this attempt, nats per token."""
@@ -129,7 +130,7 @@ class Observer:
         )
         self.memory_peak_bytes = int(max_over_all(peak))
         return {
-            **_load_metrics(sum_over_all(self._load.take()), run.model.num_dense_layers),
+            **_load_metrics(sum_over_all(self.load.take()), run.model.num_dense_layers),
             "mtp_loss": take_mtp_loss(run.layout, num_microbatches=num_microbatches, device=device),
             "aux_loss": take_aux_loss(
                 run.layout,

@@ -104,7 +104,7 @@ class StepRecheck:
         shift = replay_shift(origin, layout)
         if shift == 0:
             return self._nobody_to_ask(second, origin)
-        replayed = self._origin_of(_of_another_replica(batches, shift=shift))
+        replayed = self._origin_of(of_another_replica(batches, shift=shift))
         third = self._again(batches)
         if third.is_finite:
             return self._transient(first, third, seen)
@@ -234,11 +234,18 @@ def replay_shift(origin: Origin, layout: Layout) -> int:
         1 for most modules. For experts the fewest replicas that fill whole groups of ranks which
         exchange tokens. 0: there is no other rank to compute it.
     """
-    shift = 1
-    if origin.in_experts:
-        replica_ranks = layout.tp * layout.cp  # of one stage
-        shift = lcm(replica_ranks, layout.etp * layout.ep) // replica_ranks
+    shift = shift_of_experts(layout) if origin.in_experts else 1
     return shift if shift < layout.dp else 0
+
+
+def shift_of_experts(layout: Layout) -> int:
+    """Return by how many replicas data move, that other holders of the same experts compute it.
+
+    The fewest replicas that fill whole groups of ranks which exchange tokens; dp or more where all
+    replicas exchange tokens.
+    """
+    replica_ranks = layout.tp * layout.cp  # of one stage
+    return lcm(replica_ranks, layout.etp * layout.ep) // replica_ranks
 
 
 def whose_fault(
@@ -260,8 +267,13 @@ def whose_fault(
     return "device" if stays else "data"
 
 
-def _of_another_replica(batches: Sequence[MicroBatch], *, shift: int) -> list[MicroBatch]:
-    """Return what the replica `shift` before this one computes, in its order; collective."""
+def of_another_replica(batches: Sequence[MicroBatch], *, shift: int) -> list[MicroBatch]:
+    """Return what the replica `shift` before this one computes, in its order; collective.
+
+    Args:
+        batches: this replica's micro-batches.
+        shift: 1 <= shift < replicas.
+    """
     fields: dict[str, torch.Tensor] = {}
     for name in ("tokens", "labels", "loss_mask", "domain_idx", "documents"):
         if getattr(batches[0], name) is not None:
