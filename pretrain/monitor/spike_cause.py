@@ -42,6 +42,8 @@ _UNCHANGED = 0.25
 """An older batch that has risen less says that it has not."""
 _REPEATED = 32
 """Times an n-gram stands in a row: OLMo 2's filter."""
+_USUAL_STEPS = 5
+"""Before the onset, of which the median is usual: of more a loss that falls fast is below."""
 _ORDINARY_NORM = 2.0
 """Times what was usual; below it gradients say nothing of a bad batch."""
 
@@ -248,7 +250,7 @@ def _usual(bundle: Mapping[str, Any], name: str) -> float:
     # the record of step n + 1 is of the step that was judged as n
     pairs = zip(series.get("step", []), series.get(name, []), strict=False)
     values = _finite([value for step, value in pairs if step <= onset])
-    return median(values[-16:]) if values else math.nan
+    return median(values[-_USUAL_STEPS:]) if values else math.nan
 
 
 def _expected(bundle: Mapping[str, Any], *, default: float) -> float:

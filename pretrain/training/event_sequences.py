@@ -7,7 +7,7 @@ and its window of the text, which follow from the ledger.
 C sequences of a replica.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,6 @@ class Measured:
     batch: int
     """Its number."""
     result: StepResult
-
-
-Row = Mapping[str, Any]
 
 
 def gather_sums(results: Sequence[StepResult]) -> list[list[NDArray[np.float64]]]:
@@ -116,11 +113,3 @@ def slots_of_replica(trainer: Trainer, batch: int, replica: int) -> NDArray[np.i
         data_rank=replica,
     )
     return np.concatenate([np.arange(part.start, part.stop) for part in ranges])
-
-
-def rows_of(columns: Mapping[str, Sequence[Any]], *, most: int) -> list[Row]:
-    """Return the first rows of columns."""
-    return [
-        dict(zip(columns, row, strict=True))
-        for row in list(zip(*columns.values(), strict=True))[:most]
-    ]

@@ -3,9 +3,10 @@
 Asked on rank 0 while all other ranks wait for it, so there is a limit: a thread of its own opens
 the training text anew and reads slot after slot; what is there when the time is up is taken, and
 the reason for the rest is told in words. `launch/explain_spike.py` reads what is missing later.
+No torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from threading import Thread
 from typing import Any
@@ -14,14 +15,22 @@ from data.corpus.manifest import dataset_path
 from data.indexed.dataset import open_dataset
 from data.stream.explain import Slot, explain_slot, open_text
 from data.stream.ledger import Ledger
-from pretrain.training.event_sequences import Row
 from pretrain.training.run import Run
+
+Row = Mapping[str, Any]
+"""A sequence of an event: step, batch, slot, sample, bucket, window, epoch, loss, tokens."""
 
 _LIMIT_S = 10.0
 """A hundredth of the time after which ranks that wait are taken for hung; a local corpus answers in
 one tenth of a second."""
 _CHARACTERS = 2000
 """Kept of each sequence's text."""
+
+
+def rows_of(columns: Mapping[str, Sequence[Any]], *, most: int) -> list[Row]:
+    """Return the first rows of columns, at most so many."""
+    rows = zip(*(column[:most] for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def read_worst(

@@ -31,6 +31,7 @@ import torch
 
 from parallel.agreement import from_first_rank
 from parallel.beats import Phase
+from parallel.failpoints import failpoint
 from parallel.reduce import sum_over_all
 from parallel.schedule import MicroBatch
 from pretrain.model.expert_load import ExpertLoad
@@ -43,9 +44,9 @@ from pretrain.monitor.event_bundle import (
 )
 from pretrain.monitor.records import METRICS_NAME
 from pretrain.monitor.spike_cause import cause_of
-from pretrain.training.event_rerun import Rerun, rerun_of
-from pretrain.training.event_sequences import Measured, rows_of, sequence_columns
-from pretrain.training.event_text import read_worst
+from pretrain.training.event_rerun import Rerun, Verdict, rerun_of
+from pretrain.training.event_sequences import Measured, sequence_columns
+from pretrain.training.event_text import read_worst, rows_of
 from pretrain.training.run import as_json
 from pretrain.training.train_step import StepResult
 from pretrain.training.trainer import Trainer
@@ -139,6 +140,39 @@ class FlightRecorder:
             batches: this replica's part of the batch of the step that is there.
             result: what the step measured.
         """
+        return self._written(
+            event,
+            result,
+            again=lambda: rerun_of(self._trainer, batches, result, ordinary=self._ordinary),
+        )
+
+    def record_non_finite(
+        self, text: str, result: StepResult, verdict: Verdict, said: str
+    ) -> Mapping[str, object]:
+        """Write down what is known of a step that is no number, once; collective.
+
+        Args:
+            text: one sentence, as in the incident.
+            result: what the step measured.
+            verdict: of whoever has computed it again (recheck.py).
+            said: the same in one sentence.
+
+        Returns:
+            `detail` of a `Recorded`.
+        """
+        rerun = Rerun(verdict=verdict, text=said, result=result)
+        return self._written(
+            Event(kind="non_finite", text=text), result, again=lambda: rerun
+        ).detail
+
+    def _written(self, event: Event, result: StepResult, *, again: Callable[[], Rerun]) -> Recorded:
+        """Write down an event, unless it is old news; collective.
+
+        Args:
+            event: what has happened.
+            result: what the step measured.
+            again: says whether it comes again; collective.
+        """
         trainer = self._trainer
         path = bundle_path(
             trainer.run.folder, step=trainer.position.step, batch=trainer.batch, kind=event.kind
@@ -147,8 +181,9 @@ class FlightRecorder:
             return Recorded(result=result)
         self._enter("recheck", trainer.position.step)
         try:
+            failpoint("event.begin")
             told = self._gather(event, result)
-            rerun = rerun_of(trainer, batches, result, ordinary=self._ordinary)
+            rerun = again()
         finally:
             self._enter("step", trainer.position.step)
         if torch.distributed.get_rank() != 0:
@@ -160,6 +195,7 @@ class FlightRecorder:
         except (OSError, ValueError, ArithmeticError, LookupError, TypeError) as error:
             log.warning("%s: not written: %r", path, error)
             return Recorded(result=rerun.result)
+        failpoint("event.written")
         detail = {
             "bundle": str(path.relative_to(trainer.run.folder)),
             "cause": bundle["cause"]["kind"],
@@ -224,6 +260,7 @@ class FlightRecorder:
             "gradient_norm": result.gradient_norm,
             "lr": result.lr,
             "scores": dict(event.scores),
+            "spike_z": max(event.scores.values(), default=None),
             "rerun": rerun.as_json(),
             "ordinary": rerun.ordinary,
             "series": {

@@ -55,7 +55,7 @@ def judges_of(
         record_incident(folder, replace(incident, attempt=attempt), mark=mark)
 
     audit = StateAudit(trainer, record=record, enter=enter)
-    recheck = StepRecheck(trainer, record=record, enter=enter)
+    recheck = StepRecheck(trainer, record=record, enter=enter, witness=recorder.record_non_finite)
     sample = StepSample(trainer, record=record, enter=enter)
     spikes = SpikeJudge(trainer, attempt=attempt, why_lost=why_lost, enter=enter, recorder=recorder)
     return Judges(audit=audit, of_steps=(audit, recheck, sample, spikes))
