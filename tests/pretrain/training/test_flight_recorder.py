@@ -90,21 +90,23 @@ def test_an_event_that_is_recorded_changes_no_bit_of_the_run(
     assert bundle["ordinary"]["loss_now"] < bundle["ordinary"]["loss_then"]
 
 
-def test_a_bundle_has_the_tokens_of_experts_of_its_own_step(
-    tiny_run: MakeRun, two_ranks: RankPool
-) -> None:
+@pytest.fixture(scope="module")
+def third_step(tiny_run: MakeRun, two_ranks: RankPool) -> dict[str, Any]:
+    """Return the bundle of an event at the third step of two replicas."""
     run = tiny_run(LAYOUTS["ep2"])
-    (found, _) = two_ranks.run(recorded_steps, run, num_steps=3, event_at=2)
-    experts = found.bundles[0]["experts"]
+    return two_ranks.run(recorded_steps, run, num_steps=3, event_at=2)[0].bundles[0]
+
+
+def test_a_bundle_has_the_tokens_of_experts_of_its_own_step(third_step: dict[str, Any]) -> None:
+    experts = third_step["experts"]
     assert experts["first_layer"] == 1
     # 8 sequences of 64 tokens, 4 experts each, in three layers; MTP sees one token less or as many
     assert [sum(row) for row in experts["tokens"][:3]] == [8 * 64 * 4] * 3
     assert all(len(row) == 8 for row in experts["tokens"])
 
 
-def test_the_worst_sequences_have_their_documents(tiny_run: MakeRun, two_ranks: RankPool) -> None:
-    (found, _) = two_ranks.run(recorded_steps, tiny_run(LAYOUTS["ep2"]), num_steps=1, event_at=0)
-    bundle = found.bundles[0]
+def test_the_worst_sequences_have_their_documents(third_step: dict[str, Any]) -> None:
+    bundle = third_step
     assert bundle["text_problem"] == ""
     assert [slot["slot"] for slot in bundle["worst"]] == bundle["sequences"]["slot"]
     for slot in bundle["worst"]:
@@ -127,7 +129,7 @@ def test_a_text_that_is_not_there_is_told_and_ends_nothing(
     assert len(found.losses) == 2
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_numbers_that_are_another_each_time_are_transient_and_the_rank_is_named(
     rank: int, tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:
