@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from data.corpus.manifest import (
-    LISTING_NAME,
     SPLITS,
     TOKENIZER_NAME,
     CorpusManifest,
@@ -20,13 +19,13 @@ from data.corpus.manifest import (
 )
 from data.indexed.dataset import Dataset, open_dataset
 from data.indexed.format import DataError
+from data.stream import explain
 from data.stream.curriculum import Curriculum
 from data.stream.described import DescribedCorpus
 from data.stream.explain import Text
 from data.stream.ledger import Ledger, begin_ledger, read_ledger
 from data.stream.loader import Share, require_dataset
 from data.stream.plan import Plan, plan
-from data.tokenizer.codec import Codec
 from launch.compose import from_yaml
 from pretrain.training.change import range_of
 from pretrain.training.corpus import LEDGER_NAME, open_run_corpus
@@ -248,13 +247,7 @@ def open_text(followed: Followed) -> Text:
         dataset = open_dataset(dataset_path(folder, "train"))
     else:
         dataset = open_run_corpus(followed.run).train
-    codec = Codec(folder / TOKENIZER_NAME)
-    dataset.require_tokenizer(codec.digest)
-    listing = dataset.manifest.path.parent / LISTING_NAME
-    places: dict[int, str] = {}
-    if isinstance(listing, Path) and listing.is_file():  # pairs of others have none
-        places = dict(enumerate(listing.read_text(encoding="utf-8").split("\n")))
-    return Text(dataset=dataset, decode=codec.decode, end_id=codec.eod_id, places=places)
+    return explain.open_text(dataset, corpus=folder)
 
 
 def open_datasets(asked: Inspection) -> list[Dataset]:

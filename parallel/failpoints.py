@@ -58,6 +58,8 @@ POINTS = (
     "local.retention",
     "load.begin",
     "load.half",
+    "event.begin",
+    "event.written",
     "rewind.decided",
     "rewind.set_aside",
     "rewind.ledger",

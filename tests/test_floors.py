@@ -24,7 +24,7 @@ FLOORS = {
     "pretrain.model": "kernels parallel",
     "pretrain.checkpoint": "kernels parallel",
     "pretrain.planner": "pretrain.model.spec pretrain.model.count parallel.layout parallel.stages",
-    "pretrain.monitor": "pretrain.model.count data.stream parallel.reduce"
+    "pretrain.monitor": "pretrain.model.count data.stream data.indexed.atomic parallel.reduce"
     " pretrain.checkpoint.environment",
     "pretrain.training": f"{BELOW_TRAINING} pretrain.planner",
     "pretrain.serving": f"{BELOW_TRAINING} pretrain.planner pretrain.training",

@@ -32,10 +32,21 @@ def _program(draw: random.Random) -> str:
     return "\n".join(lines)
 
 
-def write_corpus(folder: Path) -> Path:
+def _noise(draw: random.Random) -> str:
+    """Return letters and signs at random, as a broken scan has them."""
+    signs = [chr(number) for number in range(33, 127)]
+    return "".join(draw.choice(signs) for _ in range(150))
+
+
+def write_corpus(folder: Path, *, num_noisy: int = 0, tokenizer: Path | None = None) -> Path:
     """Write texts below `folder` and prepare them; return the corpus.
 
     Windows of 64 and of 128 tokens, a vocabulary of 512.
+
+    Args:
+        folder: empty.
+        num_noisy: documents of random signs behind the 120 of `sentences`, a row of their own.
+        tokenizer: of another corpus; None: a new one is trained.
     """
     draw = random.Random(2)
     texts, code, corpus = (folder / name for name in ("texts", "code", "corpus"))
@@ -48,6 +59,9 @@ def write_corpus(folder: Path) -> Path:
             for _ in range(40)
         ]
         (texts / f"{number:03d}.txt").write_text(" ".join(sentences), encoding="utf-8")
+    noise = random.Random(5)  # of its own: the other texts are the same without it
+    for number in range(120, 120 + num_noisy):
+        (texts / f"{number:03d}.txt").write_text(_noise(noise), encoding="utf-8")
     for number in range(120):
         (code / f"{number:03d}.py").write_text(_program(draw), encoding="utf-8")
     sources = {
@@ -58,6 +72,7 @@ def write_corpus(folder: Path) -> Path:
         output=str(corpus),
         sources=sources,
         vocab_size=512,
+        tokenizer=None if tokenizer is None else str(tokenizer),
         validation_fraction=0.2,
         window_tokens={"64": 0.8, "128": 0.2},
         validation_window_tokens=64,

@@ -9,15 +9,19 @@ skipped batches counted as the ledger counts them.
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.corpus.manifest import LISTING_NAME, TOKENIZER_NAME
 from data.indexed.dataset import Dataset
 from data.indexed.window_format import StoredWindow
 from data.stream.ledger import Ledger
 from data.stream.loader import BatchReader, Reading, Share
+from data.stream.repeats import most_repeated
 from data.stream.slots import local_slots, micro_sequences
+from data.tokenizer.codec import Codec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -48,6 +52,8 @@ class Piece:
         offset: where in the document the piece begins, in tokens.
         tokens: of the piece, with the id that ends the document if it holds that.
         ends: whether the document ends here.
+        repeats: ids of the n-gram that is repeated most often in a row, and how often it stands
+            there; see repeats.py.
         text: of the piece; bytes of a character that was cut are U+FFFD.
     """
 
@@ -57,6 +63,7 @@ class Piece:
     offset: int
     tokens: int
     ends: bool
+    repeats: tuple[int, int]
     text: str
 
 
@@ -87,6 +94,25 @@ class Slot:
     epoch: int
     padding: int
     pieces: tuple[Piece, ...]
+
+
+def open_text(dataset: Dataset, *, corpus: Path) -> Text:
+    """Return what makes the windows of a dataset readable.
+
+    Args:
+        dataset: made with the tokenizer of `corpus`; closed by the caller.
+        corpus: folder that launch/prepare.py wrote.
+
+    Raises:
+        DataError: if the tokenizer is missing or another one.
+    """
+    codec = Codec(corpus / TOKENIZER_NAME)
+    dataset.require_tokenizer(codec.digest)
+    listing = dataset.manifest.path.parent / LISTING_NAME
+    places: dict[int, str] = {}
+    if isinstance(listing, Path) and listing.is_file():  # pairs of others have none
+        places = dict(enumerate(listing.read_text(encoding="utf-8").split("\n")))
+    return Text(dataset=dataset, decode=codec.decode, end_id=codec.eod_id, places=places)
 
 
 def explain_step(
@@ -169,8 +195,26 @@ def explain_sample(text: Text, ledger: Ledger, *, seed: int, sample: int) -> Slo
     if any(batch in part for part in skipped):
         raise ValueError(f"sample={sample} given; its batch {batch} is skipped: nobody reads it")
     step = batch - sum(map(len, skipped))
+    return explain_slot(text, ledger, seed=seed, step=step, slot=slot)
+
+
+def explain_slot(text: Text, ledger: Ledger, *, seed: int, step: int, slot: int) -> Slot:
+    """Return what stands in a slot of a step's batch.
+
+    Args:
+        text: of the run.
+        ledger: of the run.
+        seed: of the run.
+        step: optimizer steps before it, 0 <= step < the ledger's num_steps.
+        slot: in its batch.
+
+    Raises:
+        ValueError: if there is no such step or slot.
+        DataError: as `explain_step`.
+    """
     # Of as many replicas as the batch has slots each reads one: its own.
-    size = timetable.segment_at(batch).global_sequences
+    timetable = ledger.timetable()
+    size = timetable.segment_at(ledger.batch_of(step)).global_sequences
     share = Share(replicas=size, replica=slot, micro_batch_tokens=1)
     return explain_step(text, ledger, seed=seed, step=step, share=share)[0]
 
@@ -221,6 +265,7 @@ def _pieces(text: Text, stored: StoredWindow) -> list[Piece]:
                 offset=offset,
                 tokens=length,
                 ends=ends,
+                repeats=most_repeated(ids),
                 text=text.decode(ids[:-1] if ends else ids),
             )
         )

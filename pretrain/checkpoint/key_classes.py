@@ -69,7 +69,8 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
         "recompute": "kind modules method num_layers",
         "recheck": "max_left_out memory_interval_steps replicas_interval_steps"
         " sample_interval_steps",
-        "recovery": "policy max_skips margin_steps max_skipped_batches slow_batches max_rewinds",
+        "recovery": "policy max_skips margin_steps max_skipped_batches slow_batches max_rewinds"
+        " max_bundles",
         "recovery.rule": "window_steps min_steps near far loss_floor norm_floor smoothing excess"
         " recover_steps high_excess high_steps",
         "restarts": "in_job without_progress lease_s",

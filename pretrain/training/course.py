@@ -22,9 +22,11 @@ from pretrain.training.closing import draw_curves, summarise, write_summary
 from pretrain.training.ending import require_finite
 from pretrain.training.exit_file import FINISHED, INTERRUPTED
 from pretrain.training.fit import fit
+from pretrain.training.flight_recorder import FlightRecorder
 from pretrain.training.judges import judges_of
 from pretrain.training.observe import Observer, Score, make_throughput
 from pretrain.training.saves import Saves
+from pretrain.training.step_metrics import StepMetrics
 from pretrain.training.stop_request import StopRequest
 from pretrain.training.train_step import StepResult
 from pretrain.training.trainer import Trainer
@@ -74,12 +76,24 @@ class Course:
         self._attempt, self._watch, self._progress = attempt, watch, progress
         self._begun_s = time.monotonic()
         self._throughput = make_throughput(trainer.run, device)
+        metrics = StepMetrics(trainer, device=device)
+        recorder = FlightRecorder(
+            trainer,
+            attempt=attempt.number,
+            load=metrics.load,
+            enter=watch.enter,
+            module_norms=metrics.gradient_norms,
+        )
         self._judges = judges_of(
-            trainer, attempt=attempt.number, why_lost=attempt.why_lost, enter=watch.enter
+            trainer,
+            attempt=attempt.number,
+            why_lost=attempt.why_lost,
+            enter=watch.enter,
+            recorder=recorder,
         )
         self._observer = Observer(
             trainer,
-            device=device,
+            metrics=metrics,
             throughput=self._throughput,
             telemetry=telemetry,
             num_rewinds=self._judges.num_rewinds,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from parallel.beats import Phase
 from pretrain.checkpoint.lease import incident_mark
 from pretrain.monitor.incidents import Incident, record_incident
+from pretrain.training.flight_recorder import FlightRecorder
 from pretrain.training.recheck import StepRecheck
 from pretrain.training.spike_judge import SpikeJudge
 from pretrain.training.state_audit import StateAudit
@@ -37,6 +38,7 @@ def judges_of(
     attempt: int,
     why_lost: Callable[[], str],
     enter: Callable[[Phase, int], None],
+    recorder: FlightRecorder,
 ) -> Judges:
     """Return the judges of a run that is about to go on; collective.
 
@@ -45,6 +47,7 @@ def judges_of(
         attempt: which start of the run this is.
         why_lost: asked on rank 0 before a rewind: who has taken the run over, or "".
         enter: told what the rank does.
+        recorder: writes down what was in a batch that stands out.
     """
     folder = trainer.run.folder
 
@@ -54,9 +57,9 @@ def judges_of(
         record_incident(folder, replace(incident, attempt=attempt), mark=mark)
 
     audit = StateAudit(trainer, record=record, enter=enter)
-    recheck = StepRecheck(trainer, record=record, enter=enter)
+    recheck = StepRecheck(trainer, record=record, enter=enter, witness=recorder.record_non_finite)
     sample = StepSample(trainer, record=record, enter=enter)
-    spikes = SpikeJudge(trainer, attempt=attempt, why_lost=why_lost, enter=enter)
+    spikes = SpikeJudge(trainer, attempt=attempt, why_lost=why_lost, enter=enter, recorder=recorder)
     return Judges(
         audit=audit,
         of_steps=(audit, recheck, sample, spikes),

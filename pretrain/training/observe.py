@@ -52,16 +52,16 @@ class Observer:
         self,
         trainer: Trainer,
         *,
-        device: Device,
+        metrics: StepMetrics,
         throughput: Throughput,
         telemetry: Telemetry | None,
         num_rewinds: int = 0,
     ) -> None:
-        """Hook the model.
+        """Begin with the step to come.
 
         Args:
             trainer: what is watched.
-            device: asked for memory.
+            metrics: what measures logged steps.
             throughput: clock of the steps, started by the caller.
             telemetry: where records go; None on all ranks but the first.
             num_rewinds: how often the run has gone back before this start.
@@ -74,7 +74,7 @@ class Observer:
         self._committed_s = time.monotonic()
         run = trainer.run
         self._alarms = Alarms(run.alarms, checkpoint_interval_steps=run.checkpoints.interval_steps)
-        self._metrics = StepMetrics(trainer, device=device)
+        self._metrics = metrics
         self._metrics.begin_step(is_logged=self._is_logged(trainer.position.step + 1))
         self.losses: list[float] = []
         """Loss of each step of this attempt, nats per token."""

@@ -20,7 +20,7 @@ other five (three where nobody is there to ask), two of them slow ones with hook
 (phase `recheck`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import lcm
 from typing import Literal
@@ -50,11 +50,29 @@ REASON = "not finite: "
 """How the reasons of batches begin that a run has left out by itself."""
 
 
+Again = Literal["same again", "differs on another rank"]
+Witness = Callable[[str, StepResult, Again, str], Mapping[str, object]]
+"""Writes down what is known of a batch that is left out: a sentence, what its step measured, what
+became of it when it was computed again, and that in a sentence; gives more for the incident.
+Collective."""
+
+_VERDICTS: Mapping[str, tuple[Again, str]] = {
+    "data": ("same again", "no number again, and on another replica, too"),
+    "device": ("differs on another rank", "no number again, with another replica's text, too"),
+    "not told apart": ("same again", "no number again; no other rank could be asked"),
+}
+
+
 class StepRecheck:
     """Computes non-finite steps again, and finds out whose fault they are."""
 
     def __init__(
-        self, trainer: Trainer, *, record: Record, enter: Callable[[Phase, int], None]
+        self,
+        trainer: Trainer,
+        *,
+        record: Record,
+        enter: Callable[[Phase, int], None],
+        witness: Witness = lambda *_: {},
     ) -> None:
         """Have seen nothing.
 
@@ -62,10 +80,12 @@ class StepRecheck:
             trainer: whose steps are judged.
             record: told of what was found, on rank 0.
             enter: told that a step is computed again.
+            witness: asked for what is known of a batch that is left out.
         """
         self._trainer = trainer
         self._record = record
         self._enter = enter
+        self._witness = witness
 
     def __call__(self, batches: Sequence[MicroBatch], result: StepResult) -> Verdict:
         """Let a finite step pass; compute any other again and say what becomes of it.
@@ -104,7 +124,7 @@ class StepRecheck:
         shift = replay_shift(origin, layout)
         if shift == 0:
             return self._nobody_to_ask(second, origin)
-        replayed = self._origin_of(_of_another_replica(batches, shift=shift))
+        replayed = self._origin_of(of_another_replica(batches, shift=shift))
         third = self._again(batches)
         if third.is_finite:
             return self._transient(first, third, seen)
@@ -177,6 +197,7 @@ class StepRecheck:
             "windows": windows,
             "module": origin.module,
             "replayed": None if replayed is None else replayed.text,
+            **self._witness(reason, result, *_VERDICTS[found]),
         }
         step, suspects = trainer.position.step, list[tuple[int, str]]()
         if found != "data":
@@ -234,11 +255,18 @@ def replay_shift(origin: Origin, layout: Layout) -> int:
         1 for most modules. For experts the fewest replicas that fill whole groups of ranks which
         exchange tokens. 0: there is no other rank to compute it.
     """
-    shift = 1
-    if origin.in_experts:
-        replica_ranks = layout.tp * layout.cp  # of one stage
-        shift = lcm(replica_ranks, layout.etp * layout.ep) // replica_ranks
+    shift = shift_of_experts(layout) if origin.in_experts else 1
     return shift if shift < layout.dp else 0
+
+
+def shift_of_experts(layout: Layout) -> int:
+    """Return by how many replicas data move, that other holders of the same experts compute it.
+
+    The fewest replicas that fill whole groups of ranks which exchange tokens; dp or more where all
+    replicas exchange tokens.
+    """
+    replica_ranks = layout.tp * layout.cp  # of one stage
+    return lcm(replica_ranks, layout.etp * layout.ep) // replica_ranks
 
 
 def whose_fault(
@@ -260,8 +288,13 @@ def whose_fault(
     return "device" if stays else "data"
 
 
-def _of_another_replica(batches: Sequence[MicroBatch], *, shift: int) -> list[MicroBatch]:
-    """Return what the replica `shift` before this one computes, in its order; collective."""
+def of_another_replica(batches: Sequence[MicroBatch], *, shift: int) -> list[MicroBatch]:
+    """Return what the replica `shift` before this one computes, in its order; collective.
+
+    Args:
+        batches: this replica's micro-batches.
+        shift: 1 <= shift < replicas.
+    """
     fields: dict[str, torch.Tensor] = {}
     for name in ("tokens", "labels", "loss_mask", "domain_idx", "documents"):
         if getattr(batches[0], name) is not None:

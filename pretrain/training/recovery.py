@@ -50,16 +50,16 @@ class Recovery:
     trained on with half the learning rate; 0: never."""
     max_rewinds: int = 20
     """Of the whole run; then a person decides (exit code 93)."""
+    max_bundles: int = 100
+    """Events of which is written down what was in their batches (flight_recorder.py); 0: none."""
     rule: SpikeRule = field(default_factory=SpikeRule)
     """When a value is out of the ordinary."""
 
     def __post_init__(self) -> None:
-        if min(self.max_skips, self.margin_steps, self.slow_batches, self.max_rewinds) < 0:
-            raise ValueError(
-                f"recovery.max_skips={self.max_skips}, margin_steps={self.margin_steps},"
-                f" slow_batches={self.slow_batches},"
-                f" max_rewinds={self.max_rewinds} given; 0 or more is allowed"
-            )
+        names = ("max_skips", "margin_steps", "slow_batches", "max_rewinds", "max_bundles")
+        if min(getattr(self, name) for name in names) < 0:
+            given = ", ".join(f"recovery.{name}={getattr(self, name)}" for name in names)
+            raise ValueError(f"{given} given; 0 or more is allowed")
         if self.max_skips > _MOST_IN_A_WINDOW:
             raise ValueError(
                 f"recovery.max_skips={self.max_skips} given, at most {_MOST_IN_A_WINDOW} is"

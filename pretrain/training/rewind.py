@@ -27,6 +27,8 @@ from pretrain.checkpoint.manifest import (
     read_manifest,
     sync_folder,
 )
+from pretrain.monitor.event_bundle import find_bundles
+from pretrain.monitor.event_bundle import step_of as bundle_step
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.training.corpus import LEDGER_NAME
 from pretrain.training.recovery import Recovery
@@ -272,7 +274,15 @@ def _finish(folder: Path, rewind: Rewind) -> None:
         text=text,
         step=rewind.step,
         attempt=rewind.attempt,
-        detail={**asdict(rewind), "set_aside": [path.name for path in newer]},
+        detail={
+            **asdict(rewind),
+            "set_aside": [path.name for path in newer],
+            "bundles": [
+                f"{path.parent.name}/{path.name}"
+                for path in find_bundles(folder)
+                if rewind.onset_step <= bundle_step(path) <= rewind.step
+            ],
+        },
     )
     record_incident(folder, incident, mark=path.with_suffix(".incident"))
     write_bytes(path.with_suffix(".done"), b"")
@@ -338,7 +348,7 @@ def spike_mark(folder: Path, *, what: str, number: int, num_rewinds: int) -> Pat
 
     Args:
         folder: the run's.
-        what: `skip` or `spike`.
+        what: the kind of its event.
         number: of the batch, or of the step.
         num_rewinds: so far; after a rewind the same number is another spike.
     """

@@ -21,8 +21,10 @@ from pretrain.checkpoint.aside import set_aside
 from pretrain.checkpoint.lease import HeldError, incident_mark
 from pretrain.checkpoint.manifest import CheckpointError, list_checkpoints, step_folder
 from pretrain.checkpoint.retention import find_damage_together
+from pretrain.monitor.event_bundle import EventKind
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.monitor.loss_spikes import Seen
+from pretrain.training.flight_recorder import Event, FlightRecorder
 from pretrain.training.recovery import reason_to_skip, stage_name
 from pretrain.training.rewind import (
     NoWayBackError,
@@ -53,6 +55,7 @@ class SpikeJudge:
         attempt: int,
         why_lost: Callable[[], str],
         enter: Callable[[Phase, int], None],
+        recorder: FlightRecorder,
     ) -> None:
         """Look up how often the run has gone back; collective.
 
@@ -61,6 +64,7 @@ class SpikeJudge:
             attempt: number of this start.
             why_lost: asked on rank 0 before a rewind: who has taken the run over, or "".
             enter: told that the run goes back, and that a save is waited for.
+            recorder: writes down what was in a batch that stands out.
 
         Raises:
             OSError: on every rank, if the rewinds of the run cannot be read.
@@ -69,6 +73,7 @@ class SpikeJudge:
         self._attempt = attempt
         self._why_lost = why_lost
         self._enter = enter
+        self._recorder = recorder
         self._refused: set[int] = set()  # steps whose damaged checkpoint the disk would not rename
         self.num_rewinds = _num_rewinds(trainer.run.folder)
         """How often the run has gone back before this start."""
@@ -99,22 +104,41 @@ class SpikeJudge:
         ):
             reason = reason_to_skip(seen)
             text = f"batch {trainer.batch} is left out: {reason}"
-            self._record("skip", text, number=trainer.batch, values=values, seen=seen)
+            self._record("skip", text, batches, result=result, seen=seen)
             return Verdict(result=result, leave_out=reason)
+        was_normal = seen.state == "normal"
         seen = trainer.spikes.observe(values, step=trainer.position.step, stage=stage)
         trainer.seen = seen
         if seen.event == "alarm":
             text = f"the loss or the gradient norm spikes from step {seen.onset_step} on"
-            self._record("spike", text, number=seen.onset_step, values=values, seen=seen)
-        if seen.event == "diverged":
-            if recovery.policy == "rewind":
-                self._go_back(seen)
-            text = (
-                f"the loss diverges from step {seen.onset_step} on; the run goes on, as"
-                f" recovery.policy={recovery.policy} says"
-            )
-            self._record("diverged", text, number=seen.onset_step, values=values, seen=seen)
+            result = self._record("spike", text, batches, result=result, seen=seen)
+        elif seen.event == "diverged":
+            result = self._diverged(batches, result, seen=seen)
+        elif recovery.policy == "watch" and was_normal and seen.worst > recovery.rule.far:
+            text = f"batch {trainer.batch} stands out: {reason_to_skip(seen)}; it is trained on"
+            result = self._record("flagged", text, batches, result=result, seen=seen)
+        is_ordinary = seen.state == "normal" and not seen.is_flagged
+        self._recorder.keep(batches, result, is_ordinary=is_ordinary)
         return Verdict(result=result)
+
+    def _diverged(
+        self, batches: Sequence[MicroBatch], result: StepResult, *, seen: Seen
+    ) -> StepResult:
+        """Set the run back, or record why it goes on; collective.
+
+        Raises:
+            as __call__.
+        """
+        policy = self._trainer.run.recovery.policy
+        says = f"the loss diverges from step {seen.onset_step} on"
+        if policy == "rewind":
+            event = Event(
+                kind="diverged", text=says, onset_step=seen.onset_step, scores=seen.scores
+            )
+            self._recorder.record(event, batches, result)
+            self._go_back(seen)
+        text = f"{says}; the run goes on, as recovery.policy={policy} says"
+        return self._record("diverged", text, batches, result=result, seen=seen)
 
     def _go_back(self, seen: Seen) -> None:
         """Set the run back, on rank 0 for all; collective.
@@ -210,21 +234,42 @@ class SpikeJudge:
         return ""
 
     def _record(
-        self, what: str, text: str, *, number: int, values: dict[str, Any], seen: Seen
-    ) -> None:
-        """Write an incident once, however often a run that is started again comes by."""
+        self,
+        kind: EventKind,
+        text: str,
+        batches: Sequence[MicroBatch],
+        *,
+        result: StepResult,
+        seen: Seen,
+    ) -> StepResult:
+        """Write an incident once, however often a run that is started again comes by; collective.
+
+        Returns:
+            The step's result, of the pass whose gradients are there.
+        """
+        event = Event(kind=kind, text=text, onset_step=seen.onset_step, scores=seen.scores)
+        recorded = self._recorder.record(event, batches, result)
         if torch.distributed.get_rank():
-            return
-        folder = self._trainer.run.folder
+            return recorded.result
+        trainer = self._trainer
+        folder, batch = trainer.run.folder, trainer.batch
         incident = Incident(
-            kind="diverged" if what == "diverged" else "loss_spike",
+            kind="diverged" if kind == "diverged" else "loss_spike",
             text=text,
-            step=self._trainer.position.step,
+            step=trainer.position.step,
             attempt=self._attempt,
-            detail={**values, "scores": {**seen.scores}, "batch": self._trainer.batch},
+            detail={
+                "loss": result.loss,
+                "gradient_norm": result.gradient_norm,
+                "scores": {**seen.scores},
+                "batch": batch,
+                **recorded.detail,
+            },
         )
-        mark = spike_mark(folder, what=what, number=number, num_rewinds=self.num_rewinds)
+        number = batch if kind in ("skip", "flagged") else seen.onset_step
+        mark = spike_mark(folder, what=kind, number=number, num_rewinds=self.num_rewinds)
         record_incident(folder, incident, mark=mark)
+        return recorded.result
 
 
 def _num_rewinds(folder: Path) -> int:

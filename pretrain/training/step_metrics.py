@@ -16,7 +16,7 @@ from torch import Tensor
 from data.stream.order import Segment
 from parallel.device import Device
 from parallel.groups import is_last_stage
-from parallel.reduce import reduce_together, sum_over_context
+from parallel.reduce import reduce_together, sum_over_all, sum_over_context
 from pretrain.model.expert_load import ExpertLoad
 from pretrain.model.extra_losses import (
     aux_terms,
@@ -48,11 +48,12 @@ class StepMetrics:
         self._trainer = trainer
         self._device = device
         self._gauges = Gauges(trainer.modules, num_layers=num_layers)
-        self._load = ExpertLoad(
+        self.load = ExpertLoad(
             trainer.modules, num_layers=num_layers, num_experts=model.num_routed_experts
         )
+        """Counts tokens of experts in the step that is taken."""
         self._norms = ModuleNorms(trainer.modules, trainer.optimizer, spec=model)
-        for counted in (self._load.counts_LE, self._gauges.sums_LQ2, self._gauges.maxima_LQ):
+        for counted in (self.load.counts_LE, self._gauges.sums_LQ2, self._gauges.maxima_LQ):
             trainer.step_state.include(counted)  # of a pass that is taken again, once
         self._microbatches_unread = 0
         num_domains = len(trainer.corpus.domains)
@@ -65,7 +66,7 @@ class StepMetrics:
         Args:
             is_logged: whether `read` is called after it.
         """
-        self._load.take()
+        self.load.take()
         if is_logged:
             self._gauges.begin()
 
@@ -95,7 +96,7 @@ class StepMetrics:
         memory = torch.tensor(peak, dtype=torch.float64, device=device)
         sums, maxima = reduce_together(
             [
-                self._load.take(),
+                self.load.take(),
                 self._gauges.sums_LQ2,
                 self._norms.gradient_squares(),
                 self._norms.update_squares(),
@@ -117,6 +118,10 @@ class StepMetrics:
             "sequence_loss_max": float(maxima[1]),
             "memory_peak_bytes": int(maxima[2]),
         }
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Return the gradient norm of each module as it is now, before the clip; collective."""
+        return norms_of(sum_over_all(self._norms.gradient_squares()), self._norms.names)
 
     def _sequences(self, result: StepResult) -> tuple[Tensor, Tensor]:
         """Return losses and tokens by domain, `[D, 2]`, and the largest loss of a sequence."""

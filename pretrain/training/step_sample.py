@@ -41,7 +41,7 @@ class StepSample:
         self._record = record
         self._enter = enter
         self._interval = trainer.run.recheck.sample_interval_steps
-        if self._interval and (why := _why_not(trainer)):
+        if self._interval and (why := why_not_to_the_bit(trainer)):
             self._interval = 0
             if torch.distributed.get_rank() == 0:
                 log.warning(
@@ -118,11 +118,16 @@ class StepSample:
         raise SuspectDeviceError(text)
 
 
-def _why_not(trainer: Trainer) -> str:
-    """Return why two passes may rightly differ, or cannot be made; "" if they must not."""
+def why_not_computed_again(trainer: Trainer) -> str:
+    """Return why a step cannot be computed again and be the same run; "" if it can."""
     precision = trainer.run.precision
     if precision.kind == "fp8_hybrid" and precision.fp8_recipe == "delayed":
         return "precision.fp8_recipe=delayed keeps histories that cannot be undone"
+    return ""
+
+
+def why_not_to_the_bit(trainer: Trainer) -> str:
+    """Return why two passes may rightly differ, or cannot be made; "" if they must not."""
     if trainer.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled():
         return "torch is not told to use deterministic algorithms, so two passes may rightly differ"
-    return ""
+    return why_not_computed_again(trainer)

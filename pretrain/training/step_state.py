@@ -40,6 +40,14 @@ class StepState:
         self._kept = [(tensor, tensor.clone()) for tensor in (*self._tensors, *_tracked())]
         self._random = random_state()
 
+    def before(self, tensor: Tensor) -> Tensor:
+        """Return what a tensor was when `take` kept it.
+
+        Args:
+            tensor: one of those that are kept.
+        """
+        return next(kept for known, kept in self._kept if known is tensor)
+
     def restore(self) -> None:
         """Put back what `take` kept; gradients stay, the next pass clears them."""
         kept = {id(tensor) for tensor, _ in self._kept}

@@ -3,6 +3,7 @@
 The same faults within one start: tests/pretrain/training/test_recheck.py and its neighbours.
 """
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from data.stream.ledger import read_ledger
+from data.stream.ledger import Ledger, read_ledger
 from pretrain.checkpoint.lease import read_attempts
+from pretrain.monitor.event_bundle import read_bundle
 from pretrain.monitor.incidents import read_incidents
 from pretrain.training.change import Change
 from pretrain.training.recheck_config import Recheck
@@ -46,6 +48,10 @@ def disturb(tiny_corpus: Path, tmp_path: Path, whole: Played) -> Disturb:
         return play(run, faults, between=between, environment=environment)
 
     return disturbed
+
+
+def ledger_of(played: Played) -> Ledger:
+    return read_ledger(played.run.folder / "ledger.jsonl")
 
 
 def named(played: Played) -> list[tuple[object, object]]:
@@ -105,8 +111,13 @@ def test_a_poisoned_window_costs_its_batch_in_this_start_and_the_next(
     assert (first["kind"], second["kind"]) == ("non_finite", "rank_died")
     detail: Any = first["detail"]
     assert (detail["batch"], detail["windows"]) == (6, [list(where)])
-    ledger = read_ledger(played.run.folder / "ledger.jsonl")
-    assert ledger.skipped() == [range(6, 7)]
+    bundle = read_bundle(played.run.folder / detail["bundle"])
+    names = [bucket.name for bucket in ledger_of(played).last_plan.buckets]
+    told = bundle["sequences"]
+    assert (told["bucket"][0], told["window"][0]) == (names[where[0]], where[1])
+    assert [math.isnan(loss) for loss in told["loss"]] == [True, False, False, False]
+    assert detail["cause"] == "overflow"
+    assert ledger_of(played).skipped() == [range(6, 7)]
     assert wrong_data(played.run) == []
     expected, found = truth_of(skipping.run), truth_of(played.run)
     assert (found.losses, found.tensors) == (expected.losses, expected.tensors)

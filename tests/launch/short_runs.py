@@ -14,6 +14,7 @@ from pretrain.training.exit_file import FINISHED, write_exit
 from pretrain.training.fit import fit
 from pretrain.training.observe import Observer, make_throughput
 from pretrain.training.run import Run
+from pretrain.training.step_metrics import StepMetrics
 from pretrain.training.train_step import StepResult
 from pretrain.training.verify import make_trainer
 
@@ -42,7 +43,8 @@ def train_some(run: Run, *, save_after: int | None = None, leave_after: int | No
             run.folder, run.telemetry, stream=sys.stderr, total_steps=trainer.total_steps
         )
     throughput = make_throughput(run, device)
-    observer = Observer(trainer, device=device, throughput=throughput, telemetry=telemetry)
+    metrics = StepMetrics(trainer, device=device)
+    observer = Observer(trainer, metrics=metrics, throughput=throughput, telemetry=telemetry)
 
     def monitor(result: StepResult, num_sequences: int) -> None:
         observer.step_done(result, num_sequences=num_sequences, times_s={})

@@ -92,7 +92,7 @@ def _judged(run: Run, *, num_steps: int) -> Judged:
         )
     except (SuspectDeviceError, LeftOutError) as error:  # on every rank alike
         ended = type(error).__name__
-    digest = "" if ended else _digest(trainer)
+    digest = "" if ended else digest_of(trainer)
     trainer.close()
     return Judged(
         losses=tuple(losses),
@@ -103,7 +103,8 @@ def _judged(run: Run, *, num_steps: int) -> Judged:
     )
 
 
-def _digest(trainer: Any) -> str:
+def digest_of(trainer: Any) -> str:
+    """Return a digest of all that a rank would save, and of what it has read; collective."""
     digest = hashlib.sha256(f"{trainer.take_consumed():x}".encode())
     pieces: list[Any] = pieces_of_rank(trainer.chunks, trainer.optimizer)
     for piece in sorted(pieces, key=lambda p: (p.key, p.start)):

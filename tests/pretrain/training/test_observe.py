@@ -10,6 +10,7 @@ from pretrain.training.change import Change
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.observe import Observer, make_throughput
 from pretrain.training.run import Run
+from pretrain.training.step_metrics import StepMetrics
 from pretrain.training.verify import make_trainer
 
 
@@ -34,7 +35,8 @@ def test_the_rate_before_skipped_batches_is_the_one_of_the_step(
     device = join_world()
     kept: Any = Kept()
     throughput = make_throughput(run, device)
-    observer = Observer(trainer, device=device, throughput=throughput, telemetry=kept)
+    metrics = StepMetrics(trainer, device=device)
+    observer = Observer(trainer, metrics=metrics, throughput=throughput, telemetry=kept)
     throughput.start()
     used: list[float] = []
     for _ in range(3):

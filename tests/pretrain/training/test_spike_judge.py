@@ -49,8 +49,13 @@ def judge_of(folder: Path, *, said: list[str], written: Sequence[int] = ()) -> S
         position=SimpleNamespace(step=8),
         saver=SlowSaver([*written]),
     )
+    recorder: Any = None  # no step is judged here
     return SpikeJudge(
-        trainer, attempt=1, why_lost=lambda: "", enter=lambda phase, _: said.append(phase)
+        trainer,
+        attempt=1,
+        why_lost=lambda: "",
+        enter=lambda phase, _: said.append(phase),
+        recorder=recorder,
     )
 
 
