@@ -15,10 +15,12 @@ import base64
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,8 @@ Checked = Iterator[tuple[str, str]]
 History = list[dict[str, Any]]
 
 
-def train(folder: Path) -> tuple[Path, str]:
-    """Train a run whose second rank dies once; return its folder and what it printed."""
+def train(folder: Path) -> Path:
+    """Train a run whose second rank dies once, watch its page meanwhile, and return its folder."""
     corpus = write_corpus(folder / "corpus")
     words = [
         *(word for word in MODEL if not word.startswith(("evaluation.", "checkpoints."))),
@@ -73,16 +75,26 @@ def train(folder: Path) -> tuple[Path, str]:
     fault = f"step.backward:kill:rank=1:step={KILLED_AT}"
     marks = folder / "faults"
     marks.mkdir()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / "pretrain.py"), *words],
-        env={**os.environ, "FAULTS": fault, "FAULTS_FOLDER": str(marks)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        sys.exit(f"the run ended with {done.returncode}: {done.stderr[-2000:]}")
-    return folder / NAME, done.stdout
+    printed, page, states = folder / "printed.log", folder / NAME / PAGE_NAME, set[str]()
+    with printed.open("w") as log:
+        training = subprocess.Popen(
+            [sys.executable, str(ROOT / "launch" / "pretrain.py"), *words],
+            env={**os.environ, "FAULTS": fault, "FAULTS_FOLDER": str(marks)},
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        while training.poll() is None:
+            if page.exists():
+                states |= set(re.findall(r'"state":"([a-z ]+)"', page.read_text(encoding="utf-8")))
+            time.sleep(0.2)
+    if training.returncode:
+        sys.exit(f"the run ended with {training.returncode}: {printed.read_text()[-2000:]}")
+    if "running" not in states:
+        sys.exit(f"no page while the run went on, states seen: {sorted(states)}")
+    if PAGE_NAME not in printed.read_text():
+        sys.exit(f"the end of the run does not name its page: {printed.read_text()[-800:]}")
+    return folder / NAME
 
 
 def compare_axis(tab: Tab, axis: str, history: History, compared: set[str]) -> Checked:
@@ -301,9 +313,7 @@ def main() -> int:
         run = folder / NAME
         if not run.exists():
             print(f"training {NUM_STEPS} steps, one rank dies at {KILLED_AT}")
-            run, printed = train(folder)
-            if PAGE_NAME not in printed:
-                sys.exit(f"the end of the run does not name its page: {printed[-800:]}")
+            run = train(folder)
         with opened() as tab:
             wrong = [*look(tab, run), *look_at_hostile(tab, run), *look_in_the_dark(tab, run)]
             wrong += [("console", text) for text in tab.complaints]
