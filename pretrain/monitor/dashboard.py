@@ -212,6 +212,7 @@ ROWS: tuple[Row, ...] = (
                 "local_checkpoint_blocking_s",
                 "validation_s",
             ),
+            _line("Mixture, read less planned", "mixture_error"),
             _line("Time left", "time_left_s"),
         ),
     ),
