@@ -34,10 +34,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.server.status == 200:
+            self.server.posted.append(json.loads(body))  # before the answer, which ends the wait
         self.send_response(self.server.status)
         self.end_headers()
-        if self.server.status == 200:
-            self.server.posted.append(json.loads(body))
 
     def log_message(self, format: str, *args: object) -> None:
         pass

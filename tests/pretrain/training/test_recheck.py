@@ -283,7 +283,7 @@ NOT_FINITE = StepResult(loss=float("nan"), gradient_norm=float("nan"), lr=1e-4)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let one process judge as if it were all ranks."""
     monkeypatch.setattr(recheck, "ranks_not_finite", lambda *_, **__: [])
-    monkeypatch.setattr(recheck, "_of_another_replica", lambda batches, **_: batches)
+    monkeypatch.setattr(recheck, "of_another_replica", lambda batches, **_: batches)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
 
 
