@@ -42,6 +42,11 @@ def make_run(tiny_corpus: Path, tmp_path: Path, whole: Played) -> MakeRun:
     return make
 
 
+LOCAL_BEFORE_14 = (10, 12, 14)
+"""Where a run killed in the step after 14 may go on: as far as both ranks had committed by then,
+which is a matter of speed; that nothing committed is lost is an oracle's."""
+
+
 def begun_from(run: Run) -> list[int | None]:
     return [attempt.from_step for attempt in read_attempts(run.folder)]
 
@@ -90,7 +95,7 @@ def test_every_layout_goes_on_from_the_nodes_own_disks_to_the_bit(
     run = make_run(layout)
     played = play(run, [PACE, KILLED_AT_14])
     assert violations(played, truth, codes=[85, 0], incidents=Counter(rank_died=1)) == []
-    assert begun_from(run)[1] in (10, 12)
+    assert begun_from(run)[1] in LOCAL_BEFORE_14
 
 
 def test_ranks_that_are_started_again_within_the_job_go_on_from_there(
@@ -99,7 +104,7 @@ def test_ranks_that_are_started_again_within_the_job_go_on_from_there(
     run = make_run(in_job=3)
     played = play(run, [PACE, KILLED_AT_14])
     assert violations(played, truth, codes=[0], incidents=Counter(rank_died=1)) == []
-    assert begun_from(run)[1] in (10, 12)
+    assert begun_from(run)[1] in LOCAL_BEFORE_14
 
 
 @pytest.mark.parametrize(
