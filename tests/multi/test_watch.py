@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INTERVAL_S = 2.0  # at 1 s a busy machine may answer some tenths of a second too late
 CLOSE = Watch(interval_s=INTERVAL_S, hang_s=3.0, slow_hang_s=30.0)
 QUIET = TelemetryConfig(wandb="disabled", console_interval_steps=10)
-STEPS = 10_000  # more than any of these runs gets to
+STEPS = 1_000  # more than any of these runs gets to
 
 
 def only_incident(folder: Path) -> dict[str, Any]:
@@ -159,10 +159,10 @@ def test_a_killed_rank_ends_the_run_at_once_and_is_no_hang(
 @pytest.mark.parametrize(
     ("fault", "place", "where"),
     [
-        ("sleeps", "step", "_sleep (watch_faults.py"),
+        ("sleeps", "try_step", "_sleep (watch_faults.py"),
         ("sleeps", "next_batch", "_sleep (watch_faults.py"),
-        ("holds the lock", "step", None),
-        ("enters another collective", "step", "_other_collective (watch_faults.py"),
+        ("holds the lock", "try_step", None),
+        ("enters another collective", "try_step", "_other_collective (watch_faults.py"),
     ],
 )
 def test_a_rank_that_does_wrong_is_named_with_its_place(
@@ -195,7 +195,7 @@ def test_a_rank_that_does_wrong_is_named_with_its_place(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("place", "part"), [("step", "compute"), ("next_batch", "data wait"), ("step", None)]
+    ("place", "part"), [("try_step", "compute"), ("next_batch", "data wait"), ("try_step", None)]
 )
 def test_a_rank_that_is_slow_every_time_is_named_once_and_no_other(
     place: str, part: str | None, tiny_run: MakeRun

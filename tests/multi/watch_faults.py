@@ -3,7 +3,7 @@
 import ctypes
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,11 +67,11 @@ def train_slowly(run: Run, place: str, seconds: float) -> int:
     """Train, but let the faulty rank take longer in a method of its trainer, each time."""
     good: Callable[..., Any] = getattr(Trainer, place)
 
-    def slow(trainer: Trainer, *args: Sequence[Any]) -> Any:
+    def slow(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         started = time.monotonic()
         if int(os.environ["RANK"]) == FAULTY_RANK:
             time.sleep(seconds)
-        result = good(trainer, *args)
+        result = good(trainer, *args, **kwargs)
         if place == "next_batch":  # it measures itself
             trainer.data.wait_s = time.monotonic() - started
         return result
