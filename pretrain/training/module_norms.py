@@ -22,7 +22,7 @@ from parallel.gradients import counts_in_norm
 from pretrain.model.module_names import module_names, named_modules_of
 from pretrain.model.spec import ModelSpec
 
-_SAMPLE = 4096
+_SAMPLE = 1024
 """Values of a shard, about, that say how far an update moves it."""
 
 
@@ -70,16 +70,44 @@ class ModuleNorms:
 
         Zero before the first update. Waits for nothing.
         """
-        updates: list[tuple[int, Tensor]] = []
-        weights: list[tuple[int, Tensor]] = []
+        samples: dict[int, list[tuple[int, Tensor, Mapping[str, Tensor]]]] = {}
+        groups: dict[int, Mapping[str, Any]] = {}
         for index, shard, group, state in self._shards():
-            if "exp_avg" not in state:
-                continue
-            before, update = _last_update(shard, group, state)
-            share = shard.numel() / update.numel()
-            updates.append((index, torch.linalg.vector_norm(update).square() * share))
-            weights.append((index, torch.linalg.vector_norm(before).square() * share))
-        return torch.stack([self._by_module(updates), self._by_module(weights)])
+            if "exp_avg" in state:
+                groups[id(group)] = group
+                samples.setdefault(id(group), []).append((index, shard, state))
+        total_2M = torch.zeros(2, len(self.names), dtype=torch.float64, device=self._device)
+        for key, group in groups.items():
+            total_2M += self._updates_of_group(group, samples[key])
+        return total_2M
+
+    def _updates_of_group(
+        self,
+        group: Mapping[str, Any],
+        shards: Sequence[tuple[int, Tensor, Mapping[str, Tensor]]],
+    ) -> Tensor:
+        """Return `[2, M]` as `update_squares`, of one parameter group: all its samples at once."""
+        weights, moments, squares = (
+            [_sample(tensor) for tensor in tensors]
+            for tensors in zip(
+                *((shard, state["exp_avg"], state["exp_avg_sq"]) for _, shard, state in shards),
+                strict=True,
+            )
+        )
+        before, update = _last_update(
+            torch.cat(weights), torch.cat(moments), torch.cat(squares), group
+        )
+        sizes = torch.tensor([len(sample) for sample in weights], device=self._device)
+        index = torch.tensor([one[0] for one in shards], device=self._device)
+        share = torch.tensor(
+            [shard.numel() / len(s) for (_, shard, _), s in zip(shards, weights, strict=True)],
+            device=self._device,
+        )
+        index_V, share_V = index.repeat_interleave(sizes), share.repeat_interleave(sizes)
+        total_2M = torch.zeros(2, len(self.names), device=self._device)
+        for row, values_V in zip(total_2M, (update, before), strict=True):
+            row.index_add_(0, index_V, values_V.square() * share_V)
+        return total_2M.double()
 
     def _by_module(self, squares: Sequence[tuple[int, Tensor]]) -> Tensor:
         total_M = torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
@@ -100,16 +128,16 @@ class ModuleNorms:
                     yield self._index[parameter], shard, group, part.optimizer.state[shard]
 
 
-def _last_update(
-    shard: Tensor, group: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Return a sample of the weights before the last update, and what it added."""
+def _sample(values: Tensor) -> Tensor:
+    """Return about `_SAMPLE` of a shard's values, `[V]`."""
     # an odd stride meets all columns of a matrix, whose rows are of an even length
-    stride = shard.numel() // _SAMPLE | 1
-    weight, moment, square = (
-        tensor.detach().flatten()[::stride]
-        for tensor in (shard, state["exp_avg"], state["exp_avg_sq"])
-    )
+    return values.detach().view(-1)[:: values.numel() // _SAMPLE | 1]
+
+
+def _last_update(
+    weight: Tensor, moment: Tensor, square: Tensor, group: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return the weights before the last update, and what it added."""
     beta1, beta2 = group["betas"]
     step, lr = group["step"], group["lr"]
     root = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
