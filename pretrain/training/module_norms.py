@@ -119,13 +119,15 @@ class ModuleNorms:
     def _shards(self) -> Iterator[tuple[int, Tensor, Mapping[str, Any], Mapping[str, Tensor]]]:
         """Yield module, fp32 shard, parameter group and state of what this rank alone counts."""
         for part in self._optimizer.chained_optimizers:
-            if part.is_stub_optimizer:
+            if part.is_stub_optimizer:  # megatron's, of a rank that has no such parameters
                 continue
             for parameter, (group_idx, idx) in part.model_param_group_index_map.items():
                 group = part.optimizer.param_groups[group_idx]
                 shard = group["params"][idx]
                 if counts_in_norm(part, shard):
-                    yield self._index[parameter], shard, group, part.optimizer.state[shard]
+                    # `state[shard]` would make an entry before the first update
+                    state = part.optimizer.state.get(shard, {})
+                    yield self._index[parameter], shard, group, state
 
 
 def _sample(values: Tensor) -> Tensor:

@@ -146,7 +146,8 @@ class StepMetrics:
         }
         updates, weights = (norms_of(squares_M, names) for squares_M in updates_2M)
         for name, norm in updates.items():
-            metrics[f"module/{name}/update_over_weight"] = norm / weights[name]
+            if name in weights:  # they may have begun as zeros
+                metrics[f"module/{name}/update_over_weight"] = norm / weights[name]
         update, weight = updates_2M.sum(1).sqrt().tolist()
         return metrics | ({"update_over_weight": update / weight} if weight else {})
 

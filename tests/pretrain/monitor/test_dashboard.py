@@ -36,7 +36,7 @@ def test_a_panel_that_cannot_be_drawn_is_refused(
     metrics: tuple[str, ...], kind: str, said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        Panel(title="x", metrics=metrics, kind=kind)  # type: ignore[arg-type]
+        Panel(title="x", metrics=metrics, kind=kind)  # type: ignore[arg-type]  one that is none
 
 
 def test_a_pattern_stands_for_what_was_recorded_with_layers_counted_upwards() -> None:
