@@ -223,16 +223,26 @@ def _cells(panel: Panel, names: Sequence[str], curves: Curves, columns: int) -> 
     size = math.ceil(len(steps) / columns)
     column_of = {step: index // size for index, step in enumerate(steps)}
     worse = max if panel.alarming == "max" else min
-    rows: list[list[object]] = []
+    drawn: list[list[float | None]] = []
     for curve in taken:
         row: list[float | None] = [None] * (column_of[steps[-1]] + 1)
         for step, value in zip(curve.steps, curve.values, strict=True):
             old = row[column_of[step]]
             if math.isfinite(value):
                 row[column_of[step]] = value if old is None else worse(old, value)
-        rows.append([None if value is None else _short(value, digits=4) for value in row])
+        drawn.append(row)
+    digits = _digits_apart([value for row in drawn for value in row if value is not None])
+    rows = [[None if v is None else _short(v, digits=digits) for v in row] for row in drawn]
     ends = [steps[min(first + size, len(steps)) - 1] for first in range(0, len(steps), size)]
     return {"labels": [_label(panel, name) for name in names], "steps": ends, "values": rows}
+
+
+def _digits_apart(values: Sequence[float]) -> int:
+    """Return the digits that leave a colour of its own to every thousandth of the values' range."""
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    if low == high:
+        return 4
+    return min(4 + max(0, math.ceil(math.log10(max(abs(low), abs(high)) / (high - low)))), 9)
 
 
 def _short(value: float, *, digits: int = 7) -> float | int | str:
