@@ -43,7 +43,7 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
         "": "mtp_loss_weight",
         "load_balance": "aux_loss_coefficient bias_update_rate",
         "optimizer": "lr beta1 beta2 eps weight_decay clip_norm clip"
-        " zclip_alpha zclip_z zclip_warmup_steps",
+        " zclip_alpha zclip_z zclip_warmup_steps adagc_ratio adagc_beta adagc_warmup_steps",
         "lr_schedule": "warmup_tokens decay_tokens final_ratio",
     },
     "ledger": {

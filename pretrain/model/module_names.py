@@ -51,18 +51,40 @@ def module_names(spec: ModelSpec) -> tuple[str, ...]:
 def named_modules_of(chunk: torch.nn.Module, *, num_layers: int) -> Iterator[tuple[str, Parameter]]:
     """Yield each parameter of a chunk with the part of the model that it belongs to.
 
+    Args and errors: see `named_tensors_of`.
+    """
+    for part, _, parameter in _parts_of(chunk, num_layers=num_layers):
+        yield part, parameter
+
+
+def named_tensors_of(chunk: torch.nn.Module, *, num_layers: int) -> Iterator[tuple[str, Parameter]]:
+    """Yield each parameter of a chunk with the name of the tensor of the model that it is part of.
+
+    A tensor is what a layer has one of: all tensor ranks have parts of one
+    `layer_3.self_attention.linear_proj.weight`, and so have all experts of the layer of one
+    `layer_3.mlp.experts.linear_fc1.weight`.
+
     Args:
         chunk: a model chunk, not wrapped.
         num_layers: decoder layers and MTP modules of the whole model.
 
     Raises:
-        ValueError: if a parameter belongs to none.
+        ValueError: if a parameter belongs to no part.
     """
+    for part, inner, parameter in _parts_of(chunk, num_layers=num_layers):
+        # megatron's experts are modules, Transformer Engine's numbered weights of one module
+        name = re.sub(r"local_experts\.\d+\.|(?<=\.weight)\d+$", "", inner)
+        layer, is_of_layer, _ = part.partition(".")
+        yield f"{layer}.{name}" if is_of_layer else name, parameter
+
+
+def _parts_of(chunk: torch.nn.Module, *, num_layers: int) -> Iterator[tuple[str, str, Parameter]]:
+    """Yield part, name inside the layer and parameter."""
     modules = dict(chunk.named_modules())
     for name, parameter in chunk.named_parameters():
         whole = next((part for start, part in _WHOLE.items() if name.startswith(start)), None)
         if whole is not None:
-            yield whole, parameter
+            yield whole, name, parameter
             continue
         found = re.match(r"(decoder\.layers\.\d+|mtp\.layers\.\d+(?:\.transformer_layer)?)\.", name)
         inner = name[found.end() :] if found else name
@@ -72,7 +94,7 @@ def named_modules_of(chunk: torch.nn.Module, *, num_layers: int) -> Iterator[tup
                 f"parameter {name} belongs to no part of pretrain/model/module_names.py"
             )
         if name.startswith("mtp."):
-            yield f"mtp.{part}", parameter
+            yield f"mtp.{part}", inner, parameter
         else:
             layer = layer_of(name, modules[found[1]], num_layers=num_layers)
-            yield f"layer_{layer}.{part}", parameter
+            yield f"layer_{layer}.{part}", inner, parameter

@@ -12,15 +12,19 @@ M modules.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from parallel.agreement import from_first_rank, gather_json
 from parallel.gradients import counts_in_norm
-from pretrain.model.module_names import module_names, named_modules_of
+from parallel.reduce import sum_over_all
+from pretrain.model.module_names import module_names, named_modules_of, named_tensors_of
 from pretrain.model.spec import ModelSpec
+from pretrain.training.run import Run
 
 _SAMPLE = 1024
 """Values of a shard, about, that say how far an update moves it."""
@@ -30,7 +34,12 @@ class ModuleNorms:
     """Squares of gradients, weights and updates of this rank's shards, by module."""
 
     def __init__(
-        self, modules: Sequence[torch.nn.Module], optimizer: Any, *, spec: ModelSpec
+        self,
+        modules: Sequence[torch.nn.Module],
+        optimizer: Any,
+        *,
+        spec: ModelSpec,
+        by_tensor: bool = False,
     ) -> None:
         """Find out which shard belongs to which module.
 
@@ -38,32 +47,73 @@ class ModuleNorms:
             modules: this rank's model chunks, not wrapped.
             optimizer: megatron's ChainedOptimizer over them.
             spec: the whole model.
+            by_tensor: every tensor of the model is a module of its own (`named_tensors_of`).
 
         Raises:
             ValueError: if a parameter belongs to no module.
+
+        Collective where `by_tensor`: every rank builds one.
         """
-        self.names = module_names(spec)
-        """Of all M modules, the same on every rank."""
         num_layers = spec.num_layers + spec.num_mtp_layers
+        name_them = named_tensors_of if by_tensor else named_modules_of
+        named = [pair for chunk in modules for pair in name_them(chunk, num_layers=num_layers)]
+        self.names = (
+            _names_of_all_ranks(name for name, _ in named) if by_tensor else module_names(spec)
+        )
+        """Of all M modules, the same on every rank."""
         self._optimizer = optimizer
         self._device = next(modules[0].parameters()).device
-        self._index = {
-            parameter: self.names.index(name)
-            for chunk in modules
-            for name, parameter in named_modules_of(chunk, num_layers=num_layers)
-        }
+        places = {name: index for index, name in enumerate(self.names)}
+        self._index = {parameter: places[name] for name, parameter in named}
+        self._factors = [1.0] * len(self.names)
 
-    def gradient_squares(self) -> Tensor:
-        """Return `[M]` fp64, sums of squares of the gradients as they are now, reduced.
+    def gradient_squares(self, *, undo: Callable[[Parameter], float] | None = None) -> Tensor:
+        """Return `[M]` fp64, this rank's sums of squares of the gradients as they are now.
 
-        After the clip they are the clipped ones. Waits for nothing.
+        Waits for nothing.
+
+        Args:
+            undo: what a parameter's gradient was multiplied by since, above 0.
         """
-        found = [
-            (index, torch.linalg.vector_norm(shard.grad, dtype=torch.float32).square())
-            for index, shard, _group, _state in self._shards()
-            if shard.grad is not None
-        ]
-        return self._by_module(found)
+        index: list[int] = []
+        norms: list[Tensor] = []
+        factors: list[float] = []
+        for parameter, shard, _group, _state in self._shards():
+            if shard.grad is not None:
+                index.append(self._index[parameter])
+                norms.append(torch.linalg.vector_norm(shard.grad, dtype=torch.float32))
+                factors.append(undo(parameter) if undo else 1.0)
+        total_M = torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
+        if norms:
+            values = torch.stack(norms).double() / torch.tensor(
+                factors, dtype=torch.float64, device=self._device
+            )
+            total_M.index_add_(0, torch.tensor(index, device=self._device), values.square())
+        return total_M
+
+    def gradient_norms(self) -> list[float]:
+        """Return M norms of the gradients as they are now; collective, waits for the device."""
+        return sum_over_all(self.gradient_squares()).sqrt().tolist()
+
+    def factor(self, parameter: Parameter) -> float:
+        """Return what `scale_gradients` has last multiplied a parameter's gradient by."""
+        return self._factors[self._index[parameter]]
+
+    def scale_gradients(self, factors: Sequence[float]) -> None:
+        """Multiply the gradients of every module by its factor, in place.
+
+        Args:
+            factors: M of them.
+        """
+        self._factors = list(factors)
+        for part in self._optimizer.chained_optimizers:
+            if part.is_stub_optimizer:
+                continue
+            # all shards: those that another rank counts in the norm are updated here, too
+            for parameter, shard, _ in _shards_of(part):
+                factor = factors[self._index[parameter]]
+                if shard.grad is not None and factor != 1.0:
+                    shard.grad.mul_(factor)
 
     def update_squares(self) -> Tensor:
         """Return `[2, M]` fp64: of the last update and of the weights before it, estimated.
@@ -72,10 +122,11 @@ class ModuleNorms:
         """
         samples: dict[int, list[tuple[int, Tensor, Mapping[str, Tensor]]]] = {}
         groups: dict[int, Mapping[str, Any]] = {}
-        for index, shard, group, state in self._shards():
+        for parameter, shard, group, state in self._shards():
             if "exp_avg" in state:
                 groups[id(group)] = group
-                samples.setdefault(id(group), []).append((index, shard, state))
+                sample = (self._index[parameter], shard, state)
+                samples.setdefault(id(group), []).append(sample)
         total_2M = torch.zeros(2, len(self.names), dtype=torch.float64, device=self._device)
         for key, group in groups.items():
             total_2M += self._updates_of_group(group, samples[key])
@@ -109,25 +160,43 @@ class ModuleNorms:
             row.index_add_(0, index_V, values_V.square() * share_V)
         return total_2M.double()
 
-    def _by_module(self, squares: Sequence[tuple[int, Tensor]]) -> Tensor:
-        total_M = torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
-        if squares:
-            index = torch.tensor([one[0] for one in squares], device=self._device)
-            total_M.index_add_(0, index, torch.stack([one[1] for one in squares]).double())
-        return total_M
-
-    def _shards(self) -> Iterator[tuple[int, Tensor, Mapping[str, Any], Mapping[str, Tensor]]]:
-        """Yield module, fp32 shard, parameter group and state of what this rank alone counts."""
+    def _shards(
+        self,
+    ) -> Iterator[tuple[Parameter, Tensor, Mapping[str, Any], Mapping[str, Tensor]]]:
+        """Yield parameter, fp32 shard, its group and state: what this rank, of all, counts."""
         for part in self._optimizer.chained_optimizers:
             if part.is_stub_optimizer:  # megatron's, of a rank that has no such parameters
                 continue
-            for parameter, (group_idx, idx) in part.model_param_group_index_map.items():
-                group = part.optimizer.param_groups[group_idx]
-                shard = group["params"][idx]
+            for parameter, shard, group in _shards_of(part):
                 if counts_in_norm(part, shard):
                     # `state[shard]` would make an entry before the first update
                     state = part.optimizer.state.get(shard, {})
-                    yield self._index[parameter], shard, group, state
+                    yield parameter, shard, group, state
+
+
+def tensors_to_clip(
+    modules: Sequence[torch.nn.Module], optimizer: Any, *, run: Run
+) -> ModuleNorms | None:
+    """Return what a clip of each tensor by itself works on, None if `run` asks for none.
+
+    Collective if it does.
+    """
+    if run.optimizer.clip != "adagc":
+        return None
+    return ModuleNorms(modules, optimizer, spec=run.model, by_tensor=True)
+
+
+def _shards_of(part: Any) -> Iterator[tuple[Parameter, Tensor, Mapping[str, Any]]]:
+    """Yield parameter, fp32 shard and parameter group of one of megatron's optimizers."""
+    for parameter, (group_idx, idx) in part.model_param_group_index_map.items():
+        group = part.optimizer.param_groups[group_idx]
+        yield parameter, group["params"][idx], group
+
+
+def _names_of_all_ranks(own: Iterable[str]) -> tuple[str, ...]:
+    """Return the names that any rank has, in one order; collective."""
+    found = gather_json(sorted(set(own)))
+    return tuple(from_first_rank(sorted({n for names in found or [] for n in names})))
 
 
 def _sample(values: Tensor) -> Tensor:

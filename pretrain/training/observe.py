@@ -108,7 +108,7 @@ class Observer:
             "loss": result.loss,
             "loss_max": result.loss_max,
             "gradient_norm": result.gradient_norm,
-            "gradient_norm_clipped": result.gradient_norm * trainer.clip_factor(result),
+            "gradient_norm_clipped": trainer.clip.clipped_norm,
             "lr": result.lr,
             "stage": segment.stage,
             "window_tokens": segment.window_tokens,

@@ -64,33 +64,44 @@ class AdamW:
     """Times the learning rate; matrices only."""
     clip_norm: float = 1.0
     """Largest global gradient norm."""
-    clip: Literal["global", "zclip"] = "global"
-    """zclip: besides, none that is far above those before (clip.py)."""
+    clip: Literal["global", "zclip", "adagc"] = "global"
+    """zclip: besides, none far above those before. adagc: each tensor by its own past (clip.py)."""
     zclip_alpha: float = 0.97
     """Share of the running mean and variance that a step keeps."""
     zclip_z: float = 2.5
     """Standard deviations from which on a norm is clipped."""
     zclip_warmup_steps: int = 25
     """Steps before it begins."""
+    adagc_ratio: float = 1.05
+    """Largest norm of a tensor's gradient, in means of those before."""
+    adagc_beta: float = 0.98
+    """Share of that mean that a step keeps."""
+    adagc_warmup_steps: int = 100
+    """Steps with the global clip before it begins."""
     overlap: bool = False
     """Reduce gradients and gather weights while computing, in buckets."""
     bucket_parameters: int = 40_000_000
     """Parameters in a bucket; read with overlap only."""
 
     def __post_init__(self) -> None:
-        if self.clip not in ("global", "zclip"):
-            raise ValueError(f"optimizer.clip={self.clip} given, global or zclip is allowed")
+        if self.clip not in ("global", "zclip", "adagc"):
+            raise ValueError(f"optimizer.clip={self.clip} given, global, zclip or adagc is allowed")
+        if self.adagc_warmup_steps < 1:
+            raise ValueError(
+                f"optimizer.adagc_warmup_steps={self.adagc_warmup_steps} given, at least 1 is"
+                " allowed: a tensor's usual norm is one that was seen"
+            )
         if self.zclip_warmup_steps < 2:
             raise ValueError(
                 f"optimizer.zclip_warmup_steps={self.zclip_warmup_steps} given, at least 2 is"
                 " allowed: a variance needs them"
             )
-        for name in ("lr", "eps", "clip_norm", "bucket_parameters", "zclip_z"):
+        for name in ("lr", "eps", "clip_norm", "bucket_parameters", "zclip_z", "adagc_ratio"):
             if not getattr(self, name) > 0:
                 raise ValueError(
                     f"optimizer.{name}={getattr(self, name)} given, above 0 is allowed"
                 )
-        for name in ("beta1", "beta2", "zclip_alpha"):
+        for name in ("beta1", "beta2", "zclip_alpha", "adagc_beta"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"optimizer.{name}={getattr(self, name)} given, 0 <= value < 1 is allowed"

@@ -98,7 +98,7 @@ class StepMetrics:
             [
                 self.load.take(),
                 self._gauges.sums_LQ2,
-                self._norms.gradient_squares(),
+                self._norms.gradient_squares(undo=trainer.clip.factor),
                 self._norms.update_squares(),
                 domains_D2,
                 self._read_D,
@@ -111,7 +111,7 @@ class StepMetrics:
         return {
             **load_metrics(loads_LE, trainer.run.model.num_dense_layers),
             **gauge_metrics(gauges_LQ2, maxima[0]),
-            **self._norm_metrics(gradients_M, updates_2M, result),
+            **self._norm_metrics(gradients_M, updates_2M),
             **_domain_losses(domains_D2, trainer.corpus.domains),
             **self._extra_losses(float(mtp), float(aux)),
             **self._mixture(read_D),
@@ -135,13 +135,11 @@ class StepMetrics:
             worst = (sums_C2[:, 0] / sums_C2[:, 1].clamp_min(1)).amax()
         return domains_D2, worst
 
-    def _norm_metrics(
-        self, gradients_M: Tensor, updates_2M: Tensor, result: StepResult
-    ) -> dict[str, float]:
+    def _norm_metrics(self, gradients_M: Tensor, updates_2M: Tensor) -> dict[str, float]:
         """Return norms by module: gradients before the clip, updates over weights."""
         names = self._norms.names
         metrics = {
-            f"module/{name}/gradient_norm": norm / self._trainer.clip_factor(result)
+            f"module/{name}/gradient_norm": norm
             for name, norm in norms_of(gradients_M, names).items()
         }
         updates, weights = (norms_of(squares_M, names) for squares_M in updates_2M)

@@ -8,7 +8,7 @@ done; with the ledger and the seed it decides which windows come next.
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from pretrain.training.corpus import LEDGER_NAME, Corpus, validation_window_toke
 from pretrain.training.evaluate import ValidationLoss, validation_loss
 from pretrain.training.lr_schedule import step_lr
 from pretrain.training.model_failpoints import plant_in_model
+from pretrain.training.module_norms import tensors_to_clip
 from pretrain.training.optimizer import make_optimizer, set_coefficients, wrap_chunks
 from pretrain.training.replaced_windows import ReplacedWindows
 from pretrain.training.replica_batches import ReplicaBatches
@@ -103,8 +104,9 @@ class Trainer:
         self.chunks = wrap_chunks(self.modules, config=self.modules[0].config, adamw=run.optimizer)
         self.optimizer = make_optimizer(self.chunks, adamw=run.optimizer, precision=run.precision)
         self.step_state = StepState(self.modules)
-        self.clip = GradientClip(run.optimizer)
-        self.clip_norm = run.optimizer.clip_norm  # of the last step
+        self.clip = GradientClip(
+            run.optimizer, tensors_to_clip(self.modules, self.optimizer, run=run)
+        )
         self.spikes = LossSpikes(run.recovery.rule)
         self.seen: Seen | None = None  # what spike_judge.py thinks of the last step
         self.saver = Saver(
@@ -193,8 +195,8 @@ class Trainer:
                 self.leave_out(verdict.leave_out)
                 return None
             result = verdict.result
-        self.clip_norm = self.clip.limit(result.gradient_norm)
-        apply_step(self.optimizer, result, clip_norm=self.clip_norm)
+        shrunk = replace(result, gradient_norm=self.clip.shrink(result.gradient_norm))
+        apply_step(self.optimizer, shrunk, clip_norm=self.clip.last_limit)
         self.clip.observe(result.gradient_norm)
         self._move_to(self.position.step + 1)
         return result
@@ -208,10 +210,6 @@ class Trainer:
             lr=self.lr_after(self.timetable.tokens_before(self.batch + 1))
             * self.ledger.rate_factor(self.batch),
         )
-
-    def clip_factor(self, result: StepResult) -> float:
-        """Return what the last step's gradients were multiplied by, as megatron does."""
-        return min(1.0, self.clip_norm / (result.gradient_norm + 1e-6))
 
     def leave_out(self, reason: str) -> None:
         """Leave the batch that was read last out of the run: an entry of the ledger; collective.

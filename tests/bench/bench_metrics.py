@@ -33,6 +33,7 @@ from parallel.groups import join_world, leave_world
 from parallel.layout import Layout
 from pretrain.model.precision import Precision
 from pretrain.model.spec import ModelSpec
+from pretrain.training.clip import GradientClip
 from pretrain.training.optimizer import make_optimizer, wrap_chunks
 from pretrain.training.run import AdamW
 from pretrain.training.step_metrics import StepMetrics
@@ -63,7 +64,7 @@ class Side:
             corpus=SimpleNamespace(domains=("a", "b")),
             ledger=SimpleNamespace(last_plan=SimpleNamespace(buckets=BUCKETS)),
             step_state=SimpleNamespace(include=lambda _: None),
-            clip_factor=lambda _: 1.0,
+            clip=GradientClip(ADAMW),
         )
         self.metrics = StepMetrics(trainer, device=device) if is_measured else None
 
