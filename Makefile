@@ -34,7 +34,7 @@ test: $(STAMP) ## run the tests, on two workers (ARGS='-n 0': in one process, fo
 	$(VENV) -m pytest tests -m "not slow" -n 2 --dist loadfile --durations 25 $(ARGS)
 
 test-slow: $(STAMP) ## run the tests that take longer: more layouts of four ranks, larger worlds
-	$(VENV) -m pytest tests -m slow $(ARGS)
+	$(VENV) -m pytest tests -m slow -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff, pyright, and no file above 500 kB
 	$(VENV) -m ruff check .
