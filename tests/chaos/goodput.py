@@ -64,7 +64,8 @@ class Killer(threading.Thread):
         while (at := at + self._draw.expovariate(1 / self._mtbf_s)) < end:
             time.sleep(max(0.0, at - time.monotonic()))
             ranks = sorted(descendants(os.getpid()))
-            if len(ranks) == NUM_RANKS:  # a kill in a recovery would need its own account
+            has_recovered = self._metrics.stat().st_mtime > max(self.killed_unix_s, default=0.0)
+            if len(ranks) == NUM_RANKS and has_recovered:  # else it would need its own account
                 os.kill(self._draw.choice(ranks), signal.SIGKILL)
                 self.killed_unix_s.append(time.time())
         time.sleep(max(0.0, end - time.monotonic()))
