@@ -253,7 +253,7 @@ def look(tab: Tab, folder: Path) -> Checked:
         )
         print(f"  {row:<24} {num:>3} curves, pictures and numbers as recorded,"
               f" {num_missing} not recorded by this run")  # fmt: skip
-        if num == 0 and num_missing == 0:
+        if num == 0:
             yield row, "nothing of it was compared"
     for name in sorted(rows_to_see(history)):
         if not is_seen(name, compared):
@@ -263,6 +263,10 @@ def look(tab: Tab, folder: Path) -> Checked:
     cut = tab.evaluate(
         "[...document.querySelectorAll('.tile .value, figcaption b')]"
         ".filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"
+    )
+    cut += tab.evaluate(
+        "[...document.querySelectorAll('svg text')]"
+        ".filter(t => t.getBBox().x < 0).map(t => t.textContent)"
     )
     if cut:
         yield "page", f"words are cut off: {cut}"

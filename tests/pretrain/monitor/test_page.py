@@ -166,3 +166,10 @@ def test_incidents_starts_and_the_ledger_are_marked_and_listed(tmp_path: Path) -
 def test_a_run_that_has_written_nothing_yet_has_a_page(tmp_path: Path) -> None:
     data = data_of(page_of(run_folder(tmp_path)))
     assert [len(row["panels"]) for row in data["rows"]] == [1, 0, 0, 0, 0, 0]
+
+
+def test_colours_tell_apart_what_is_nearly_alike(tmp_path: Path) -> None:
+    records = [r | {"layer/0/residual_rms": 1 + r["step"] * 1e-5} for r in steps(9)]  # type: ignore[operator]  a number
+    cells = panels_of(data_of(page_of(run_folder(tmp_path, *records))))["Residual stream, RMS"]
+    (row,) = cells["values"]
+    assert row == pytest.approx([1 + step * 1e-5 for step in range(1, 10)], abs=1e-7)
