@@ -274,6 +274,31 @@ def metrics_table(record: Mapping[str, Any]) -> str:
     )
 
 
+def dual_norm_table(record: Mapping[str, Any]) -> str:
+    """Return what became of two runs, with and without the second norm."""
+    rows = [
+        ("", "last loss", "largest gradient norm", "steps flagged", "spikes",
+         "largest attention score", "largest residual"),
+    ]  # fmt: skip
+    rows += [
+        (
+            f"{'with' if side['dual_norm'] else 'without'} the second norm",
+            f"{side['last_loss']:.3f}",
+            f"{side['largest_gradient_norm']:.1f}",
+            str(side["num_flagged"]),
+            str(side["num_spikes"]),
+            f"{side['largest_attention_logit']:.0f}",
+            f"{side['largest_residual']:.1f}",
+        )
+        for side in record["sides"]
+    ]
+    note = (
+        f"One seed, {record['num_steps']} steps at a learning rate of {record['lr']:g}; the gradient"
+        " norm from step 21 on.\n"
+    )
+    return markdown_table(rows) + "\n" + note
+
+
 def loss_spikes_table(record: Mapping[str, Any]) -> str:
     """Return what three rules find of planted spikes, and flag of clean steps."""
     rows = [("rule", "found within a step", "of the longest held", "normal noise", "Student's t")]
@@ -297,6 +322,7 @@ def loss_spikes_table(record: Mapping[str, Any]) -> str:
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "chaos": chaos_table,
     "demo": demo_table,
+    "dual_norm": dual_norm_table,
     "bench_checkpoint": bench_checkpoint_table,
     "bench_step": bench_step_table,
     "bench_export": bench_export_table,
