@@ -1,7 +1,7 @@
 # `make` lists the targets. Every target that needs Python makes .venv first, once.
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow lint chaos serve-check slurm-check screens bench figures clean distclean
+.PHONY: help install run test test-slow lint chaos serve-check slurm-check screens bench aot figures clean distclean
 
 VENV := .venv/bin/python
 STAMP := .venv/.installed
@@ -60,6 +60,10 @@ screens: $(STAMP) ## look at the page of a small run in Chromium (installs it as
 
 bench: $(STAMP) ## run each benchmark of tests/bench in turn, one table each
 	@for file in tests/bench/bench_*.py; do echo "$$file"; $(VENV) $$file $(ARGS) || exit 1; done
+
+aot: $(STAMP) ## compile every Triton kernel for H100 and H200, no GPU needed (3 minutes); 1 if one spills
+	$(VENV) tests/aot/aot.py --json docs/figures/aot.json $(ARGS)
+	$(VENV) docs/figures.py
 
 figures: $(STAMP) ## draw the figures of the documentation again
 	$(VENV) docs/figures.py $(ARGS)

@@ -45,6 +45,9 @@ EXTRAS = {
         "hypothesis>=6.170,<7",
         "ruff==0.17.6",
         "pyright[nodejs]==1.1.414",
+        # Compiles and interprets the kernels in tests. No extra of the trainer: torch's build for
+        # CUDA brings the version it wants, and a CPU runs the plain side (docs/decisions/0031).
+        "triton>=3.7,<3.10; platform_system == 'Linux'",
         # Oracles: of the model, with what it needs to read FP8 folders, and of casts to FP8.
         "transformers==5.23.0",
         "accelerate>=1.15,<2",

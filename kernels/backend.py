@@ -1,4 +1,4 @@
-"""What does this machine offer: an accelerator, Transformer Engine, apex, DeepEP?
+"""What does this machine offer: an accelerator, Transformer Engine, Triton, apex, DeepEP?
 
 The only file that probes, and it imports what it probes for only when asked, so that configurations
 can be read without torch. NVIDIA's apex is detected, never listed as a dependency: the package
@@ -9,6 +9,7 @@ ImportError, when imported.
 import functools
 import importlib
 import importlib.util
+from types import ModuleType
 
 
 @functools.cache
@@ -33,6 +34,32 @@ def has_transformer_engine() -> bool:
     except (ImportError, RuntimeError, OSError):
         return False
     return True
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether the package triton is installed; torch's builds for CUDA bring it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def triton_side(kernel: str) -> ModuleType:
+    """Return the file `kernels/{kernel}_triton.py`, imported with the first call.
+
+    Args:
+        kernel: name of the plain file, such as "dual_norm".
+
+    Raises:
+        ValueError: where triton is not installed.
+
+    Source: docs/decisions/0031-triton.md.
+    """
+    if not has_triton():
+        raise ValueError(
+            f"kernel {kernel} asked for tensors on a GPU, but triton is not installed: install"
+            " torch's build for CUDA, which brings it, or call the function's _reference"
+        )
+    return importlib.import_module(f"kernels.{kernel}_triton")
 
 
 @functools.cache

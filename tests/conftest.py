@@ -1,5 +1,6 @@
 """What every test may rely on: an environment that is not the caller's, and stated skips."""
 
+import inspect
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from pretrain.model.spec import ModelSpec
 from pretrain.monitor.telemetry_config import TelemetryConfig
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.run import AdamW, CheckpointPolicy, Data, Evaluation, Run
+from tests import triton_interpreter
 from tests.tiny_corpus import write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,6 +126,28 @@ def no_rank() -> Iterator[ProcessPoolExecutor]:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=silence_expected_warnings) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    """Yield a process in which Triton interprets kernels (tests/triton_interpreter.py)."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=triton_interpreter.start) as pool:
+        yield pool
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Call a test marked `interpreted` in the interpreter's process instead of here."""
+    if pyfuncitem.get_closest_marker("interpreted") is None:
+        return None
+    pool = pyfuncitem._request.getfixturevalue("interpreter")
+    function = pyfuncitem.obj
+    names = inspect.signature(function).parameters
+    arguments = {name: pyfuncitem.funcargs[name] for name in names}
+    name = function.__name__
+    pool.submit(triton_interpreter.call, function.__module__, name, arguments).result()
+    return True
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,200 @@
+"""In which row does each expert find its tokens, and how do they come back?
+
+Each token is copied once for each expert that it chose, the copies are sorted by expert and inside
+an expert by token, and each expert's rows are filled up with zeros to a multiple that its matrix
+product wants (16, or 128 in FP8). `row_map` says where every copy stands, once a layer; `permute`
+and `unpermute` follow it. Each is the other's gradient: copying a token to K rows and adding K rows
+up to a token.
+
+Sums over a token's rows go by rising expert in fp32 and are rounded once, so they are the same
+however many tokens there are.
+
+T tokens, E experts of this rank, K chosen (at most), R rows, D model.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.backend import triton_side
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowMap:
+    """Where each copy of each token stands; int64 throughout."""
+
+    token_of_row: Tensor
+    """`[R]`, the token of each row; -1: the row is padding."""
+    rows_of_token: Tensor
+    """`[T, K]`, the rows of each token, rising; -1 in place of those that it has fewer."""
+    experts_of_token: Tensor
+    """`[T, K]`, whose rows these are; any expert where there is none."""
+    num_rows: Tensor
+    """`[E]`, rows of each expert, padding included."""
+    num_tokens: Tensor
+    """`[E]`, those of them that are no padding."""
+
+
+def row_map(chosen_TE: Tensor, *, num_chosen: int, multiple: int) -> RowMap:
+    """Return the rows of the tokens that chose this rank's experts.
+
+    Args:
+        chosen_TE: `[T, E]` bool.
+        num_chosen: K, the most experts that a token chooses of these.
+        multiple: what each expert's number of rows is a multiple of; 1: no padding. An expert that
+            nobody chose has no row.
+
+    Raises:
+        ValueError: if a token chose more than K experts, or an argument is no such number.
+
+    The host waits for the device here, for the number of rows, and nowhere else in this file.
+    """
+    if multiple < 1 or not 1 <= num_chosen <= chosen_TE.shape[1]:
+        raise ValueError(
+            f"multiple={multiple} and num_chosen={num_chosen} given, 1 or more and 1 to"
+            f" {chosen_TE.shape[1]}, the experts, are allowed"
+        )
+    num_tokens_E = chosen_TE.sum(0)
+    num_rows_E = (num_tokens_E + multiple - 1) // multiple * multiple
+    most = chosen_TE.sum(1).amax() if len(chosen_TE) else num_tokens_E.new_zeros(())
+    wanted = torch.stack((num_rows_E.sum(), most)).cpu()  # the host waits for the device
+    num_rows, most_chosen = int(wanted[0]), int(wanted[1])
+    if most_chosen > num_chosen:
+        raise ValueError(
+            f"num_chosen={num_chosen} given, but a token chose {most_chosen} experts: rows are"
+            " padded by this map, leave moe_router_padding_for_fp8 off"
+        )
+    first_E = num_rows_E.cumsum(0) - num_rows_E
+    row_TE = (first_E + chosen_TE.cumsum(0) - 1).masked_fill(~chosen_TE, num_rows)
+    row_TK, expert_TK = (x[:, :num_chosen] for x in row_TE.sort(1))
+    token_TK = torch.arange(len(chosen_TE), device=row_TK.device)[:, None].expand_as(row_TK)
+    token_R = row_TK.new_full((num_rows + 1,), -1)  # the last one takes what is absent
+    token_R.scatter_(0, row_TK.flatten(), token_TK.flatten())
+    return RowMap(
+        token_of_row=token_R[:num_rows],
+        rows_of_token=row_TK.masked_fill(row_TK == num_rows, -1).contiguous(),
+        experts_of_token=expert_TK.contiguous(),
+        num_rows=num_rows_E,
+        num_tokens=num_tokens_E,
+    )
+
+
+def permute(x_TD: Tensor, rows: RowMap) -> Tensor:
+    """Return each expert's tokens, `[R, D]` in the dtype of `x_TD`, zeros as padding.
+
+    Args:
+        x_TD: `[T, D]` fp32 or bf16.
+        rows: of the same tokens.
+
+    Raises:
+        ValueError: if there is another number of tokens; on a GPU, where triton is not installed.
+    """
+    _check(x_TD, len(rows.rows_of_token), "tokens")
+    return _Permute.apply(x_TD.contiguous(), rows)  # type: ignore[no-any-return]  apply is untyped
+
+
+def unpermute(x_RD: Tensor, rows: RowMap) -> Tensor:
+    """Return the sum of each token's rows, `[T, D]` in the dtype of `x_RD`.
+
+    Rows are not weighted: the router's weight is in them already (kernels/swiglu.py).
+
+    Args:
+        x_RD: `[R, D]` fp32 or bf16.
+        rows: that they were made by. The gradient of padding is 0.
+
+    Raises:
+        ValueError: if there is another number of rows; on a GPU, where triton is not installed.
+    """
+    _check(x_RD, len(rows.token_of_row), "rows")
+    return _Unpermute.apply(x_RD.contiguous(), rows)  # type: ignore[no-any-return]  apply is untyped
+
+
+def permute_weights(weight_TE: Tensor, rows: RowMap) -> Tensor:
+    """Return the router's weight of each row, `[R]`, 0 for padding; differentiable.
+
+    Args:
+        weight_TE: `[T, E]` fp32.
+        rows: of the same tokens.
+
+    Raises:
+        ValueError: if there is another number of tokens.
+    """
+    _check(weight_TE, len(rows.rows_of_token), "tokens")
+    num_rows = len(rows.token_of_row)
+    place_TK = rows.rows_of_token.masked_fill(rows.rows_of_token < 0, num_rows)
+    # one place more, for what is absent; each other place is written once
+    weight_R = weight_TE.new_zeros(num_rows + 1).scatter(
+        0, place_TK.flatten(), weight_TE.gather(1, rows.experts_of_token).flatten()
+    )
+    return weight_R[:num_rows]
+
+
+def permute_reference(x_TD: Tensor, chosen_TE: Tensor, *, multiple: int) -> Tensor:
+    """Return the same as `permute` by `row_map`, expert by expert."""
+    parts: list[Tensor] = []
+    for expert in range(chosen_TE.shape[1]):
+        part = x_TD[chosen_TE[:, expert]]
+        parts += [part, part.new_zeros(-len(part) % multiple, x_TD.shape[1])]
+    return torch.cat(parts)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, rows: RowMap) -> Tensor:
+        ctx.rows = rows
+        return _copied(x_TD, rows)
+
+    @staticmethod
+    @once_differentiable  # an untyped decorator, hence the silenced rule
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, None]:
+        return _added_up(grad_outputs[0].contiguous(), ctx.rows), None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, rows: RowMap) -> Tensor:
+        ctx.rows = rows
+        return _added_up(x_RD, rows)
+
+    @staticmethod
+    @once_differentiable  # an untyped decorator, hence the silenced rule
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, None]:
+        return _copied(grad_outputs[0].contiguous(), ctx.rows), None
+
+
+def _copied(x_TD: Tensor, rows: RowMap) -> Tensor:
+    """Return the tokens in their rows."""
+    if x_TD.device.type != "cpu":
+        return triton_side("permute").copied(x_TD, rows)
+    x_RD = x_TD.index_select(0, rows.token_of_row.clamp_min(0))
+    x_RD[rows.token_of_row < 0] = 0
+    return x_RD
+
+
+def _added_up(x_RD: Tensor, rows: RowMap) -> Tensor:
+    """Return the sum of each token's rows."""
+    if x_RD.device.type != "cpu":
+        return triton_side("permute").added_up(x_RD, rows)
+    sum_TD = x_RD.new_zeros(len(rows.rows_of_token), x_RD.shape[1], dtype=torch.float32)
+    if len(x_RD):
+        for row_T in rows.rows_of_token.unbind(1):
+            part_TD = x_RD.index_select(0, row_T.clamp_min(0)).float()
+            sum_TD += part_TD.masked_fill_((row_T < 0)[:, None], 0.0)
+    return sum_TD.to(x_RD.dtype)
+
+
+def _check(x: Tensor, expected: int, what: str) -> None:
+    if x.dim() != 2 or len(x) != expected:
+        raise ValueError(
+            f"tensor of shape {tuple(x.shape)} given for {expected} {what} of the row map:"
+            f" [{expected}, ...] is allowed"
+        )
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{x.dtype} given, torch.float32 and torch.bfloat16 are allowed")

@@ -1,0 +1,84 @@
+# pyright: basic
+"""Tokens to the rows of their experts and back on a GPU, each value read and written once.
+
+`copy_kernel`: a program owns a token (and some columns): it reads them once and writes them to all
+the token's rows. No row belongs to two tokens. Programs after the last token own an expert each and
+write zeros to its padding, which belongs to no token. `add_kernel`: a program owns a token, reads
+its rows and writes their sum. So every place has one writer, nobody reads what is written in the
+same launch, and the order of programs changes nothing; sums run by rising row inside a program.
+
+Bytes a token in bf16, D model, K chosen: copying 2 D (1 + K), where a gather that is driven by rows
+reads 2 D K; adding up 2 D (K + 1).
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.permute import RowMap
+
+BLOCK_SIZE = 1024
+"""Columns of a program: 8 numbers a thread in 4 warps, 128 bits in bf16; 7168 = 7 x 1024."""
+
+
+@triton.jit
+def copy_kernel(
+    x, row, end, num_padding, out, num_tokens, size, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write out `[R, size]` from x `[T, size]`; row `[T, K]`, end and num_padding `[E]` say where."""
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if program < num_tokens:
+        value = tl.load(x + program * size + columns, mask=columns < size)
+        for k in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]
+            to = tl.load(row + program * K + k)
+            if to >= 0:
+                tl.store(out + to * size + columns, value, mask=columns < size)
+    else:
+        last = tl.load(end + program - num_tokens)
+        zeros = tl.zeros((BLOCK,), out.dtype.element_ty)
+        for back in range(1, tl.load(num_padding + program - num_tokens) + 1):
+            tl.store(out + (last - back) * size + columns, zeros, mask=columns < size)
+
+
+@triton.jit
+def add_kernel(x, row, out, size, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Write out `[T, size]`, the sums of x `[R, size]` over row `[T, K]`."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(K):  # pyright: ignore[reportGeneralTypeIssues]
+        at = tl.load(row + token * K + k)
+        # one mask of a vector: & with a scalar is refused by the interpreter
+        there = columns < tl.where(at >= 0, size, 0)
+        total += tl.load(x + at * size + columns, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + token * size + columns, total.to(out.dtype.element_ty), mask=columns < size)
+
+
+def copied(x_TD: Tensor, rows: RowMap) -> Tensor:
+    """Return the tokens in their rows, `[R, D]`, zeros as padding."""
+    num_tokens, size = x_TD.shape
+    out_RD = x_TD.new_empty(len(rows.token_of_row), size)
+    programs = num_tokens + len(rows.num_rows)
+    copy_kernel[(programs, triton.cdiv(size, BLOCK_SIZE))](
+        x_TD, rows.rows_of_token, rows.num_rows.cumsum(0), rows.num_rows - rows.num_tokens, out_RD,
+        num_tokens, size, **_options(rows),
+    )  # fmt: skip
+    return out_RD
+
+
+def added_up(x_RD: Tensor, rows: RowMap) -> Tensor:
+    """Return the sum of each token's rows, `[T, D]`."""
+    num_tokens, size = len(rows.rows_of_token), x_RD.shape[1]
+    out_TD = x_RD.new_empty(num_tokens, size)
+    if num_tokens:
+        add_kernel[(num_tokens, triton.cdiv(size, BLOCK_SIZE))](
+            x_RD, rows.rows_of_token, out_TD, size, **_options(rows)
+        )
+    return out_TD
+
+
+def _options(rows: RowMap) -> dict[str, Any]:
+    return {"K": rows.rows_of_token.shape[1], "BLOCK": BLOCK_SIZE, "num_warps": 4}

@@ -1,0 +1,97 @@
+"""How is an expert's activation computed, with the router's weight in it?
+
+a = weight * silu(gate) * up, between the two products of a feed-forward layer. The weight is put
+here, not on what the second product returns: it is a number for each row, so the product carries it
+along, and its gradient needs only what stands here. Otherwise the output of every expert would have
+to be kept for it.
+
+Nothing but the input is kept for the backward pass; activations are computed again from it, which
+is a few operations on numbers that have to be read anyway. All arithmetic is fp32 and each result
+is rounded once.
+
+T tokens sorted by expert, F FFN width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from kernels.backend import triton_side
+
+
+def swiglu(hidden_T2F: Tensor, *, weight_T: Tensor) -> Tensor:
+    """Return weight * silu(gate) * up for each token.
+
+    Args:
+        hidden_T2F: `[T, 2F]` fp32 or bf16, the first product: gate before up.
+        weight_T: `[T]` fp32, the router's weight of each; ones for a layer without router.
+
+    Returns:
+        `[T, F]` in the dtype of `hidden_T2F`. The gradient of the weight is fp32, that of
+        `hidden_T2F` has its dtype.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit; on a GPU, where triton is not installed.
+
+    Source: Shazeer, arXiv 2002.05202, equation 6; the weight's place is megatron-core 0.16.1's,
+        moe_apply_probs_on_input being off.
+    """
+    if hidden_T2F.dim() != 2 or hidden_T2F.shape[1] % 2:
+        raise ValueError(
+            f"hidden states of shape {tuple(hidden_T2F.shape)} given, [T, 2F] is allowed"
+        )
+    if weight_T.shape != hidden_T2F.shape[:1] or weight_T.dtype != torch.float32:
+        raise ValueError(
+            f"weights of shape {tuple(weight_T.shape)} and {weight_T.dtype} given,"
+            f" {tuple(hidden_T2F.shape[:1])} torch.float32 is allowed"
+        )
+    if hidden_T2F.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"hidden states of {hidden_T2F.dtype} given, torch.float32 and torch.bfloat16 are"
+            " allowed"
+        )
+    return _SwiGLU.apply(hidden_T2F.contiguous(), weight_T)  # type: ignore[no-any-return]  apply is untyped
+
+
+def swiglu_reference(hidden_T2F: Tensor, *, weight_T: Tensor) -> Tensor:
+    """Return the same as `swiglu`, written as the definition."""
+    gate_TF, up_TF = hidden_T2F.float().chunk(2, dim=-1)
+    return (weight_T[:, None] * (gate_TF * gate_TF.sigmoid()) * up_TF).to(hidden_T2F.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """With s = silu(gate): dweight = da . (s u), dup = da s w, dgate = da u w s'(gate)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_T2F: Tensor, weight_T: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_T2F, weight_T)
+        if hidden_T2F.device.type != "cpu":
+            return triton_side("swiglu").forward(hidden_T2F, weight_T)
+        gate_TF, up_TF = hidden_T2F.float().chunk(2, dim=-1)
+        return F.silu(gate_TF).mul_(up_TF).mul_(weight_T[:, None]).to(hidden_T2F.dtype)
+
+    @staticmethod
+    @once_differentiable  # an untyped decorator, hence the silenced rule
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        hidden_T2F, weight_T = ctx.saved_tensors
+        if hidden_T2F.device.type != "cpu":
+            return triton_side("swiglu").backward(
+                grad_outputs[0].contiguous(), hidden_T2F, weight_T
+            )
+        grad_TF = grad_outputs[0].float()
+        gate_TF, up_TF = hidden_T2F.float().chunk(2, dim=-1)
+        grad_T2F = torch.empty_like(hidden_T2F, dtype=torch.float32)
+        dgate_TF, dup_TF = grad_T2F.chunk(2, dim=-1)
+        dsilu_up_TF = grad_TF * F.silu(gate_TF)
+        dweight_T = torch.empty_like(weight_T)
+        torch.linalg.vecdot(dsilu_up_TF, up_TF, out=dweight_T)  # pyright: ignore[reportUnknownMemberType]  no stub
+        torch.mul(dsilu_up_TF, weight_T[:, None], out=dup_TF)
+        torch.ops.aten.silu_backward.grad_input(
+            (grad_TF * up_TF).mul_(weight_T[:, None]), gate_TF, grad_input=dgate_TF
+        )
+        return grad_T2F.to(hidden_T2F.dtype), dweight_T

@@ -1,0 +1,144 @@
+"""Tokens to experts and back: against the definition, megatron's and autograd; plain, in Triton."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from megatron.core.transformer.moe.moe_utils import permute as megatron_permute
+from torch import Tensor
+
+from kernels.backend import triton_side
+from kernels.permute import (
+    RowMap,
+    permute,
+    permute_reference,
+    permute_weights,
+    row_map,
+    unpermute,
+)
+
+# tokens, model size, experts, chosen
+SIZES = [(1, 3, 2, 1), (7, 24, 5, 3), (33, 1030, 6, 4), (16, 64, 3, 3)]
+MULTIPLES = [1, 16, 128]
+DTYPES = [torch.float32, torch.bfloat16]
+CASES = [(*size, multiple) for size in SIZES for multiple in MULTIPLES]
+ALL = pytest.mark.parametrize(
+    ("num_tokens", "size", "num_experts", "num_chosen", "multiple"), CASES
+)
+KINDS = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+
+
+def choose(num_tokens: int, num_experts: int, num_chosen: int) -> Tensor:
+    """Return which experts each token chose, of this rank's: some none, none the last expert."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    scores_TE = torch.rand(num_tokens, num_experts, generator=generator)
+    scores_TE[:, -1] = 0
+    chosen_TE = torch.zeros(num_tokens, num_experts, dtype=torch.bool)
+    chosen_TE.scatter_(1, scores_TE.topk(num_chosen, dim=1).indices, True)
+    if num_tokens > 1:
+        chosen_TE[1] = False
+    return chosen_TE & (scores_TE > 0.3)
+
+
+def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def sums(x_RD: Tensor, rows: RowMap) -> Tensor:
+    """Return each token's rows added up in fp64."""
+    real = rows.token_of_row >= 0
+    sum_TD = torch.zeros(len(rows.rows_of_token), x_RD.shape[1], dtype=torch.float64)
+    return sum_TD.index_add_(0, rows.token_of_row[real], x_RD[real].double())
+
+
+@KINDS
+@ALL
+def test_each_expert_gets_its_tokens_and_their_gradients_come_back(
+    num_tokens: int, size: int, num_experts: int, num_chosen: int, multiple: int, dtype: torch.dtype
+) -> None:
+    chosen_TE = choose(num_tokens, num_experts, num_chosen)
+    rows = row_map(chosen_TE, num_chosen=num_chosen, multiple=multiple)
+    assert (rows.num_rows % multiple == 0).all()
+    x_TD = draw(num_tokens, size, dtype=dtype).requires_grad_()
+    given, expected = permute(x_TD, rows), permute_reference(x_TD, chosen_TE, multiple=multiple)
+    assert torch.equal(given, expected)
+    grad_RD = draw(*given.shape, dtype=dtype)
+    (grad_TD,) = torch.autograd.grad(given, x_TD, grad_RD)
+    assert_rounded_once(grad_TD, sums(grad_RD, rows))
+
+
+def assert_rounded_once(given: Tensor, exact: Tensor) -> None:
+    # half a step of bf16 is at most 2^-8 of the number; a sum of four fp32 numbers before
+    rtol = 2**-8 if given.dtype == torch.bfloat16 else 0
+    torch.testing.assert_close(given.double(), exact, rtol=rtol + 1e-6, atol=1e-6)
+
+
+@KINDS
+@ALL
+def test_rows_add_up_to_tokens_and_gradients_are_copied(
+    num_tokens: int, size: int, num_experts: int, num_chosen: int, multiple: int, dtype: torch.dtype
+) -> None:
+    chosen_TE = choose(num_tokens, num_experts, num_chosen)
+    rows = row_map(chosen_TE, num_chosen=num_chosen, multiple=multiple)
+    x_RD = draw(len(rows.token_of_row), size, dtype=dtype).requires_grad_()
+    given = unpermute(x_RD, rows)
+    assert_rounded_once(given.detach(), sums(x_RD.detach(), rows))
+    grad_TD = draw(num_tokens, size, dtype=dtype)
+    (grad_RD,) = torch.autograd.grad(given, x_RD, grad_TD)
+    assert torch.equal(grad_RD, permute_reference(grad_TD, chosen_TE, multiple=multiple))
+
+
+@pytest.mark.interpreted
+@KINDS
+@ALL
+def test_triton_gives_the_bits_of_the_plain_file(
+    num_tokens: int, size: int, num_experts: int, num_chosen: int, multiple: int, dtype: torch.dtype
+) -> None:
+    chosen_TE = choose(num_tokens, num_experts, num_chosen)
+    rows = row_map(chosen_TE, num_chosen=num_chosen, multiple=multiple)
+    side = triton_side("permute")
+    x_TD = draw(num_tokens, size, dtype=dtype)
+    assert torch.equal(side.copied(x_TD, rows), permute(x_TD, rows))
+    x_RD = draw(len(rows.token_of_row), size, dtype=dtype)
+    assert torch.equal(side.added_up(x_RD, rows), unpermute(x_RD, rows))
+
+
+def test_without_padding_it_is_megatrons_permutation() -> None:
+    chosen_TE = choose(33, 6, 4)
+    rows = row_map(chosen_TE, num_chosen=4, multiple=1)
+    x_TD, weight_TE = draw(33, 24, dtype=torch.float32), draw(33, 6, dtype=torch.float32)
+    theirs, weights, tokens = megatron_permute(x_TD, chosen_TE, probs=weight_TE)
+    assert weights is not None
+    assert torch.equal(permute(x_TD, rows), theirs)
+    assert torch.equal(rows.token_of_row, tokens)
+    assert torch.equal(permute_weights(weight_TE, rows), weights)
+
+
+def test_weights_stand_in_their_rows_and_their_gradients_come_back() -> None:
+    chosen_TE = choose(7, 5, 3)
+    rows = row_map(chosen_TE, num_chosen=3, multiple=16)
+    weight_TE = draw(7, 5, dtype=torch.float32).requires_grad_()
+    weight_R = permute_weights(weight_TE, rows)
+    expected = permute_reference(weight_TE, chosen_TE, multiple=16)
+    expert_R = torch.arange(5).repeat_interleave(rows.num_rows)
+    assert torch.equal(weight_R, expected.gather(1, expert_R[:, None])[:, 0])
+    (grad_TE,) = torch.autograd.grad(weight_R.sum(), weight_TE)
+    assert torch.equal(grad_TE, chosen_TE.float())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda rows: row_map(torch.ones(3, 4) > 0, num_chosen=3, multiple=1), "chose 4 experts"),
+        (lambda rows: row_map(torch.ones(3, 4) > 0, num_chosen=5, multiple=1), "num_chosen=5"),
+        (lambda rows: row_map(torch.ones(3, 4) > 0, num_chosen=4, multiple=0), "multiple=0"),
+        (lambda rows: permute(torch.ones(4, 2), rows), "3 tokens of the row map"),
+        (lambda rows: unpermute(torch.ones(5, 2), rows), "12 rows of the row map"),
+        (lambda rows: permute(torch.ones(3, 2).half(), rows), "torch.float16 given"),
+        (lambda rows: permute_weights(torch.ones(4, 4), rows), "3 tokens of the row map"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call: Callable[[RowMap], object], message: str) -> None:
+    rows = row_map(torch.ones(3, 4) > 0, num_chosen=4, multiple=1)
+    with pytest.raises(ValueError, match=message):
+        call(rows)
