@@ -293,8 +293,8 @@ def dual_norm_table(record: Mapping[str, Any]) -> str:
         for side in record["sides"]
     ]
     note = (
-        f"One seed, {record['num_steps']} steps at a learning rate of {record['lr']:g}; the gradient"
-        " norm from step 21 on.\n"
+        f"One seed, {record['num_steps']} steps at a learning rate of {record['lr']:g}; the"
+        " gradient norm from step 21 on.\n"
     )
     return markdown_table(rows) + "\n" + note
 

@@ -66,7 +66,7 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
         "exchange": "dispatcher overlap_all_to_all overlap_shared_expert",
         "layout": "num_ranks tp cp pp vp ep etp",
         "optimizer": "overlap bucket_parameters",
-        "recompute": "kind modules method num_layers",
+        "recompute": "kind modules method num_layers loss_chunk_tokens",
         "recheck": "max_left_out memory_interval_steps replicas_interval_steps"
         " sample_interval_steps",
         "recovery": "policy max_skips margin_steps max_skipped_batches slow_batches max_rewinds"

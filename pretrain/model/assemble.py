@@ -7,6 +7,7 @@ core attention, the experts and the two down-projections of MLA. Nothing of mega
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -27,6 +28,7 @@ from parallel.layout import Layout
 from pretrain.model.attention import CoreAttention
 from pretrain.model.dual_norm_layer import DualNormLayer
 from pretrain.model.experts import Experts, mark_expert_parameters
+from pretrain.model.head import ChunkedLossModel
 from pretrain.model.norm import LATENT_NORM_EPS, RMSNorm
 from pretrain.model.router import ScaledAuxLossRouter
 from pretrain.model.spec import ModelSpec
@@ -51,6 +53,7 @@ def build_chunks(
     device: Device,
     layout: Layout,
     max_tokens: int,
+    loss_chunk_tokens: int = 0,
 ) -> list[GPTModel]:
     """Return all model chunks of this rank, one or, with virtual pipeline, vp of them.
 
@@ -60,6 +63,7 @@ def build_chunks(
         device: decides between Transformer Engine's modules and local ones.
         layout: the one whose process groups are started.
         max_tokens: longest sequence, in tokens.
+        loss_chunk_tokens: tokens whose logits exist at once; 0: all (head.py).
     """
     chunks = [
         build_chunk(
@@ -72,6 +76,7 @@ def build_chunks(
                 vp_stage=chunk if layout.vp > 1 else None,
             ),
             max_tokens=max_tokens,
+            loss_chunk_tokens=loss_chunk_tokens,
         )
         for chunk in range(layout.vp)
     ]
@@ -81,7 +86,13 @@ def build_chunks(
 
 
 def build_chunk(
-    spec: ModelSpec, *, config: MLATransformerConfig, device: Device, stage: Stage, max_tokens: int
+    spec: ModelSpec,
+    *,
+    config: MLATransformerConfig,
+    device: Device,
+    stage: Stage,
+    max_tokens: int,
+    loss_chunk_tokens: int = 0,
 ) -> GPTModel:
     """Return one model chunk of this rank, its weights not yet drawn (initialise.py).
 
@@ -91,6 +102,7 @@ def build_chunk(
         device: decides between Transformer Engine's modules and local ones.
         stage: which part of the pipeline.
         max_tokens: longest sequence, in tokens.
+        loss_chunk_tokens: tokens whose logits exist at once; 0: all (head.py).
 
     Reads the current process groups, so they must be started.
     """
@@ -103,7 +115,12 @@ def build_chunk(
     decoder = replace(
         decoder, layer_specs=[exchange(layer) for layer in decoder.layer_specs], layer_norm=norm
     )
-    return GPTModel(
+    model = (
+        partial(ChunkedLossModel, loss_chunk_tokens=loss_chunk_tokens)
+        if loss_chunk_tokens
+        else GPTModel
+    )
+    return model(
         config,
         decoder,
         spec.vocab_size,

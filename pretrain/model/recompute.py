@@ -38,6 +38,9 @@ class Recompute:
     `num_layers` of a stage are computed again, the others and MTP are kept."""
     num_layers: int = 1
     """`full` only; see `method`."""
+    loss_chunk_tokens: int = 0
+    """With any kind: tokens whose logits exist at once; they are computed again for the gradient.
+    0: the logits of a whole micro-batch are kept."""
 
     def __post_init__(self) -> None:
         if (self.kind == "selective") != bool(self.modules):
@@ -54,6 +57,11 @@ class Recompute:
             )
         if self.num_layers < 1:
             raise ValueError(f"recompute.num_layers={self.num_layers} given, 1 or more is allowed")
+        if self.loss_chunk_tokens < 0:
+            raise ValueError(
+                f"recompute.loss_chunk_tokens={self.loss_chunk_tokens} given, 0 (all logits at"
+                " once) or more is allowed"
+            )
         if self.kind != "full" and (self.method, self.num_layers) != ("uniform", 1):
             raise ValueError(
                 f"recompute.kind={self.kind} with recompute.method={self.method},"
