@@ -112,7 +112,7 @@ def ask(questions: Sequence[str], *, timeout_s: float) -> dict[str, Answer]:
             break
         culprit = left[0]
         is_hang = "did not answer" in ended
-        name = culprit.split()[0].partition(":")[2] if begun else "the interpreter"
+        name = culprit.partition(":")[2].partition("{")[0].strip() if begun else "the interpreter"
         answers[culprit] = Answer(why_none=f"{name}: {ended}")
         if is_hang or not begun:
             reason = f"not asked, after {answers[culprit].why_none}"
@@ -125,7 +125,8 @@ def _ask_once(questions: Sequence[str], *, timeout_s: float) -> tuple[bool, dict
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "answers.jsonl"
         words = [sys.executable, "-m", "parallel.asking", str(path), *questions]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
         done = run_bounded(words, timeout_s=timeout_s, environment=environment)
         found = {record["question"]: record for record in _records(path)}
     answers = {

@@ -16,12 +16,12 @@ from typing import Any
 from kernels.backend import LIBRARIES, PACKAGES
 from parallel.asking import Answer, ask
 from parallel.machine import (
-    Gpu,
     Cpu,
+    Gpu,
     find_programs,
     free_bytes,
-    read_gpus,
     read_cpu,
+    read_gpus,
 )
 from pretrain.checkpoint.environment import code_commit
 from pretrain.model.spec import ModelSpec

@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 
 from kernels import backend
+from parallel.asking import ask
 
 LayPackage = Callable[[dict[str, str]], None]
-PROBES = (backend.has_cuda, backend.has_transformer_engine, backend.has_nvidia_apex)
+PROBES = (
+    backend.has_cuda,
+    backend.has_transformer_engine,
+    backend.has_nvidia_apex,
+    backend.has_deep_ep,
+    backend.has_hybrid_ep,
+)
+MODULES = {module for _, module in backend.PACKAGES.values()} - {"triton"}
 
 
 @pytest.fixture
@@ -29,7 +37,7 @@ def lay_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lay
 
     forget()
     yield lay
-    for module in [m for m in sys.modules if m.split(".")[0] in ("apex", "transformer_engine")]:
+    for module in [m for m in sys.modules if m.split(".")[0] in MODULES]:
         del sys.modules[module]
     forget()
 
@@ -88,3 +96,54 @@ def test_transformer_engine_without_a_device_counts_as_absent(
     )
     monkeypatch.setattr(backend, "has_cuda", lambda: False)
     assert not backend.has_transformer_engine()
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "why_not"),
+    [
+        ("apex", {"apex/__init__.py": ""}, "another project's"),
+        ("deepep", {"deep_ep/__init__.py": ""}, "no `Buffer`"),
+        ("deepep", {"deep_ep/__init__.py": "raise OSError('libnvshmem.so: not found')"}, "nvshmem"),
+        ("hybridep", {"deep_ep/__init__.py": "class Buffer: ..."}, "branch hybrid-ep"),
+        ("flash_attention", {"flash_attn/__init__.py": "import flash_attn_2_cuda_missing"}, "_2_"),
+        ("transformer_engine", {"transformer_engine/__init__.py": ""}, "no CUDA device"),
+    ],
+)
+def test_a_package_that_cannot_be_used_says_why(
+    name: str,
+    files: dict[str, str],
+    why_not: str,
+    lay_package: LayPackage,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lay_package(files)
+    monkeypatch.setattr(backend, "has_cuda", lambda: False)
+    assert why_not in backend.describe_package(name)["why_not"]
+
+
+@pytest.mark.parametrize("name", ["deepep", "hybridep", "flash_attention", "liger"])
+def test_a_package_that_can_be_used_has_no_reason(name: str, lay_package: LayPackage) -> None:
+    source = "class Buffer: ...\nclass HybridEPBuffer: ..."
+    lay_package({f"{backend.PACKAGES[name][1]}/__init__.py": source})
+    assert backend.describe_package(name)["why_not"] == ""
+
+
+def test_torch_is_described_as_it_describes_itself() -> None:
+    torch = importlib.import_module("torch")
+    told = backend.describe_torch()
+    assert told["version"] == torch.__version__
+    assert told["built_for"] == (torch.version.cuda or "")
+    assert len(told["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    assert set(backend.LIBRARIES) <= told.keys()
+
+
+def test_a_package_that_kills_its_importer_is_named_and_the_others_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deep_ep").mkdir()
+    (tmp_path / "deep_ep" / "__init__.py").write_text("import os\nos.abort()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    questions = [f"kernels.backend:describe_package {name}" for name in ("deepep", "apex")]
+    deep_ep, apex = ask(questions, timeout_s=60).values()
+    assert deep_ep.why_none == "describe_package deepep: was killed by signal 6"
+    assert apex.value == {"version": "", "why_not": "not installed"}
