@@ -127,8 +127,15 @@ def find_programs() -> dict[str, tuple[str, str]]:
     return found
 
 
-def free_bytes(folder: Path) -> int:
-    """Return the bytes that may still be written into a folder, or where it would be made."""
+def free_bytes(path: str) -> int:
+    """Return the bytes that may still be written into a folder, or where it would be made.
+
+    To be asked through asking.py: a file system whose server is away does not answer.
+
+    Args:
+        path: of the folder, absolute.
+    """
+    folder = Path(path)
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -8,6 +8,7 @@ their own; this one does not import torch.
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,13 +20,12 @@ from parallel.machine import (
     Cpu,
     Gpu,
     find_programs,
-    free_bytes,
     read_cpu,
     read_gpus,
 )
 from pretrain.checkpoint.environment import code_commit
 from pretrain.model.spec import ModelSpec
-from pretrain.monitor.secrets import scrub, scrubbed
+from pretrain.monitor.secrets import scrub
 from pretrain.monitor.wandb_mode import choose_mode
 from pretrain.training.missing import pieces
 from pretrain.training.requirements import Package, find_packages
@@ -33,7 +33,8 @@ from pretrain.training.requirements import Package, find_packages
 TORCH = "kernels.backend:describe_torch"
 PACKAGE = "kernels.backend:describe_package"
 USED = "pretrain.training.used:what_is_used"
-_SHARED_MEMORY = Path("/dev/shm")
+ROOM = "parallel.machine:free_bytes"
+_SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +56,7 @@ class Doctor:
     patience_s: float
     """Seconds for torch and each package that crashes to answer."""
     driver_patience_s: float
-    """Seconds for the GPU's driver."""
+    """Seconds for the GPU's driver and for file systems."""
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.require if name not in pieces()]:
@@ -94,8 +95,8 @@ class Report:
     kernels: str
     """The instruction set that torch's kernels choose; empty: torch does not say."""
     gpus: tuple[Gpu, ...]
-    free_bytes: Mapping[str, int]
-    """By folder."""
+    free_bytes: Mapping[str, int | None]
+    """By folder; None: its file system did not answer."""
     packages: tuple[Package, ...]
     pieces: Mapping[str, Found]
     used: Mapping[str, str]
@@ -117,6 +118,9 @@ def examine(options: Doctor) -> Report:
     by_package = {name: f"{PACKAGE} {name}" for name in PACKAGES}
     answers = ask([TORCH, *by_package.values(), used_question], timeout_s=options.patience_s)
     torch, used = answers[TORCH], answers[used_question]
+    folders = (_SHARED_MEMORY, str(options.output_root.absolute()))
+    room_of = {folder: f"{ROOM} {folder}" for folder in folders}
+    rooms = ask(list(room_of.values()), timeout_s=options.driver_patience_s)
     packages = find_packages()
     has = {
         **{name: _of_package(answers[question]) for name, question in by_package.items()},
@@ -133,10 +137,7 @@ def examine(options: Doctor) -> Report:
         cpu=read_cpu(),
         kernels="" if torch.value is None else torch.value["processor"],
         gpus=gpus or _gpus_of(torch),
-        free_bytes={
-            str(folder): free_bytes(folder)
-            for folder in (options.output_root.resolve(), _SHARED_MEMORY)
-        },
+        free_bytes={folder: rooms[question].value for folder, question in room_of.items()},
         packages=packages,
         pieces={
             name: Found(
@@ -167,8 +168,13 @@ def _of_torch(answer: Answer, why_no_gpu: str) -> dict[str, tuple[bool, str]]:
     torch = answer.value
     names = [gpu["name"] for gpu in torch["gpus"]]
     built = f"torch is built for CUDA {torch['built_for']}" if torch["built_for"] else ""
-    why = f"{why_no_gpu or 'torch sees none'}; {built or 'torch is built without CUDA'}"
-    found = {"gpu": (bool(names), ", ".join(sorted(set(names))) if names else why)}
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    unseen = "torch sees none" + (
+        f" with CUDA_VISIBLE_DEVICES={hidden}" if hidden is not None else ""
+    )
+    why = f"{why_no_gpu or unseen}; {built or 'torch is built without CUDA'}"
+    counted = ", ".join(f"{number} x {name}" for name, number in Counter(names).items())
+    found = {"gpu": (bool(names), counted or why)}
     for name in LIBRARIES:
         found[name] = (bool(torch[name]), torch[name] or ("no GPU" if not names else "not there"))
     return found
@@ -214,5 +220,5 @@ def missing_of(report: Report, required: Sequence[str]) -> list[str]:
 
 
 def as_json(report: Report) -> str:
-    """Return a report as JSON text without secrets."""
-    return json.dumps(scrubbed(asdict(report)), indent=1) + "\n"
+    """Return a report as JSON text; `examine` has left out secrets."""
+    return json.dumps(asdict(report), indent=1) + "\n"

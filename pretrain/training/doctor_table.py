@@ -43,7 +43,7 @@ def _machine(report: Report) -> list[tuple[str, ...]]:
         ("memory", f"{cpu.memory_bytes / _GIB:.1f} GiB"),
     ]
     rows += [
-        (f"free in {name}", f"{num_bytes / _GIB:.1f} GiB")
+        (f"free in {name}", "no answer" if num_bytes is None else f"{num_bytes / _GIB:.1f} GiB")
         for name, num_bytes in report.free_bytes.items()
     ]
     rows += [

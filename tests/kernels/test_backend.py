@@ -1,9 +1,11 @@
 """What is taken for Transformer Engine and for NVIDIA's apex: against packages laid on the path."""
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -147,3 +149,24 @@ def test_a_package_that_kills_its_importer_is_named_and_the_others_are_asked(
     deep_ep, apex = ask(questions, timeout_s=60).values()
     assert deep_ep.why_none == "describe_package deepep: was killed by signal 6"
     assert apex.value == {"version": "", "why_not": "not installed"}
+
+
+def test_torch_with_gpus_is_described_by_names_that_torch_really_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch = importlib.import_module("torch")
+    h200 = SimpleNamespace(name="NVIDIA H200", total_memory=2**37)
+    for place, value in {  # setattr refuses a name that is not there
+        "cuda.device_count": lambda: 2,
+        "cuda.get_device_properties": lambda device: h200,
+        "cuda.nccl.version": lambda: (2, 28, 3),
+        "distributed.is_nccl_available": lambda: True,
+        "backends.cudnn.version": lambda: 91002,
+        "version.cuda": "13.0",
+    }.items():
+        *owners, name = place.split(".")
+        monkeypatch.setattr(functools.reduce(getattr, owners, torch), name, value)
+    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    told = backend.describe_torch()
+    assert told["gpus"] == [{"name": "NVIDIA H200", "memory_bytes": 2**37}] * 2
+    assert [told[key] for key in ("cuda", "nccl", "cudnn")] == ["13.0", "2.28.3", "91002"]

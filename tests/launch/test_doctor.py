@@ -74,12 +74,13 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Answer]:
             }
         ),
         module.USED: Answer(value=USED_ON_A_GPU),
+        module.ROOM: Answer(value=2**40),
     }
     for name in PACKAGES:
         given[f"{module.PACKAGE} {name}"] = Answer(value={"version": "9.9", "why_not": ""})
 
     def ask(questions: Sequence[str], *, timeout_s: float) -> dict[str, Answer]:
-        keys = [question.partition(" {")[0] for question in questions]
+        keys = [question.partition(" {")[0].partition(" /")[0] for question in questions]
         return {question: given[key] for question, key in zip(questions, keys, strict=True)}
 
     monkeypatch.setattr(module, "ask", ask)
@@ -100,6 +101,10 @@ def test_it_tells_of_this_machine_in_words_and_in_json(doctor: Command, tmp_path
     for package in told["packages"]:
         assert {key: type(value) for key, value in package.items()} == PACKAGE
     assert told["used"]["attention core"] in out
+    free = {str(tmp_path / "runs"): tmp_path, "/dev/shm": Path("/dev/shm")}
+    assert told["free_bytes"] == {
+        name: pytest.approx(shutil.disk_usage(place).free, rel=0.1) for name, place in free.items()
+    }
     assert told["pieces"]["gpu"]["detail"] in out
     missing = {name for name, piece in told["pieces"].items() if not piece["is_there"]}
     assert {"transformer_engine", "fp8"} <= missing or told["gpus"]
@@ -115,6 +120,7 @@ def test_what_is_required_and_there_ends_with_0(
     code, out, err = doctor("require=[gpu,fp8,nccl,transformer_engine,train]")
     assert (code, err) == (0, "")
     assert "NVIDIA H200, 128.0 GiB" in out
+    assert "gpu                 2 x NVIDIA H200" in out
 
 
 def test_what_is_required_and_missing_ends_with_1_and_is_named(
@@ -146,6 +152,17 @@ def test_a_wrong_configuration_ends_with_2_and_names_the_key(
     code, _, err = doctor(*words)
     assert code == 2
     assert all(word in err for word in named), err
+
+
+def test_a_file_system_that_does_not_answer_is_told_and_nothing_waits_for_it(
+    doctor: Command, answers: dict[str, Answer], tmp_path: Path
+) -> None:
+    answers[module.ROOM] = Answer(why_none="free_bytes /dev/shm: did not answer in 10 s")
+    path = tmp_path / "doctor.json"
+    code, out, _ = doctor(f"output={path}")
+    assert code == 0
+    assert out.count("no answer") == 2
+    assert set(json.loads(path.read_text(encoding="utf-8"))["free_bytes"].values()) == {None}
 
 
 def test_a_driver_that_hangs_is_named_and_the_rest_is_told(

@@ -112,5 +112,5 @@ def test_of_compilers_one_is_enough_and_of_slurm_all_are_needed(path: Path) -> N
 
 
 def test_a_folder_that_is_not_made_yet_has_the_room_of_its_disk(tmp_path: Path) -> None:
-    free = free_bytes(tmp_path / "a" / "b")
+    free = free_bytes(str(tmp_path / "a" / "b"))
     assert free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
