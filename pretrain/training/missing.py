@@ -41,7 +41,7 @@ def step_cost(record: Path = _ROOT / _STEP) -> tuple[str, str]:
     ours = next(row for row in values["rows"] if row["name"] == "ours")
     speed = 1e3 * ours["step_tokens"] / ours["min_ms"]
     return (
-        f"A.X K1 itself; a model of {ours['num_parameters'] / 1e6:.0f}M parameters takes"
+        f"no model of A.X K1's size; one of {ours['num_parameters'] / 1e6:.0f}M parameters trains at"
         f" {speed:,.0f} tokens/s on {values['cpu']}, {ours['dtype']}",
         f"{_STEP}, commit {values['commit']}",
     )
@@ -106,7 +106,7 @@ def pieces() -> Mapping[str, Piece]:
             source=NOT_MEASURED,
         ),
         "triton": Piece(
-            does=f"{num_triton} files of fused kernels (kernels/*_triton.py)",
+            does=f"fused kernels: {num_triton} files kernels/*_triton.py",
             cost=f"their plain twins instead; {NOT_MEASURED}" if num_triton else "nothing",
             source="kernels/",
         ),

@@ -165,6 +165,21 @@ def test_a_file_system_that_does_not_answer_is_told_and_nothing_waits_for_it(
     assert set(json.loads(path.read_text(encoding="utf-8"))["free_bytes"].values()) == {None}
 
 
+def test_a_package_that_hangs_leaves_torch_and_training_told(
+    doctor: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def ask(questions: Sequence[str], *, timeout_s: float) -> dict[str, Answer]:
+        asked.extend(questions)
+        return dict.fromkeys(questions, Answer(why_none="not asked"))
+
+    monkeypatch.setattr(module, "ask", ask)
+    assert doctor()[0] == 0
+    order = [question.partition(" ")[0] for question in asked]
+    assert order.index(module.TORCH) < order.index(module.USED) < order.index(module.PACKAGE)
+
+
 def test_a_driver_that_hangs_is_named_and_the_rest_is_told(
     doctor: Command,
     answers: dict[str, Answer],
@@ -257,5 +272,5 @@ def test_the_speed_without_a_gpu_is_that_of_the_file_of_figures(tmp_path: Path) 
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(record))
     cost, source = step_cost(path)
-    assert "20M parameters takes 4,096 tokens/s on Z80 x 1, float32" in cost
+    assert "20M parameters trains at 4,096 tokens/s on Z80 x 1, float32" in cost
     assert source.endswith("commit abc")
