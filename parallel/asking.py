@@ -25,6 +25,7 @@ from typing import Any
 from parallel.spawn import find_function, prepare_environment
 
 ROOT = Path(__file__).resolve().parents[1]
+_MOST_HANGS = 2
 _LAST_WAIT_S = 1.0
 """For a process that was killed; one that waits for a driver may never end."""
 
@@ -95,8 +96,8 @@ def _ended(code: int) -> str:
 def ask(questions: Sequence[str], *, timeout_s: float) -> dict[str, Answer]:
     """Return the answer to each question, from a process of its own.
 
-    A question that kills the process is left out and the others are asked again; after one that
-    hangs nothing more is asked, because what it waited for is likely to be asked for again.
+    A question that kills the process or hangs is left out and the others are asked again. After the
+    second that hangs nothing more is asked: what both waited for, the others may wait for as well.
 
     Args:
         questions: `module:function`, or that, a space, and the one text that it takes; each returns
@@ -104,6 +105,7 @@ def ask(questions: Sequence[str], *, timeout_s: float) -> dict[str, Answer]:
         timeout_s: seconds for one process, > 0.
     """
     answers: dict[str, Answer] = {}
+    num_hangs = 0
     while left := [question for question in questions if question not in answers]:
         begun, found, ended = _ask_once(left, timeout_s=timeout_s)
         answers.update(found)
@@ -111,10 +113,10 @@ def ask(questions: Sequence[str], *, timeout_s: float) -> dict[str, Answer]:
         if not left:
             break
         culprit = left[0]
-        is_hang = "did not answer" in ended
+        num_hangs += "did not answer" in ended
         name = culprit.partition(":")[2].partition("{")[0].strip() if begun else "the interpreter"
         answers[culprit] = Answer(why_none=f"{name}: {ended}")
-        if is_hang or not begun:
+        if num_hangs == _MOST_HANGS or not begun:
             reason = f"not asked, after {answers[culprit].why_none}"
             answers.update({question: Answer(why_none=reason) for question in left[1:]})
     return answers

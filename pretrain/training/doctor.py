@@ -116,7 +116,7 @@ def examine(options: Doctor) -> Report:
     gpus, why_no_gpu = read_gpus(timeout_s=options.driver_patience_s)
     used_question = f"{USED} {json.dumps(asdict(options.model))}"
     by_package = {name: f"{PACKAGE} {name}" for name in PACKAGES}
-    # packages last: after one that hangs nothing more is asked
+    # packages last: after two that hang nothing more is asked
     questions = [TORCH, used_question, *by_package.values()]
     answers = ask(questions, timeout_s=options.patience_s)
     torch, used = answers[TORCH], answers[used_question]

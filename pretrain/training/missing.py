@@ -41,8 +41,8 @@ def step_cost(record: Path = _ROOT / _STEP) -> tuple[str, str]:
     ours = next(row for row in values["rows"] if row["name"] == "ours")
     speed = 1e3 * ours["step_tokens"] / ours["min_ms"]
     return (
-        f"no model of A.X K1's size; one of {ours['num_parameters'] / 1e6:.0f}M parameters trains at"
-        f" {speed:,.0f} tokens/s on {values['cpu']}, {ours['dtype']}",
+        f"no model of A.X K1's size; one of {ours['num_parameters'] / 1e6:.0f}M parameters trains"
+        f" at {speed:,.0f} tokens/s on {values['cpu']}, {ours['dtype']}",
         f"{_STEP}, commit {values['commit']}",
     )
 
