@@ -113,7 +113,7 @@ def pieces() -> Mapping[str, Piece]:
         "liger": Piece(
             does="no run; kernels to compare with",
             cost="nothing",
-            source="no file of ours imports it",
+            source="nothing that a run imports",
         ),
         "c++_compiler": Piece(
             does="installing the extra gpu",
