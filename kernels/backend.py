@@ -4,12 +4,32 @@ The only file that probes, and it imports what it probes for only when asked, so
 can be read without torch. NVIDIA's apex is detected, never listed as a dependency: the package
 named `apex` on PyPI is another project. The bare transformer-engine wheel raises RuntimeError, not
 ImportError, when imported.
+
+`has_*` are for code that decides. `why_no_*` say why it was decided so, and `describe_*` tell a
+person (launch/doctor.py, which asks them in a process of its own: an extension built for another
+CUDA may kill the process that imports it).
 """
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 from types import ModuleType
+from typing import Any
+
+_NOT_INSTALLED = "not installed"
+PACKAGES = {
+    "transformer_engine": ("transformer-engine", "transformer_engine"),
+    "apex": ("apex", "apex"),
+    "deepep": ("deep_ep", "deep_ep"),
+    "hybridep": ("deep_ep", "deep_ep"),
+    "flash_attention": ("flash-attn", "flash_attn"),
+    "triton": ("triton", "triton"),
+    "liger": ("liger-kernel", "liger_kernel"),
+}
+"""Packages of kernels by what we call them: names of the distribution and of the module."""
+LIBRARIES = (NCCL, CUDNN) = ("nccl", "cudnn")
+"""Libraries that come with torch, as `describe_torch` names them."""
 
 
 @functools.cache
@@ -27,13 +47,20 @@ def has_transformer_engine() -> bool:
 
     Source: docs/decisions/0004-dependencies.md.
     """
-    if importlib.util.find_spec("transformer_engine") is None or not has_cuda():
-        return False
+    return not why_no_transformer_engine()
+
+
+def why_no_transformer_engine() -> str:
+    """Return why Transformer Engine cannot be used here; empty if it can."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return _NOT_INSTALLED
+    if not has_cuda():
+        return "torch sees no CUDA device"
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, RuntimeError, OSError):
-        return False
-    return True
+    except (ImportError, RuntimeError, OSError) as error:
+        return _first_line(error)
+    return ""
 
 
 @functools.cache
@@ -65,24 +92,110 @@ def triton_side(kernel: str) -> ModuleType:
 @functools.cache
 def has_nvidia_apex() -> bool:
     """Return whether NVIDIA's apex is installed; PyPI's `apex` has no `optimizers`."""
-    return (
-        importlib.util.find_spec("apex") is not None
-        and importlib.util.find_spec("apex.optimizers") is not None
-    )
+    return not why_no_nvidia_apex()
+
+
+def why_no_nvidia_apex() -> str:
+    """Return why NVIDIA's apex cannot be used here; empty if it can."""
+    if importlib.util.find_spec("apex") is None:
+        return _NOT_INSTALLED
+    if importlib.util.find_spec("apex.optimizers") is None:
+        return "the `apex` that is installed is another project's, not NVIDIA's"
+    return ""
 
 
 @functools.cache
 def has_deep_ep() -> bool:
     """Return whether DeepEP, the package `deep_ep`, can be imported."""
+    return not why_no_deep_ep()
+
+
+def why_no_deep_ep() -> str:
+    """Return why DeepEP cannot be used here; empty if it can."""
     if importlib.util.find_spec("deep_ep") is None:
-        return False
+        return _NOT_INSTALLED
     try:
-        return hasattr(importlib.import_module("deep_ep"), "Buffer")
-    except (ImportError, OSError):  # built for another CUDA than this machine's
-        return False
+        module = importlib.import_module("deep_ep")
+    except (ImportError, OSError) as error:  # built for another CUDA than this machine's
+        return _first_line(error)
+    return "" if hasattr(module, "Buffer") else "its package has no `Buffer`"
 
 
 @functools.cache
 def has_hybrid_ep() -> bool:
     """Return whether the `deep_ep` found is of the branch hybrid-ep, which alone has HybridEP."""
-    return has_deep_ep() and hasattr(importlib.import_module("deep_ep"), "HybridEPBuffer")
+    return not why_no_hybrid_ep()
+
+
+def why_no_hybrid_ep() -> str:
+    """Return why HybridEP cannot be used here; empty if it can."""
+    if why := why_no_deep_ep():
+        return why
+    is_there = hasattr(importlib.import_module("deep_ep"), "HybridEPBuffer")
+    return "" if is_there else "the `deep_ep` that is installed is not of the branch hybrid-ep"
+
+
+# What is decided by a function of its own; of the others, whether they can be imported.
+_WHY_NOT = {
+    "transformer_engine": why_no_transformer_engine,
+    "apex": why_no_nvidia_apex,
+    "deepep": why_no_deep_ep,
+    "hybridep": why_no_hybrid_ep,
+}
+
+
+def describe_package(name: str) -> dict[str, str]:
+    """Return version and reason of one of PACKAGES, as {"version": ..., "why_not": ...}.
+
+    Either is empty: `version` where it is not installed, `why_not` where it can be used.
+
+    Args:
+        name: a key of PACKAGES.
+
+    Raises:
+        KeyError: if there is no such key.
+    """
+    distribution, module = PACKAGES[name]
+    why_not = _WHY_NOT[name]() if name in _WHY_NOT else _why_not_imported(module)
+    try:
+        version = importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    return {"version": version, "why_not": why_not}
+
+
+def _why_not_imported(module: str) -> str:
+    if importlib.util.find_spec(module) is None:
+        return _NOT_INSTALLED
+    try:
+        importlib.import_module(module)
+    except (ImportError, RuntimeError, OSError) as error:
+        return _first_line(error)
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def describe_torch() -> dict[str, Any]:
+    """Return what torch was built for and what it sees, as JSON values.
+
+    `version`; `cuda`, `cudnn`, `nccl`: versions that it can use here, empty where it cannot;
+    `built_for`: the CUDA it was built for, empty for none; `gpus`: name and memory in bytes of each
+    device; `processor`: the instruction sets that its kernels choose.
+    """
+    torch: Any = importlib.import_module("torch")
+    is_there = has_cuda()
+    with_nccl = is_there and torch.distributed.is_nccl_available()
+    devices = range(torch.cuda.device_count() if is_there else 0)
+    properties = [torch.cuda.get_device_properties(device) for device in devices]
+    return {
+        "version": str(torch.__version__),
+        "built_for": torch.version.cuda or "",
+        "cuda": torch.version.cuda if is_there else "",
+        "cudnn": str(torch.backends.cudnn.version() or "") if is_there else "",
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if with_nccl else "",
+        "gpus": [{"name": one.name, "memory_bytes": one.total_memory} for one in properties],
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }

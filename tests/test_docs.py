@@ -39,8 +39,8 @@ def overrides_of(words: list[str], launch_file: str) -> list[str]:
     words = words[words.index(launch_file) + 1 :]
     if words[:1] == ["--cfg"]:
         words = words[2:]
-    # a sweep's first value stands for all
-    return [word.split(",")[0] if "," in word and "'" not in word and '"' not in word else word
+    # a sweep's first value stands for all; a list is no sweep
+    return [word.split(",")[0] if "," in word and not set("'\"[") & set(word) else word
             for word in words if word not in HYDRA_FLAGS]  # fmt: skip
 
 

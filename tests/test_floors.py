@@ -63,6 +63,7 @@ OWNERS = {
     "wandb_workspaces": "pretrain/monitor/workspace.py",
     "matplotlib": "pretrain/monitor/plots.py",
     "transformers": "pretrain/serving/transformers_model.py",
+    "packaging": "pretrain/training/requirements.py",  # comes with megatron-core; reads `>=2.1,<3`
     "psutil": "pretrain/serving/check_hub.py",
     "hydra": "launch/*",
     "yaml": "launch/hydra_limits.py",  # comes with omegaconf; for its errors

@@ -26,6 +26,8 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         """Prepare to copy from `device`; memory is taken with the first copy."""
         self._device = device
+        self.is_pinned = device.type != "cpu"
+        """Whether the memory is locked, so that a device copies into it by itself."""
         self._memory: Tensor | None = None
         self._pieces: list[tuple[Piece, int, int]] = []
 
@@ -63,8 +65,7 @@ class Staging:
         if self._memory is None or self._memory.numel() < num_bytes:
             self._memory = None  # given back before more is asked for
             try:
-                pinned = self._device.type != "cpu"
-                memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+                memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.is_pinned)
             except (RuntimeError, MemoryError) as error:  # torch has no class of its own for it
                 raise MemoryError(f"no {num_bytes / 1e9:.2f} GB for a copy of the state") from error
             self._memory = memory.zero_()  # touched

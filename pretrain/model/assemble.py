@@ -107,14 +107,9 @@ def build_chunk(
     Reads the current process groups, so they must be started.
     """
     put_right_megatron()
-    decoder: Any = get_gpt_decoder_block_spec(
-        config, device.uses_transformer_engine, normalization="RMSNorm", vp_stage=stage.vp_stage
-    )
-    norm = _norm(decoder.layer_norm, device)
+    decoder = decoder_spec(spec, config=config, device=device, vp_stage=stage.vp_stage)
+    norm = decoder.layer_norm
     exchange = _exchange_modules(spec, norm, device)
-    decoder = replace(
-        decoder, layer_specs=[exchange(layer) for layer in decoder.layer_specs], layer_norm=norm
-    )
     model = (
         partial(ChunkedLossModel, loss_chunk_tokens=loss_chunk_tokens)
         if loss_chunk_tokens
@@ -131,6 +126,37 @@ def build_chunk(
         share_embeddings_and_output_weights=False,
         mtp_block_spec=_mtp_spec(config, exchange, norm, device, stage.vp_stage),
         vp_stage=stage.vp_stage,
+    )
+
+
+def decoder_spec(
+    spec: ModelSpec,
+    *,
+    config: MLATransformerConfig,
+    device: Device,
+    vp_stage: int | None = None,
+    stage: int | None = None,
+) -> Any:
+    """Return megatron's spec of a stage's decoder: which class each part of a layer is.
+
+    Args:
+        spec: the model's sizes.
+        config: megatron's config of it (transformer_config.py).
+        device: decides between Transformer Engine's modules and local ones.
+        vp_stage: index of the chunk on its rank with virtual pipeline, else None.
+        stage: which pipeline rank; None asks the current process groups.
+    """
+    decoder: Any = get_gpt_decoder_block_spec(
+        config,
+        device.uses_transformer_engine,
+        normalization="RMSNorm",
+        vp_stage=vp_stage,
+        pp_rank=stage,
+    )
+    norm = _norm(decoder.layer_norm, device)
+    exchange = _exchange_modules(spec, norm, device)
+    return replace(
+        decoder, layer_specs=[exchange(layer) for layer in decoder.layer_specs], layer_norm=norm
     )
 
 

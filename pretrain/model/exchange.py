@@ -18,6 +18,11 @@ PACKAGES = {
     "hybridep": (has_hybrid_ep, "HybridEP, the branch hybrid-ep of github.com/deepseek-ai/DeepEP"),
 }
 """By dispatcher: whether its package is here, and what it is called."""
+COST_OF_ALLTOALL = (
+    "a token crosses the network once for each of its experts on another node instead of once for"
+    " each node"
+)
+"""What a run pays that has alltoall instead of deepep or hybridep."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +139,5 @@ def check_exchange_available(exchange: Exchange) -> None:
         raise ValueError(
             f"exchange.dispatcher={exchange.dispatcher} given, but this machine has no {missing};"
             " alltoall and allgather are allowed here: set exchange.dispatcher=alltoall. What it"
-            " costs: a token crosses the network once for each of its experts on another node"
-            " instead of once for each node. It is never replaced silently."
+            f" costs: {COST_OF_ALLTOALL}. It is never replaced silently."
         )

@@ -68,11 +68,8 @@ class Experts(SequentialMLP):
         Returns:
             `[T, D]`, and None for megatron's bias.
         """
-        if tokens_TD.dtype != torch.float32:
-            _log_once(f"experts are called one by one: {tokens_TD.dtype} given")
-            return super().forward(tokens_TD, tokens_per_expert, weight_T)
-        if _is_hooked(self.local_experts[0]):
-            _log_once("experts are called one by one: their weights arrive while computing")
+        if why := why_one_by_one(tokens_TD.dtype, is_hooked=_is_hooked(self.local_experts[0])):
+            _log_once(f"experts are called one by one: {why}")
             return super().forward(tokens_TD, tokens_per_expert, weight_T)
         output_TD = expert_ffn(
             tokens_TD,
@@ -82,6 +79,13 @@ class Experts(SequentialMLP):
             fc2=[expert.get_parameter("linear_fc2.weight") for expert in self.local_experts],
         )
         return output_TD, None
+
+
+def why_one_by_one(dtype: torch.dtype, *, is_hooked: bool = False) -> str:
+    """Return why experts of `dtype` are called one by one; empty: they are written out."""
+    if dtype != torch.float32:
+        return f"{dtype} given"
+    return "their weights arrive while computing" if is_hooked else ""
 
 
 def _is_hooked(expert: torch.nn.Module) -> bool:

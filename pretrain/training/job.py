@@ -40,6 +40,7 @@ from pretrain.training.start import move_aside, starts_again
 from pretrain.training.stop_request import StopRequest, remove_request, working_time_s
 from pretrain.training.tiers import Begin, check_local, find_begin
 from pretrain.training.trainer import Trainer
+from pretrain.training.used import machine_line
 from pretrain.training.watching import RunWatch, watching
 
 log = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ def _train(
     progress: Progress,
     watch: RunWatch,
 ) -> tuple[int, str]:
+    say(machine_line(device))
     begin = _claim(run, progress)
     attempt, found = progress.attempt, begin.found
     assert attempt is not None, "it was claimed"

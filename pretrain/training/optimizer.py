@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -70,7 +70,7 @@ def make_optimizer(chunks: Sequence[Any], *, adamw: AdamW, precision: Precision)
 
     Collective: every rank calls it.
     """
-    config = OptimizerConfig(
+    config = megatron_optimizer.OptimizerConfig(
         optimizer="adam",
         lr=adamw.lr,
         weight_decay=adamw.weight_decay,
@@ -83,9 +83,16 @@ def make_optimizer(chunks: Sequence[Any], *, adamw: AdamW, precision: Precision)
         use_distributed_optimizer=True,
         overlap_param_gather=adamw.overlap,
     )
-    optimizer = get_megatron_optimizer(config, list(chunks))
+    optimizer = megatron_optimizer.get_megatron_optimizer(config, list(chunks))
     set_coefficients(optimizer, adamw)
     return optimizer
+
+
+def adam_class() -> type:
+    """Return the AdamW that `make_optimizer` takes on this machine; after device.prepare()."""
+    # the name that megatron's get_megatron_optimizer looks up: Transformer Engine's, else apex's,
+    # else what parallel/device.py put there
+    return megatron_optimizer.Adam
 
 
 def set_coefficients(optimizer: Any, adamw: AdamW) -> None:

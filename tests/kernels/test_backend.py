@@ -1,16 +1,26 @@
 """What is taken for Transformer Engine and for NVIDIA's apex: against packages laid on the path."""
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kernels import backend
+from parallel.asking import ask
 
 LayPackage = Callable[[dict[str, str]], None]
-PROBES = (backend.has_cuda, backend.has_transformer_engine, backend.has_nvidia_apex)
+PROBES = (
+    backend.has_cuda,
+    backend.has_transformer_engine,
+    backend.has_nvidia_apex,
+    backend.has_deep_ep,
+    backend.has_hybrid_ep,
+)
+MODULES = {module for _, module in backend.PACKAGES.values()} - {"triton"}
 
 
 @pytest.fixture
@@ -29,7 +39,7 @@ def lay_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lay
 
     forget()
     yield lay
-    for module in [m for m in sys.modules if m.split(".")[0] in ("apex", "transformer_engine")]:
+    for module in [m for m in sys.modules if m.split(".")[0] in MODULES]:
         del sys.modules[module]
     forget()
 
@@ -88,3 +98,75 @@ def test_transformer_engine_without_a_device_counts_as_absent(
     )
     monkeypatch.setattr(backend, "has_cuda", lambda: False)
     assert not backend.has_transformer_engine()
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "why_not"),
+    [
+        ("apex", {"apex/__init__.py": ""}, "another project's"),
+        ("deepep", {"deep_ep/__init__.py": ""}, "no `Buffer`"),
+        ("deepep", {"deep_ep/__init__.py": "raise OSError('libnvshmem.so: not found')"}, "nvshmem"),
+        ("hybridep", {"deep_ep/__init__.py": "class Buffer: ..."}, "branch hybrid-ep"),
+        ("flash_attention", {"flash_attn/__init__.py": "import flash_attn_2_cuda_missing"}, "_2_"),
+        ("transformer_engine", {"transformer_engine/__init__.py": ""}, "no CUDA device"),
+    ],
+)
+def test_a_package_that_cannot_be_used_says_why(
+    name: str,
+    files: dict[str, str],
+    why_not: str,
+    lay_package: LayPackage,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lay_package(files)
+    monkeypatch.setattr(backend, "has_cuda", lambda: False)
+    assert why_not in backend.describe_package(name)["why_not"]
+
+
+@pytest.mark.parametrize("name", ["deepep", "hybridep", "flash_attention", "liger"])
+def test_a_package_that_can_be_used_has_no_reason(name: str, lay_package: LayPackage) -> None:
+    source = "class Buffer: ...\nclass HybridEPBuffer: ..."
+    lay_package({f"{backend.PACKAGES[name][1]}/__init__.py": source})
+    assert backend.describe_package(name)["why_not"] == ""
+
+
+def test_torch_is_described_as_it_describes_itself() -> None:
+    torch = importlib.import_module("torch")
+    told = backend.describe_torch()
+    assert told["version"] == torch.__version__
+    assert told["built_for"] == (torch.version.cuda or "")
+    assert len(told["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    assert set(backend.LIBRARIES) <= told.keys()
+
+
+def test_a_package_that_kills_its_importer_is_named_and_the_others_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deep_ep").mkdir()
+    (tmp_path / "deep_ep" / "__init__.py").write_text("import os\nos.abort()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    questions = [f"kernels.backend:describe_package {name}" for name in ("deepep", "apex")]
+    deep_ep, apex = ask(questions, timeout_s=60).values()
+    assert deep_ep.why_none == "describe_package deepep: was killed by signal 6"
+    assert apex.value == {"version": "", "why_not": "not installed"}
+
+
+def test_torch_with_gpus_is_described_by_names_that_torch_really_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch = importlib.import_module("torch")
+    h200 = SimpleNamespace(name="NVIDIA H200", total_memory=2**37)
+    for place, value in {  # setattr refuses a name that is not there
+        "cuda.device_count": lambda: 2,
+        "cuda.get_device_properties": lambda device: h200,
+        "cuda.nccl.version": lambda: (2, 28, 3),
+        "distributed.is_nccl_available": lambda: True,
+        "backends.cudnn.version": lambda: 91002,
+        "version.cuda": "13.0",
+    }.items():
+        *owners, name = place.split(".")
+        monkeypatch.setattr(functools.reduce(getattr, owners, torch), name, value)
+    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    told = backend.describe_torch()
+    assert told["gpus"] == [{"name": "NVIDIA H200", "memory_bytes": 2**37}] * 2
+    assert [told[key] for key in ("cuda", "nccl", "cudnn")] == ["13.0", "2.28.3", "91002"]

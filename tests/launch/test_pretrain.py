@@ -198,6 +198,8 @@ def test_a_stopped_run_goes_on_finishes_generates_and_then_does_nothing(
     code, output = finish(launch("pretrain.py", *more))
     assert code == 0, output
     assert f"going on from {folder / 'checkpoints'}" in output
+    assert output.count("this machine: ") == 1  # before it trains, and by one rank alone
+    assert output.index("this machine: ") < output.index("going on from")
     assert "launch/generate.py" in output
     for name in ("config.yaml", "metrics.jsonl", "curves.png", "summary.json"):
         assert (folder / name).stat().st_size > 0, name
@@ -240,6 +242,8 @@ def test_a_run_that_comes_near_its_time_limit_saves_ends_with_75_and_goes_on(
     code, output = finish(launch("pretrain.py", *words, *limited))
     assert code == 75, output
     assert f"going on from {folder / 'checkpoints'}" in output
+    assert output.count("this machine: ") == 1  # before it trains, and by one rank alone
+    assert output.index("this machine: ") < output.index("going on from")
     second = json.loads((folder / "exit.json").read_text(encoding="utf-8"))
     assert second["step"] > first["step"]
 
