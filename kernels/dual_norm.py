@@ -116,12 +116,9 @@ def dual_norm(
         ValueError: if there is no norm at all, or shapes or dtypes disagree; on a GPU also if
             triton is not installed.
     """
-    _check(x, residual, shared, post_weight_D, next_weight_D)
-    h, y = cast(
-        tuple[Tensor, Tensor | None],
-        _DualNorm.apply(x, shared, residual, post_weight_D, next_weight_D, eps),
-    )
-    return h, y
+    check(x, residual, shared, post_weight_D, next_weight_D)
+    words = (x, shared, residual, post_weight_D, next_weight_D, eps)
+    return _DualNorm.apply(*words)  # type: ignore[no-any-return]  apply is untyped
 
 
 def dual_norm_reference(
@@ -271,13 +268,18 @@ def _norm_backward(
     return r_T1 * (wdy_TD - x_TD * (r_T1.square() * mean_T1)), dw_D
 
 
-def _check(
+def check(
     x: Tensor,
     residual: Tensor,
     shared: Tensor | None,
     post_weight_D: Tensor | None,
     next_weight_D: Tensor | None,
 ) -> None:
+    """Refuse what `dual_norm` cannot compute.
+
+    Raises:
+        ValueError: as `dual_norm`.
+    """
     weights = [w for w in (post_weight_D, next_weight_D) if w is not None]
     if not weights:
         raise ValueError(

@@ -1,4 +1,4 @@
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 """The dual norm on a GPU: one kernel forward, one backward (kernels/dual_norm.py says what).
 
 Forward: one program for each token, which holds its whole row. It alone reads and writes that row.
@@ -129,7 +129,7 @@ def columns(size: int) -> dict[str, Any]:
 
 
 @triton.jit
-def _load(row, cols, D: tl.constexpr, LAST: tl.constexpr):
+def load_part(row, cols, D: tl.constexpr, LAST: tl.constexpr):
     """Return columns of a row in fp32; where LAST > D, some are behind its end, and 0."""
     if LAST > D:  # noqa: SIM108 (Triton has no conditional expression of tensors)
         value = tl.load(row + cols, mask=cols < D, other=0.0)
@@ -139,7 +139,8 @@ def _load(row, cols, D: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
-def _store(row, cols, value, D: tl.constexpr, LAST: tl.constexpr):
+def store_part(row, cols, value, D: tl.constexpr, LAST: tl.constexpr):
+    """Store columns of a row, rounded to its dtype; none behind its end."""
     if LAST > D:
         tl.store(row + cols, value.to(row.dtype.element_ty), mask=cols < D)
     else:
@@ -156,51 +157,51 @@ def _forward_kernel(
     if K > 0:
         value = tl.zeros((BLOCK,), tl.float32)
         for k in tl.static_range(K):
-            row = _load(x + tl.load(row_id + token * K + k).to(tl.int64) * D, cols, D, BLOCK)
+            row = load_part(x + tl.load(row_id + token * K + k).to(tl.int64) * D, cols, D, BLOCK)
             if prob is not None:
                 row = row * tl.load(prob + token * K + k)
             value += row
     else:
-        value = _load(x + token * D, cols, D, BLOCK)
+        value = load_part(x + token * D, cols, D, BLOCK)
     if shared is not None:
-        value += _load(shared + token * D, cols, D, BLOCK)
+        value += load_part(shared + token * D, cols, D, BLOCK)
     if K > 0 or shared is not None:  # a sum is rounded to the dtype of the stream, kept or not
         value = value.to(new_h.dtype.element_ty)
         if sum_ is not None:
-            _store(sum_ + token * D, cols, value, D, BLOCK)
+            store_part(sum_ + token * D, cols, value, D, BLOCK)
         value = value.to(tl.float32)
     if post_weight is not None:
         inverse = tl.rsqrt(tl.sum(value * value) / D + eps)
         tl.store(post_inverse + token, inverse)
-        value = value * inverse * _load(post_weight, cols, D, BLOCK)
-    value += _load(h + token * D, cols, D, BLOCK)
+        value = value * inverse * load_part(post_weight, cols, D, BLOCK)
+    value += load_part(h + token * D, cols, D, BLOCK)
     rounded = value.to(new_h.dtype.element_ty)
-    _store(new_h + token * D, cols, rounded, D, BLOCK)
+    store_part(new_h + token * D, cols, rounded, D, BLOCK)
     if next_weight is not None:
         value = rounded.to(tl.float32)
         inverse = tl.rsqrt(tl.sum(value * value) / D + eps)
         tl.store(next_inverse + token, inverse)
-        value = value * inverse * _load(next_weight, cols, D, BLOCK)
-        _store(y + token * D, cols, value, D, BLOCK)
+        value = value * inverse * load_part(next_weight, cols, D, BLOCK)
+        store_part(y + token * D, cols, value, D, BLOCK)
 
 
 @triton.jit
 def _after_next(dh, dy, h, weight, inverse, cols, D: tl.constexpr, LAST: tl.constexpr):
     """Return of a part of a row: dh, w dy, h r, their sum, and the row's share of dw."""
-    hat = _load(h, cols, D, LAST) * inverse
-    dy_row = _load(dy, cols, D, LAST)
-    weighted = dy_row * _load(weight, cols, D, LAST)
+    hat = load_part(h, cols, D, LAST) * inverse
+    dy_row = load_part(dy, cols, D, LAST)
+    weighted = dy_row * load_part(weight, cols, D, LAST)
     g = tl.zeros_like(hat)
     if dh is not None:
-        g = _load(dh, cols, D, LAST)
+        g = load_part(dh, cols, D, LAST)
     return g, weighted, hat, tl.sum(weighted * hat), dy_row * hat
 
 
 @triton.jit
 def _after_post(g, x, weight, inverse, cols, D: tl.constexpr, LAST: tl.constexpr):
     """Return of a part of a row: w g, x r, their sum, and the row's share of dw."""
-    hat = _load(x, cols, D, LAST) * inverse
-    weighted = g * _load(weight, cols, D, LAST)
+    hat = load_part(x, cols, D, LAST) * inverse
+    weighted = g * load_part(weight, cols, D, LAST)
     return weighted, hat, tl.sum(weighted * hat), g * hat
 
 
@@ -253,16 +254,16 @@ def _backward_kernel(
             if B2 > 0:
                 g2 += inverse * (w2 - n2 * mean)
         else:
-            g0 = _load(dh + row, c0, D, 0)
+            g0 = load_part(dh + row, c0, D, 0)
             if B1 > 0:
-                g1 = _load(dh + row, c1, D, 0)
+                g1 = load_part(dh + row, c1, D, 0)
             if B2 > 0:
-                g2 = _load(dh + row, c2, D, LAST)
-        _store(dres + row, c0, g0, D, 0)
+                g2 = load_part(dh + row, c2, D, LAST)
+        store_part(dres + row, c0, g0, D, 0)
         if B1 > 0:
-            _store(dres + row, c1, g1, D, 0)
+            store_part(dres + row, c1, g1, D, 0)
         if B2 > 0:
-            _store(dres + row, c2, g2, D, LAST)
+            store_part(dres + row, c2, g2, D, LAST)
         if post_weight is not None:
             inverse = tl.load(post_inverse + token)
             w0, n0, total, d0 = _after_post(g0, x + row, post_weight, inverse, c0, D, 0)
@@ -276,22 +277,22 @@ def _backward_kernel(
                 post2 += d2
                 total += part
             mean = total / D
-            _store(dx + row, c0, inverse * (w0 - n0 * mean), D, 0)
+            store_part(dx + row, c0, inverse * (w0 - n0 * mean), D, 0)
             if B1 > 0:
-                _store(dx + row, c1, inverse * (w1 - n1 * mean), D, 0)
+                store_part(dx + row, c1, inverse * (w1 - n1 * mean), D, 0)
             if B2 > 0:
-                _store(dx + row, c2, inverse * (w2 - n2 * mean), D, LAST)
+                store_part(dx + row, c2, inverse * (w2 - n2 * mean), D, LAST)
         row += step
     mine = program * D
     if post_weight is not None:
-        _store(dpost + mine, c0, post0, D, 0)
+        store_part(dpost + mine, c0, post0, D, 0)
         if B1 > 0:
-            _store(dpost + mine, c1, post1, D, 0)
+            store_part(dpost + mine, c1, post1, D, 0)
         if B2 > 0:
-            _store(dpost + mine, c2, post2, D, LAST)
+            store_part(dpost + mine, c2, post2, D, LAST)
     if dy is not None:
-        _store(dnext + mine, c0, next0, D, 0)
+        store_part(dnext + mine, c0, next0, D, 0)
         if B1 > 0:
-            _store(dnext + mine, c1, next1, D, 0)
+            store_part(dnext + mine, c1, next1, D, 0)
         if B2 > 0:
-            _store(dnext + mine, c2, next2, D, LAST)
+            store_part(dnext + mine, c2, next2, D, LAST)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from kernels import dual_norm_triton
+from kernels import combine_dual_norm_triton, dual_norm_triton
 from kernels.dual_norm import Forward
 
 NUM_TOKENS = 8192
@@ -36,9 +36,21 @@ def dual_norm(*, shared: bool = True, post: bool = True, next_: bool = True) -> 
     dual_norm_triton.backward(stream(), stream() if next_ else None, saved, weights)
 
 
+def combine(*, prob: bool = True) -> None:
+    """Call the sum over a token's experts with the dual norm, forward and backward."""
+    experts = torch.empty(8 * NUM_TOKENS, HIDDEN_SIZE, dtype=torch.bfloat16, device="meta")
+    row_id = torch.empty(NUM_TOKENS, 8, dtype=torch.int32, device="meta")
+    rows = (experts, row_id, torch.empty(NUM_TOKENS, 8, device="meta") if prob else None)
+    weights = (weight(), weight())
+    combine_dual_norm_triton.combine_forward(rows, stream(), stream(), weights, 1e-6)
+    combine_dual_norm_triton.combine_backward(stream(), rows)
+
+
 SHIPPED: Mapping[str, Callable[[], object]] = {
     "dual_norm": dual_norm,
     "dual_norm, no shared": lambda: dual_norm(shared=False),
     "dual_norm, end of a stage": lambda: dual_norm(next_=False),
     "dual_norm, dense layer": lambda: dual_norm(shared=False, post=False),
+    "combine_dual_norm": combine,
+    "combine_dual_norm, no prob": lambda: combine(prob=False),
 }
