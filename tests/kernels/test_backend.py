@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -170,3 +171,39 @@ def test_torch_with_gpus_is_described_by_names_that_torch_really_has(
     told = backend.describe_torch()
     assert told["gpus"] == [{"name": "NVIDIA H200", "memory_bytes": 2**37}] * 2
     assert [told[key] for key in ("cuda", "nccl", "cudnn")] == ["13.0", "2.28.3", "91002"]
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # importing it raises ImportError
+import importlib
+import subprocess
+from pathlib import Path
+for path in sorted(Path("kernels").glob("*.py")):
+    if not path.stem.endswith("_triton"):
+        importlib.import_module(f"kernels.{path.stem}")
+print("imported", *sorted(name for name in sys.modules if name.endswith("_triton")))
+"""
+
+
+def test_the_plain_side_of_every_kernel_is_imported_without_triton() -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", WITHOUT_TRITON]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.stdout == "imported\n", done.stderr
+
+
+def test_a_kernel_for_a_gpu_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
+    backend.triton_side.cache_clear()
+    with pytest.raises(ValueError, match="triton is not installed"):
+        backend.triton_side("dual_norm")
+
+
+def test_the_triton_side_of_a_kernel_has_what_its_plain_side_asks_for() -> None:
+    backend.triton_side.cache_clear()
+    side = backend.triton_side("dual_norm")
+    assert {"forward", "backward"} <= set(vars(side))
+    assert {"combine_forward", "combine_backward"} <= set(
+        vars(backend.triton_side("combine_dual_norm"))
+    )
