@@ -67,6 +67,7 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
         "layout": "num_ranks tp cp pp vp ep etp",
         "optimizer": "overlap bucket_parameters",
         "recompute": "kind modules method num_layers loss_chunk_tokens",
+        "kernels": "dual_norm",
         "recheck": "max_left_out memory_interval_steps replicas_interval_steps"
         " sample_interval_steps",
         "recovery": "policy max_skips margin_steps max_skipped_batches slow_batches max_rewinds"

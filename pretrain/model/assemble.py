@@ -26,9 +26,10 @@ from parallel.context import put_right_megatron
 from parallel.device import Device
 from parallel.layout import Layout
 from pretrain.model.attention import CoreAttention
-from pretrain.model.dual_norm_layer import DualNormLayer
+from pretrain.model.dual_norm_layer import DualNormLayer, fuse_dual_norms
 from pretrain.model.experts import Experts, mark_expert_parameters
 from pretrain.model.head import ChunkedLossModel
+from pretrain.model.kernels import Kernels
 from pretrain.model.norm import LATENT_NORM_EPS, RMSNorm
 from pretrain.model.router import ScaledAuxLossRouter
 from pretrain.model.spec import ModelSpec
@@ -54,6 +55,7 @@ def build_chunks(
     layout: Layout,
     max_tokens: int,
     loss_chunk_tokens: int = 0,
+    kernels: Kernels | None = None,
 ) -> list[GPTModel]:
     """Return all model chunks of this rank, one or, with virtual pipeline, vp of them.
 
@@ -64,6 +66,7 @@ def build_chunks(
         layout: the one whose process groups are started.
         max_tokens: longest sequence, in tokens.
         loss_chunk_tokens: tokens whose logits exist at once; 0: all (head.py).
+        kernels: which operators run in kernels of ours; None: the defaults.
     """
     chunks = [
         build_chunk(
@@ -82,6 +85,8 @@ def build_chunks(
     ]
     for chunk in chunks:
         mark_expert_parameters(chunk, layout)
+        if kernels is not None and kernels.dual_norm == "fused":
+            fuse_dual_norms(chunk)
     return chunks
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kernels.attention import largest_score
 from pretrain.model.attention import CoreAttention
+from pretrain.model.dual_norm_layer import DualNormLayer
 from pretrain.model.expert_load import layer_of, routers_by_layer
 from pretrain.model.router import ScaledAuxLossRouter, router_scores
 
@@ -95,6 +96,8 @@ class Gauges:
             # Transformer Engine has a dense layer's norm inside its matrix product
             if norm is not None and not isinstance(norm, IdentityOp):
                 norm.register_forward_hook(self._norm_hook(layer, place=place))
+        if isinstance(module, DualNormLayer):
+            module.watch = self._post_norm_watch(layer, module)
         core = getattr(module.self_attention, "core_attention", None)
         if isinstance(core, CoreAttention):
             core.watch = self._attention_watch(layer, core)
@@ -126,6 +129,16 @@ class Gauges:
             if self._counts(module):
                 self._add(layer, place, inputs[0])
                 self._add(layer, place + 1, output)
+
+        return see
+
+    def _post_norm_watch(self, layer: int, module: DualNormLayer) -> Callable[..., None]:
+        """Measure a norm that is no module of its own: kernels/dual_norm.py."""
+
+        def see(output: Tensor, stream: Tensor, new_stream: Tensor) -> None:
+            if self._counts(module):
+                self._add(layer, 3, output)
+                self._add(layer, 4, new_stream.detach() - stream.detach())
 
         return see
 

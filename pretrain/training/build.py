@@ -28,4 +28,5 @@ def build_modules(run: Run, device: Device) -> Sequence[Any]:
         layout=run.layout,
         max_tokens=run.longest_window_tokens,
         loss_chunk_tokens=run.recompute.loss_chunk_tokens,
+        kernels=run.kernels,
     )

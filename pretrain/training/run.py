@@ -24,6 +24,7 @@ from parallel.layout import Layout
 from pretrain.checkpoint.local_place import LocalTier
 from pretrain.model.cuts import check_cuts
 from pretrain.model.exchange import Exchange, check_exchange
+from pretrain.model.kernels import Kernels, check_kernels
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.recompute import Recompute, check_recompute
@@ -276,6 +277,7 @@ class Run:
     telemetry: TelemetryConfig
     exchange: Exchange = field(default_factory=Exchange)
     recompute: Recompute = field(default_factory=Recompute)
+    kernels: Kernels = field(default_factory=Kernels)
     resume: Literal["auto", "never"] = "auto"
     """auto: from the newest whole checkpoint if there is one; never: refuse a folder that has
     one."""
@@ -323,6 +325,7 @@ class Run:
         self.check_segments(self.timetable.segments)
         parts = {"spec": self.model, "layout": self.layout, "precision": self.precision}
         check_recompute(self.recompute, **parts)
+        check_kernels(self.kernels, self.recompute)
         check_exchange(self.exchange, recompute=self.recompute, **parts)
         if self.cluster is not None and self.cluster.num_ranks != self.layout.num_ranks:
             raise ValueError(
