@@ -86,13 +86,12 @@ def test_numbers_of_rows_around_the_number_of_programs() -> None:
 
 
 @pytest.mark.slow
-@DTYPES
-def test_one_to_thirty_three_rows(dtype: torch.dtype) -> None:
+def test_one_to_thirty_three_rows() -> None:
+    combined = plain_combine.combine_dual_norm
     with triton_side():
         for num_tokens in range(1, 34):
-            check(plain.dual_norm, Variant(), num_tokens, 96, dtype=dtype)
-            combined = plain_combine.combine_dual_norm
-            check(combined, Variant(gather=2), num_tokens, 100, dtype=dtype)
+            check(plain.dual_norm, Variant(), num_tokens, 96, dtype=torch.float32)
+            check(combined, Variant(gather=2), num_tokens, 100, dtype=torch.bfloat16)
 
 
 @DTYPES
