@@ -13,7 +13,7 @@ programs does not follow the number of its processors.
 A row of 7,168 is held as 4096 + 2048 + 1024 columns: as 8,192 with a mask, an eighth would be idle,
 and in the backward pass registers would spill (docs/kernels.md).
 
-T tokens, D model, K chosen, R rows of experts, P programs.
+T tokens, in as many dims as the stream has, D model, K chosen, R rows of experts, P programs.
 """
 
 from typing import Any
@@ -68,14 +68,14 @@ def launch_forward(
     post_weight_D, next_weight_D = weights
     x, h_TD = x.contiguous(), h_TD.contiguous()
     shared_TD = None if shared_TD is None else shared_TD.contiguous()
-    num_tokens, size = h_TD.shape
+    num_tokens, size = h_TD[..., 0].numel(), h_TD.shape[-1]
     row_id_TK, prob_TK = (None, None) if rows is None else rows
     post, next_ = post_weight_D is not None, next_weight_D is not None
     is_sum = shared_TD is not None or rows is not None
     sum_TD = torch.empty_like(h_TD) if post and is_sum else None
     new_h_TD = torch.empty_like(h_TD)
     y_TD = torch.empty_like(h_TD) if next_ else None
-    inverses = [h_TD.new_empty(num_tokens, dtype=torch.float32) if has else None
+    inverses = [h_TD.new_empty(h_TD.shape[:-1], dtype=torch.float32) if has else None
                 for has in (post, next_)]  # fmt: skip
     constants: dict[str, Any] = {
         "D": size,
@@ -99,7 +99,7 @@ def _fp8_memory(h_TD: Tensor, fp8: Fp8Output | None) -> tuple[Tensor | None, ...
     """Return where a launch writes y in FP8: bytes, scales, their reciprocals, an amax per row."""
     if fp8 is None:
         return None, None, None, None
-    num_tokens, size = h_TD.shape
+    num_tokens, size = h_TD[..., 0].numel(), h_TD.shape[-1]
     data_TD = h_TD.new_empty(num_tokens, size, dtype=E4M3)
     if fp8.scale is not None:
         return data_TD, fp8.scale, None, h_TD.new_empty(num_tokens, dtype=torch.float32)
@@ -126,7 +126,7 @@ def backward(
 ) -> Gradients:
     """Return the gradients; see `Side` in kernels/dual_norm.py."""
     post_weight_D, next_weight_D = weights
-    num_tokens, size = saved.h.shape
+    num_tokens, size = saved.h[..., 0].numel(), saved.h.shape[-1]
     dh_TD = None if dh_TD is None else dh_TD.contiguous()
     dy_TD = None if dy_TD is None else dy_TD.contiguous()
     num_programs = min(num_tokens, NUM_PROGRAMS)
