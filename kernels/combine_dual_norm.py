@@ -219,6 +219,10 @@ _PLAIN = _Plain()
 
 
 def _check(x: Tensor, residual: Tensor, row_id: Tensor, prob: Tensor | None) -> None:
+    if residual.dim() != 2:
+        raise ValueError(
+            f"residual of {tuple(residual.shape)} given, [T, D] is allowed: flatten the stream"
+        )
     num_tokens, size = residual.shape
     if x.dtype != residual.dtype or x.dim() != 2 or x.shape[1] != size:
         raise ValueError(

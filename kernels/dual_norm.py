@@ -17,7 +17,7 @@ The device decides how: tensors on a CPU take the plain side below, with the gra
 on a GPU kernels/dual_norm_triton.py, or an error if there is no triton. `dual_norm_reference` is
 the definition, differentiated by autograd.
 
-T tokens, D model.
+T tokens, in as many dims as the stream has; D model.
 
 Source: report section 2 (dual normalization); transformers 5.23 AXK1DecoderLayer; Zhang and
 Sennrich, arXiv 1910.07467, equation 4.
@@ -221,17 +221,14 @@ class _DualNorm(torch.autograd.Function):
         fp8: Fp8Output | None,
         eps: float,
     ) -> tuple[Tensor | None, ...]:
-        size = x.shape[-1]
         weights = (post_weight_D, next_weight_D)
-        shared_TD = None if shared is None else shared.reshape(-1, size)
-        streams = (x.reshape(-1, size), shared_TD, residual.reshape(-1, size))
-        made = side_of(x).forward(*streams, weights, fp8, eps)
+        made = side_of(x).forward(x, shared, residual, weights, fp8, eps)
         ctx.set_materialize_grads(False)
-        ctx.has_shared, ctx.shape = shared is not None, x.shape
+        ctx.has_shared = shared is not None
         ctx.save_for_backward(made.x, made.h, made.post_inverse, made.next_inverse, *weights)
         _, _, *rest = flat(made)
         ctx.mark_non_differentiable(*(tensor for tensor in rest if tensor is not None))
-        return made.h.view_as(x), None if made.y is None else made.y.view_as(x), *rest
+        return made.h, made.y, *rest  # no views: megatron frees a stage's output, and asserts that
 
     @staticmethod
     @once_differentiable  # an untyped decorator, hence the silenced rule
@@ -240,15 +237,14 @@ class _DualNorm(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x_TD, h_TD, post_inverse_T, next_inverse_T, *weights = ctx.saved_tensors
         saved = Forward(x_TD, h_TD, None, post_inverse_T, next_inverse_T)
-        dh_TD, dy_TD = (None if g is None else g.reshape(h_TD.shape) for g in grad_outputs[:2])
+        dh_TD, dy_TD = grad_outputs[:2]
         gradients = side_of(h_TD).backward(dh_TD, dy_TD, saved, (weights[0], weights[1]))
-        dx, dh = (gradient.view(ctx.shape) for gradient in gradients[:2])
         dpost, dnext = (
             None if gradient is None else gradient.to(weight.dtype)
             for gradient, weight in zip(gradients[2:], weights, strict=True)
         )
-        dshared = dx if ctx.has_shared else None
-        return dx, dshared, dh, dpost, dnext, None, None
+        dshared = gradients.x if ctx.has_shared else None
+        return gradients.x, dshared, gradients.h, dpost, dnext, None, None
 
 
 class _Plain:
@@ -269,15 +265,15 @@ class _Plain:
         z_TD, saved_TD, post_inverse_T = x_TD.float(), None, None
         if post_weight_D is not None:
             saved_TD, post_inverse_T = x_TD, _inverse(z_TD, eps)
-            z_TD = z_TD * post_inverse_T[:, None] * post_weight_D.float()
+            z_TD = z_TD * post_inverse_T[..., None] * post_weight_D.float()
         new_h_TD = (h_TD.float() + z_TD).to(x_TD.dtype)
         if next_weight_D is None:
             return Forward(saved_TD, new_h_TD, None, post_inverse_T, None)
         h_f32 = new_h_TD.float()
         next_inverse_T = _inverse(h_f32, eps)
-        y_TD = (h_f32 * next_inverse_T[:, None] * next_weight_D.float()).to(x_TD.dtype)
+        y_TD = (h_f32 * next_inverse_T[..., None] * next_weight_D.float()).to(x_TD.dtype)
         made = Forward(saved_TD, new_h_TD, y_TD, post_inverse_T, next_inverse_T)
-        return made if fp8 is None else made._replace(**_in_fp8(y_TD, fp8))
+        return made if fp8 is None else made._replace(**_in_fp8(y_TD.flatten(0, -2), fp8))
 
     def backward(
         self,
@@ -333,8 +329,8 @@ def _norm_backward(
     dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, inverse_T: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return dx and dw of y = x r w: dx = r (w dy - x r^2 mean(w dy x)), dw = sum of dy x r."""
-    r_T1 = inverse_T[:, None]
-    dw_D = (dy_TD * x_TD * r_T1).sum(0)
+    r_T1 = inverse_T[..., None]
+    dw_D = (dy_TD * x_TD * r_T1).flatten(0, -2).sum(0)
     wdy_TD = dy_TD * weight_D
     mean_T1 = (wdy_TD * x_TD).mean(-1, keepdim=True)
     return r_T1 * (wdy_TD - x_TD * (r_T1.square() * mean_T1)), dw_D

@@ -1,4 +1,4 @@
-# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 """The dual norm on a GPU: one kernel forward, one backward (kernels/dual_norm.py says what).
 
 Forward: one program for each token, which holds its whole row. It alone reads and writes that row.
@@ -13,7 +13,7 @@ programs does not follow the number of its processors.
 A row of 7,168 is held as 4096 + 2048 + 1024 columns: as 8,192 with a mask, an eighth would be idle,
 and in the backward pass registers would spill (docs/kernels.md).
 
-T tokens, D model, K chosen, R rows of experts, P programs.
+T tokens, in as many dims as the stream has, D model, K chosen, R rows of experts, P programs.
 """
 
 from typing import Any
@@ -68,14 +68,14 @@ def launch_forward(
     post_weight_D, next_weight_D = weights
     x, h_TD = x.contiguous(), h_TD.contiguous()
     shared_TD = None if shared_TD is None else shared_TD.contiguous()
-    num_tokens, size = h_TD.shape
+    num_tokens, size = h_TD[..., 0].numel(), h_TD.shape[-1]
     row_id_TK, prob_TK = (None, None) if rows is None else rows
     post, next_ = post_weight_D is not None, next_weight_D is not None
     is_sum = shared_TD is not None or rows is not None
     sum_TD = torch.empty_like(h_TD) if post and is_sum else None
     new_h_TD = torch.empty_like(h_TD)
     y_TD = torch.empty_like(h_TD) if next_ else None
-    inverses = [h_TD.new_empty(num_tokens, dtype=torch.float32) if has else None
+    inverses = [h_TD.new_empty(h_TD.shape[:-1], dtype=torch.float32) if has else None
                 for has in (post, next_)]  # fmt: skip
     constants: dict[str, Any] = {
         "D": size,
@@ -84,44 +84,38 @@ def launch_forward(
         "POWERS": fp8 is not None and fp8.power_of_two_scales,
         "LARGEST": torch.finfo(h_TD.dtype).max,
     }
-    made_fp8 = _Fp8Memory(h_TD, fp8)
+    memory = _fp8_memory(h_TD, fp8)
     if num_tokens:
         _forward_kernel[(num_tokens,)](
             x, row_id_TK, prob_TK, shared_TD, h_TD, post_weight_D, next_weight_D, sum_TD, new_h_TD,
-            y_TD, *inverses, *made_fp8.arguments(), eps, **constants, num_warps=FORWARD_WARPS,
+            y_TD, *inverses, *memory, eps, **constants, num_warps=FORWARD_WARPS,
             **OPTIONS,
         )  # fmt: skip
     saved_TD = (sum_TD if is_sum else x) if post else None
-    return Forward(saved_TD, new_h_TD, y_TD, *inverses, *made_fp8.results())
+    return Forward(saved_TD, new_h_TD, y_TD, *inverses, *_fp8_results(memory))
 
 
-class _Fp8Memory:
-    """Where a launch writes y in FP8: bytes, and per row an amax or the scales of its blocks."""
+def _fp8_memory(h_TD: Tensor, fp8: Fp8Output | None) -> tuple[Tensor | None, ...]:
+    """Return where a launch writes y in FP8: bytes, scales, their reciprocals, an amax per row."""
+    if fp8 is None:
+        return None, None, None, None
+    num_tokens, size = h_TD[..., 0].numel(), h_TD.shape[-1]
+    data_TD = h_TD.new_empty(num_tokens, size, dtype=E4M3)
+    if fp8.scale is not None:
+        return data_TD, fp8.scale, None, h_TD.new_empty(num_tokens, dtype=torch.float32)
+    scale = h_TD.new_empty(num_tokens, triton.cdiv(size, BLOCK_SIZE), dtype=torch.float32)
+    return data_TD, scale, torch.empty_like(scale), None
 
-    def __init__(self, h_TD: Tensor, fp8: Fp8Output | None) -> None:
-        num_tokens, size = h_TD.shape
-        self.data = self.scale = self.scale_inv = self.amax_T = None
-        if fp8 is None:
-            return
-        self.data = h_TD.new_empty(num_tokens, size, dtype=E4M3)
-        if fp8.scale is not None:
-            self.scale = fp8.scale
-            self.amax_T = h_TD.new_empty(num_tokens, dtype=torch.float32)
-        else:
-            shape = (num_tokens, triton.cdiv(size, BLOCK_SIZE))
-            self.scale = h_TD.new_empty(shape, dtype=torch.float32)
-            self.scale_inv = torch.empty_like(self.scale)
 
-    def arguments(self) -> tuple[Tensor | None, ...]:
-        return self.data, self.scale, self.scale_inv, self.amax_T
-
-    def results(self) -> tuple[Quantised | None, Tensor | None]:
-        if self.data is None or self.scale is None:
-            return None, None
-        if self.scale_inv is not None:
-            return Quantised(self.data, self.scale, self.scale_inv, (1, BLOCK_SIZE)), None
-        amax = self.amax_T.amax() if len(self.amax_T) else self.amax_T.new_zeros(())
-        return Quantised(self.data, self.scale, self.scale.reciprocal(), (0, 0)), amax
+def _fp8_results(memory: tuple[Tensor | None, ...]) -> tuple[Quantised | None, Tensor | None]:
+    data_TD, scale, scale_inv, amax_T = memory
+    if data_TD is None or scale is None:
+        return None, None
+    if amax_T is None:
+        assert scale_inv is not None
+        return Quantised(data_TD, scale, scale_inv, (1, BLOCK_SIZE)), None
+    amax = amax_T.amax() if len(amax_T) else amax_T.new_zeros(())
+    return Quantised(data_TD, scale, scale.reciprocal(), (0, 0)), amax
 
 
 def backward(
@@ -132,7 +126,7 @@ def backward(
 ) -> Gradients:
     """Return the gradients; see `Side` in kernels/dual_norm.py."""
     post_weight_D, next_weight_D = weights
-    num_tokens, size = saved.h.shape
+    num_tokens, size = saved.h[..., 0].numel(), saved.h.shape[-1]
     dh_TD = None if dh_TD is None else dh_TD.contiguous()
     dy_TD = None if dy_TD is None else dy_TD.contiguous()
     num_programs = min(num_tokens, NUM_PROGRAMS)

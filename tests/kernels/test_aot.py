@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels import combine_dual_norm_triton, dual_norm_triton
+from kernels.dual_norm import Fp8Output
 from tests.aot.cubin import machine_code
 from tests.aot.shipped import SHIPPED
 
@@ -46,6 +48,23 @@ def test_a_program_of_too_many_values_is_seen_to_spill() -> None:
         lambda: launch(size=8192, block=8192, num_warps=1, dtype=torch.float32)
     )
     assert machine.spills > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, 7168), (33, 129), (5, 1), (2, 96)])
+def test_other_sizes_compile_too(num_tokens: int, size: int, dtype: torch.dtype) -> None:
+    def call() -> None:
+        x, h = (torch.empty(num_tokens, size, dtype=dtype, device="meta") for _ in range(2))
+        weights = (h.new_empty(size), h.new_empty(size))
+        saved = dual_norm_triton.forward(x, x, h, weights, Fp8Output(), 1e-6)
+        dual_norm_triton.backward(h, h, saved, weights)
+        ids = torch.empty(num_tokens, 2, dtype=torch.int32, device="meta")
+        rows = (torch.empty(2 * num_tokens + 1, size, dtype=dtype, device="meta"), ids, None)
+        combine_dual_norm_triton.combine_forward(rows, None, h, weights, None, 1e-6)
+        combine_dual_norm_triton.combine_backward(h, rows)
+
+    assert len(machine_code(call)) == 4
 
 
 FIRST, *OTHERS = SHIPPED

@@ -53,6 +53,9 @@ def test_a_map_that_is_none_is_refused() -> None:
         combine([[0, 1], [2, 3]], torch.int64)
     with pytest.raises(ValueError, match="row_id of"):
         combine([[0, 1]])
+    ids = torch.tensor([[0], [1]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="flatten the stream"):
+        combine_dual_norm(x, h[None], row_id=ids, post_weight_D=weight_D, eps=EPS)
     with pytest.raises(ValueError, match="prob of"):
         combine([[0, 1], [2, 3]], prob=torch.ones(2, 1))
     with pytest.raises(ValueError, match="rows of"):

@@ -78,16 +78,26 @@ def test_y_in_fp8_stands_for_y_and_takes_no_part_in_the_gradient() -> None:
 
 
 def test_leading_dims_stay() -> None:
-    x, h = (draw((3, 2, 16), seed=seed, dtype=torch.float32) for seed in (0, 1))
+    size = (3, 2, 16)
+    many = [draw(size, seed=seed, dtype=torch.float32).requires_grad_() for seed in (0, 1)]
+    few = [tensor.detach().view(6, 16).requires_grad_() for tensor in many]
     weight_D = draw((16,), seed=2, dtype=torch.float32)
-    new_h, y, *_ = dual_norm(x, h, post_weight_D=weight_D, next_weight_D=weight_D, eps=EPS)
-    flat_h, flat_y, *_ = dual_norm(
-        x.view(6, 16), h.view(6, 16), post_weight_D=weight_D, next_weight_D=weight_D, eps=EPS
-    )
+    weights = {"post_weight_D": weight_D, "next_weight_D": weight_D}
+    h, y, *_ = dual_norm(*many, **weights, eps=EPS)
+    flat_h, flat_y, *_ = dual_norm(*few, **weights, eps=EPS)
     assert y is not None
-    assert new_h.shape == y.shape == x.shape
-    assert torch.equal(new_h.view(6, 16), flat_h)
-    assert torch.equal(y.view(6, 16), flat_y)  # type: ignore[arg-type]  None only without a weight
+    assert flat_y is not None
+    # megatron frees what a stage has sent, and asserts that it is no view
+    assert h._base is None
+    assert y._base is None
+    (h.square().sum() + y.sum()).backward()
+    (flat_h.square().sum() + flat_y.sum()).backward()
+    pairs = [(h, flat_h), (y, flat_y), *((a.grad, b.grad) for a, b in zip(many, few, strict=True))]
+    for given, expected in pairs:
+        assert given is not None
+        assert expected is not None
+        assert given.shape == size
+        assert torch.equal(given.flatten(0, 1), expected)
 
 
 def test_what_cannot_be_fused_is_refused() -> None:
