@@ -27,7 +27,7 @@ BLOCK_SIZE = 1024
 def copy_kernel(
     x, row, end, num_padding, out, num_tokens, size, K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Write out `[R, size]` from x `[T, size]`; row `[T, K]`, end and num_padding `[E]` say where."""
+    """Write out `[R, size]` from x `[T, size]`: row `[T, K]`, end, num_padding `[E]` say where."""
     program = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if program < num_tokens:
