@@ -111,7 +111,7 @@ def route(logits_TE: Tensor, *, bias_E: Tensor, choice: Choice) -> Routing:
         )
     if logits_TE.device.type == "cpu":
         return route_reference(logits_TE, bias_E=bias_E, choice=choice)
-    apply: Any = _Route.apply  # untyped
+    apply: Any = _Route.apply  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]  untyped
     weights, shares, chosen, best = apply(logits_TE.contiguous(), bias_E, choice)
     return Routing(weights=weights, chosen=chosen, shares=shares, best=best)
 
