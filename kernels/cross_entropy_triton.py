@@ -19,7 +19,7 @@ from torch import Tensor
 
 BLOCK_SIZE = 4096
 """Logits at a time: 16 numbers a thread in 8 warps; 163,840 = 40 x 4,096."""
-_OPTIONS: dict[str, Any] = {"BLOCK": BLOCK_SIZE, "num_warps": 8}
+_OPTIONS: dict[str, Any] = {"BLOCK": BLOCK_SIZE, "num_warps": 8, "enable_fp_fusion": False}
 
 
 @triton.jit

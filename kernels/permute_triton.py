@@ -81,4 +81,9 @@ def added_up(x_RD: Tensor, rows: RowMap) -> Tensor:
 
 
 def _options(rows: RowMap) -> dict[str, Any]:
-    return {"K": rows.rows_of_token.shape[1], "BLOCK": BLOCK_SIZE, "num_warps": 4}
+    return {
+        "K": rows.rows_of_token.shape[1],
+        "BLOCK": BLOCK_SIZE,
+        "num_warps": 4,
+        "enable_fp_fusion": False,
+    }

@@ -107,6 +107,7 @@ def forward(
         "GROUPS_BLOCK": triton.next_power_of_2(choice.num_groups),
         "SIZE_BLOCK": triton.next_power_of_2(size),
         "num_warps": 1,
+        "enable_fp_fusion": False,
     }
     if len(logits_TE):
         forward_kernel[(len(logits_TE),)](
@@ -126,6 +127,7 @@ def backward(
         "CHOSEN": choice.num_chosen,
         "BLOCK": triton.next_power_of_2(choice.num_experts),
         "num_warps": 1,
+        "enable_fp_fusion": False,
     }
     if len(logits_TE):
         backward_kernel[(len(logits_TE),)](

@@ -86,4 +86,4 @@ def backward(grad_TF: Tensor, hidden_T2F: Tensor, weight_T: Tensor) -> tuple[Ten
 
 def _options(size: int) -> dict[str, Any]:
     block = min(BLOCK_SIZE, triton.next_power_of_2(size))
-    return {"SIZE": size, "BLOCK": block, "num_warps": 4}
+    return {"SIZE": size, "BLOCK": block, "num_warps": 4, "enable_fp_fusion": False}
