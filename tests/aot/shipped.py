@@ -19,6 +19,7 @@ from kernels import (
     swiglu_triton,
 )
 from kernels.dual_norm import Forward
+from kernels.fp8 import E4M3
 from kernels.permute import RowMap
 from kernels.router import Choice
 
@@ -76,6 +77,7 @@ def swiglu() -> None:
     hidden = empty(NUM_TOKENS, 2 * EXPERT_FFN_SIZE, dtype=torch.bfloat16)
     out = swiglu_triton.forward(hidden, empty(NUM_TOKENS))
     swiglu_triton.backward(out, hidden, empty(NUM_TOKENS))
+    swiglu_triton.quantised(hidden, empty(NUM_TOKENS), dtype=E4M3, power_of_two_scales=True)
 
 
 def permute() -> None:
@@ -89,6 +91,7 @@ def permute() -> None:
         num_tokens=empty(24, dtype=torch.int64),
     )
     permute_triton.added_up(permute_triton.copied(stream(), rows), rows)
+    permute_triton.quantised(stream(), rows, dtype=E4M3, power_of_two_scales=True)
 
 
 def router() -> None:
