@@ -294,7 +294,19 @@ def loss_spikes_table(record: Mapping[str, Any]) -> str:
     return f"{markdown_table(rows)}\n{note}\n"
 
 
+def aot_table(record: Mapping[str, Any]) -> str:
+    """Return what the machine code of every shipped kernel says."""
+    names = ("num_warps", "registers", "spills", "stack_bytes", "shared_bytes", "wide", "narrow")
+    rows = [("what", "kernel", *(name.replace("_", " ") for name in (*names, "saturating")))]
+    rows += [
+        (row["name"], f"`{row['kernel']}`", *(f"{row[name]:,}" for name in (*names, "saturating")))
+        for row in record["rows"]
+    ]
+    return f"{markdown_table(rows)}\nTriton {record['triton']}, {record['target']}.\n"
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "aot": aot_table,
     "chaos": chaos_table,
     "demo": demo_table,
     "bench_checkpoint": bench_checkpoint_table,

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import dual_norm
 from kernels.backend import triton_side
-from kernels.dual_norm import Forward, dual_norm_reference
+from kernels.dual_norm import DualNorm, Forward, Fp8Output, dual_norm_reference
 
 
 class CombineGradients(NamedTuple):
@@ -42,6 +42,7 @@ class CombineSide(Protocol):
         shared_TD: Tensor | None,
         h_TD: Tensor,
         weights: tuple[Tensor | None, Tensor | None],
+        fp8: Fp8Output | None,
         eps: float,
     ) -> Forward:
         """Return what `Side.forward` returns, x being the sum."""
@@ -63,11 +64,12 @@ def combine_dual_norm(
     shared: Tensor | None = None,
     post_weight_D: Tensor,
     next_weight_D: Tensor | None = None,
+    fp8: Fp8Output | None = None,
     eps: float,
-) -> tuple[Tensor, Tensor | None]:
+) -> DualNorm:
     """Return the residual stream after an MoE layer, and its norm for the next one.
 
-    Seven words after the star, one above the habit: they are those of `dual_norm` and the map.
+    More words than the habit allows: they are those of `dual_norm`, the map and the factors.
 
     Args:
         x: `[R, D]` bf16 or fp32, the rows that the experts computed.
@@ -78,19 +80,20 @@ def combine_dual_norm(
         shared: `[T, D]` as `x`, the output of the shared experts. None: there is none.
         post_weight_D: `[D]`, the norm after the MoE block.
         next_weight_D: `[D]`, the norm that reads the stream next. None: as `dual_norm`.
+        fp8: as `dual_norm`.
         eps: added to each mean square; 1e-6 in A.X K1.
 
     Returns:
-        h' and y, both `[T, D]` as `x`; y is None without `next_weight_D`.
+        As `dual_norm`; h' and y are both `[T, D]` as `x`; y is None without `next_weight_D`.
 
     Raises:
         ValueError: as `dual_norm`; if the map or the factors are of another shape or dtype; on a
             CPU also if a row is named twice or is not there.
     """
     _check(x, residual, row_id, prob)
-    dual_norm.check(residual, residual, shared, post_weight_D, next_weight_D)
-    words = (x, row_id, prob, shared, residual, post_weight_D, next_weight_D, eps)
-    return _CombineDualNorm.apply(*words)  # type: ignore[no-any-return]  apply is untyped
+    dual_norm.check(residual, residual, shared, (post_weight_D, next_weight_D), fp8)
+    words = (x, row_id, prob, shared, residual, post_weight_D, next_weight_D, fp8, eps)
+    return dual_norm.named(_CombineDualNorm.apply(*words))  # type: ignore[arg-type]  apply is untyped
 
 
 def combine_dual_norm_reference(
@@ -135,17 +138,20 @@ class _CombineDualNorm(torch.autograd.Function):
         residual_TD: Tensor,
         post_weight_D: Tensor,
         next_weight_D: Tensor | None,
+        fp8: Fp8Output | None,
         eps: float,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         weights = (post_weight_D, next_weight_D)
         rows = (x_RD, row_id_TK, prob_TK)
-        made = side_of(x_RD).combine_forward(rows, shared_TD, residual_TD, weights, eps)
+        made = side_of(x_RD).combine_forward(rows, shared_TD, residual_TD, weights, fp8, eps)
         ctx.set_materialize_grads(False)
         ctx.has_shared, ctx.num_rows = shared_TD is not None, x_RD.shape[0]
         kept_RD = None if prob_TK is None else x_RD
         inverses = (made.post_inverse, made.next_inverse)
         ctx.save_for_backward(kept_RD, row_id_TK, prob_TK, made.x, made.h, *inverses, *weights)
-        return made.h, made.y
+        _, _, *rest = dual_norm.flat(made)
+        ctx.mark_non_differentiable(*(tensor for tensor in rest if tensor is not None))
+        return made.h, made.y, *rest
 
     @staticmethod
     @once_differentiable  # an untyped decorator, hence the silenced rule
@@ -156,7 +162,7 @@ class _CombineDualNorm(torch.autograd.Function):
         post_inverse_T, next_inverse_T, post_weight_D, next_weight_D = rest
         weights = (post_weight_D, next_weight_D)
         saved = Forward(x_TD, h_TD, None, post_inverse_T, next_inverse_T)
-        dh_TD, dy_TD = grad_outputs
+        dh_TD, dy_TD = grad_outputs[:2]
         made = dual_norm.side_of(h_TD).backward(dh_TD, dy_TD, saved, weights)
         if x_RD is None:  # only its size is wanted
             x_RD = h_TD.new_empty(1, 1).expand(ctx.num_rows, h_TD.shape[1])
@@ -166,7 +172,7 @@ class _CombineDualNorm(torch.autograd.Function):
             for gradient, weight in zip(made[2:], weights, strict=True)
         )
         dshared = made.x if ctx.has_shared else None
-        return combined.rows, None, combined.prob, dshared, made.h, dpost, dnext, None
+        return combined.rows, None, combined.prob, dshared, made.h, dpost, dnext, None, None
 
 
 class _Plain:
@@ -178,6 +184,7 @@ class _Plain:
         shared_TD: Tensor | None,
         h_TD: Tensor,
         weights: tuple[Tensor | None, Tensor | None],
+        fp8: Fp8Output | None,
         eps: float,
     ) -> Forward:
         x_RD, row_id_TK, prob_TK = rows
@@ -188,7 +195,7 @@ class _Plain:
         if shared_TD is not None:
             total_TD += shared_TD.float()
         plain = dual_norm.side_of(h_TD)
-        return plain.forward(total_TD.to(h_TD.dtype), None, h_TD, weights, eps)
+        return plain.forward(total_TD.to(h_TD.dtype), None, h_TD, weights, fp8, eps)
 
     def combine_backward(
         self, dx_TD: Tensor, rows: tuple[Tensor, Tensor, Tensor | None]

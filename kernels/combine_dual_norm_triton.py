@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.combine_dual_norm import CombineGradients
-from kernels.dual_norm import Forward
+from kernels.dual_norm import Forward, Fp8Output
 from kernels.dual_norm_triton import OPTIONS, launch_forward, load_part, store_part
 
 COMBINE_BACKWARD_WARPS = 8
@@ -28,12 +28,14 @@ def combine_forward(
     shared_TD: Tensor | None,
     h_TD: Tensor,
     weights: tuple[Tensor | None, Tensor | None],
+    fp8: Fp8Output | None,
     eps: float,
 ) -> Forward:
     """Return the sum, h', y; see `CombineSide` in kernels/combine_dual_norm.py."""
     x_RD, row_id_TK, prob_TK = rows
     prob_TK = None if prob_TK is None else prob_TK.contiguous()
-    return launch_forward(x_RD, (row_id_TK.contiguous(), prob_TK), shared_TD, h_TD, weights, eps)
+    ids_and_factors = (row_id_TK.contiguous(), prob_TK)
+    return launch_forward(x_RD, ids_and_factors, shared_TD, h_TD, weights, fp8, eps)
 
 
 def combine_backward(dx_TD: Tensor, rows: tuple[Tensor, Tensor, Tensor | None]) -> CombineGradients:

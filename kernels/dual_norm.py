@@ -23,6 +23,7 @@ Source: report section 2 (dual normalization); transformers 5.23 AXK1DecoderLaye
 Sennrich, arXiv 1910.07467, equation 4.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -30,8 +31,40 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import triton_side
+from kernels.fp8 import E4M3, Quantised, quantise_by_blocks, quantise_tensor, tensor_amax
 
+BLOCK_SIZE = 128  # columns that share a scale, in a row
 DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Output:
+    """How y is wanted in FP8, as E4M3: what is quantised is y as rounded to the stream's dtype.
+
+    Args:
+        scale: `[]` fp32, of the whole tensor, from earlier amaxes. None: one scale for each row and
+            128 columns, from their own amax.
+        power_of_two_scales: round the scales of blocks down to powers of two.
+    """
+
+    scale: Tensor | None = None
+    power_of_two_scales: bool = True
+
+
+class DualNorm(NamedTuple):
+    """The results, a None for what was not asked for.
+
+    Args:
+        h: `[..., D]`, the residual stream after the layer.
+        y: `[..., D]`, its norm. The gradient comes back through h and y alone.
+        y_fp8: y in FP8, flat, with its scales; bytes as kernels/fp8.py makes them of y.
+        amax: `[]` fp32, the largest magnitude of y, where the scale was given.
+    """
+
+    h: Tensor
+    y: Tensor | None
+    y_fp8: Quantised | None
+    amax: Tensor | None
 
 
 class Forward(NamedTuple):
@@ -43,6 +76,8 @@ class Forward(NamedTuple):
         y: `[T, D]`, its norm.
         post_inverse: `[T]` fp32, 1 / root mean square of each row of x.
         next_inverse: `[T]` fp32, the same of h.
+        y_fp8: y in FP8.
+        amax: `[]` fp32, the largest magnitude of y.
     """
 
     x: Tensor | None
@@ -50,6 +85,8 @@ class Forward(NamedTuple):
     y: Tensor | None
     post_inverse: Tensor | None
     next_inverse: Tensor | None
+    y_fp8: Quantised | None = None
+    amax: Tensor | None = None
 
 
 class Gradients(NamedTuple):
@@ -73,6 +110,7 @@ class Side(Protocol):
         shared_TD: Tensor | None,
         h_TD: Tensor,
         weights: tuple[Tensor | None, Tensor | None],
+        fp8: Fp8Output | None,
         eps: float,
     ) -> Forward:
         """Return x, h', y and the inverse root mean squares."""
@@ -96,8 +134,9 @@ def dual_norm(
     shared: Tensor | None = None,
     post_weight_D: Tensor | None = None,
     next_weight_D: Tensor | None = None,
+    fp8: Fp8Output | None = None,
     eps: float,
-) -> tuple[Tensor, Tensor | None]:
+) -> DualNorm:
     """Return the residual stream after a layer, and its norm for the next one.
 
     Args:
@@ -107,18 +146,37 @@ def dual_norm(
         post_weight_D: `[D]` bf16 or fp32, the norm after the MLP. None: a dense layer, without.
         next_weight_D: `[D]` bf16 or fp32, the norm that reads the stream next. None: it is on
             another pipeline stage, or in another chunk of what is computed twice.
+        fp8: y in FP8 as well, for the product that reads it next. None: not.
         eps: added to each mean square; 1e-6 in A.X K1.
 
     Returns:
         h' and y, both as `x`; y is None without `next_weight_D`.
 
     Raises:
-        ValueError: if there is no norm at all, or shapes or dtypes disagree; on a GPU also if
-            triton is not installed.
+        ValueError: if there is no norm at all, FP8 is asked for without `next_weight_D`, or shapes
+            or dtypes disagree; on a GPU also if triton is not installed.
     """
-    check(x, residual, shared, post_weight_D, next_weight_D)
-    words = (x, shared, residual, post_weight_D, next_weight_D, eps)
-    return _DualNorm.apply(*words)  # type: ignore[no-any-return]  apply is untyped
+    check(x, residual, shared, (post_weight_D, next_weight_D), fp8)
+    words = (x, shared, residual, post_weight_D, next_weight_D, fp8, eps)
+    return named(_DualNorm.apply(*words))  # type: ignore[arg-type]  apply is untyped
+
+
+def flat(made: Forward) -> tuple[Tensor | None, ...]:
+    """Return h, y and what `named` makes y_fp8 and amax of: an autograd function wants tensors."""
+    if made.y_fp8 is None:
+        return made.h, made.y, None, None, None, None
+    data, scale, scale_inv, _ = made.y_fp8
+    return made.h, made.y, data, scale, scale_inv, made.amax
+
+
+def named(tensors: tuple[Tensor | None, ...]) -> DualNorm:
+    """Return the results by their names."""
+    h, y, data, scale, scale_inv, amax = tensors
+    assert h is not None
+    if data is None or scale is None or scale_inv is None:
+        return DualNorm(h, y, None, None)
+    block = (1, BLOCK_SIZE) if scale.dim() else (0, 0)
+    return DualNorm(h, y, Quantised(data, scale, scale_inv, block), amax)
 
 
 def dual_norm_reference(
@@ -160,17 +218,20 @@ class _DualNorm(torch.autograd.Function):
         residual: Tensor,
         post_weight_D: Tensor | None,
         next_weight_D: Tensor | None,
+        fp8: Fp8Output | None,
         eps: float,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         size = x.shape[-1]
         weights = (post_weight_D, next_weight_D)
         shared_TD = None if shared is None else shared.reshape(-1, size)
-        flat = (x.reshape(-1, size), shared_TD, residual.reshape(-1, size))
-        made = side_of(x).forward(*flat, weights, eps)
+        streams = (x.reshape(-1, size), shared_TD, residual.reshape(-1, size))
+        made = side_of(x).forward(*streams, weights, fp8, eps)
         ctx.set_materialize_grads(False)
         ctx.has_shared, ctx.shape = shared is not None, x.shape
-        ctx.save_for_backward(*made[:2], *made[3:], *weights)
-        return made.h.view_as(x), None if made.y is None else made.y.view_as(x)
+        ctx.save_for_backward(made.x, made.h, made.post_inverse, made.next_inverse, *weights)
+        _, _, *rest = flat(made)
+        ctx.mark_non_differentiable(*(tensor for tensor in rest if tensor is not None))
+        return made.h.view_as(x), None if made.y is None else made.y.view_as(x), *rest
 
     @staticmethod
     @once_differentiable  # an untyped decorator, hence the silenced rule
@@ -179,7 +240,7 @@ class _DualNorm(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x_TD, h_TD, post_inverse_T, next_inverse_T, *weights = ctx.saved_tensors
         saved = Forward(x_TD, h_TD, None, post_inverse_T, next_inverse_T)
-        dh_TD, dy_TD = (None if g is None else g.reshape(h_TD.shape) for g in grad_outputs)
+        dh_TD, dy_TD = (None if g is None else g.reshape(h_TD.shape) for g in grad_outputs[:2])
         gradients = side_of(h_TD).backward(dh_TD, dy_TD, saved, (weights[0], weights[1]))
         dx, dh = (gradient.view(ctx.shape) for gradient in gradients[:2])
         dpost, dnext = (
@@ -187,7 +248,7 @@ class _DualNorm(torch.autograd.Function):
             for gradient, weight in zip(gradients[2:], weights, strict=True)
         )
         dshared = dx if ctx.has_shared else None
-        return dx, dshared, dh, dpost, dnext, None
+        return dx, dshared, dh, dpost, dnext, None, None
 
 
 class _Plain:
@@ -199,6 +260,7 @@ class _Plain:
         shared_TD: Tensor | None,
         h_TD: Tensor,
         weights: tuple[Tensor | None, Tensor | None],
+        fp8: Fp8Output | None,
         eps: float,
     ) -> Forward:
         post_weight_D, next_weight_D = weights
@@ -214,7 +276,8 @@ class _Plain:
         h_f32 = new_h_TD.float()
         next_inverse_T = _inverse(h_f32, eps)
         y_TD = (h_f32 * next_inverse_T[:, None] * next_weight_D.float()).to(x_TD.dtype)
-        return Forward(saved_TD, new_h_TD, y_TD, post_inverse_T, next_inverse_T)
+        made = Forward(saved_TD, new_h_TD, y_TD, post_inverse_T, next_inverse_T)
+        return made if fp8 is None else made._replace(**_in_fp8(y_TD, fp8))
 
     def backward(
         self,
@@ -249,6 +312,15 @@ class _Plain:
 _PLAIN = _Plain()
 
 
+def _in_fp8(y_TD: Tensor, fp8: Fp8Output) -> dict[str, Any]:
+    if fp8.scale is not None:
+        quantised = quantise_tensor(y_TD, scale=fp8.scale, dtype=E4M3)
+        return {"y_fp8": quantised, "amax": tensor_amax(y_TD)}
+    powers = fp8.power_of_two_scales
+    block = (1, BLOCK_SIZE)
+    return {"y_fp8": quantise_by_blocks(y_TD, block, dtype=E4M3, power_of_two_scales=powers)}
+
+
 def _inverse(x_TD: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x_TD.square().mean(-1) + eps)
 
@@ -272,15 +344,17 @@ def check(
     x: Tensor,
     residual: Tensor,
     shared: Tensor | None,
-    post_weight_D: Tensor | None,
-    next_weight_D: Tensor | None,
+    norms: tuple[Tensor | None, Tensor | None],
+    fp8: Fp8Output | None,
 ) -> None:
     """Refuse what `dual_norm` cannot compute.
 
     Raises:
         ValueError: as `dual_norm`.
     """
-    weights = [w for w in (post_weight_D, next_weight_D) if w is not None]
+    if fp8 is not None and norms[1] is None:
+        raise ValueError("fp8 given without next_weight_D; only y is made in FP8")
+    weights = [w for w in norms if w is not None]
     if not weights:
         raise ValueError(
             "no post_weight_D and no next_weight_D given, at least one is needed: without a norm"

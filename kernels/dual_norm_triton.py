@@ -1,4 +1,4 @@
-# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 """The dual norm on a GPU: one kernel forward, one backward (kernels/dual_norm.py says what).
 
 Forward: one program for each token, which holds its whole row. It alone reads and writes that row.
@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dual_norm import Forward, Gradients
+from kernels.dual_norm import BLOCK_SIZE, Forward, Fp8Output, Gradients
+from kernels.fp8 import E4M3, Quantised
 
 NUM_PROGRAMS = 132  # the processors of an H100 or H200: one program of 255 registers fits on each
 FORWARD_WARPS = 16
@@ -37,10 +38,11 @@ def forward(
     shared_TD: Tensor | None,
     h_TD: Tensor,
     weights: tuple[Tensor | None, Tensor | None],
+    fp8: Fp8Output | None,
     eps: float,
 ) -> Forward:
     """Return x, h', y and the inverse root mean squares; see `Side` in kernels/dual_norm.py."""
-    return launch_forward(x_TD, None, shared_TD, h_TD, weights, eps)
+    return launch_forward(x_TD, None, shared_TD, h_TD, weights, fp8, eps)
 
 
 def launch_forward(
@@ -49,6 +51,7 @@ def launch_forward(
     shared_TD: Tensor | None,
     h_TD: Tensor,
     weights: tuple[Tensor | None, Tensor | None],
+    fp8: Fp8Output | None,
     eps: float,
 ) -> Forward:
     """Return the same, x being a sum over rows of experts where `rows` are given.
@@ -59,6 +62,7 @@ def launch_forward(
         shared_TD: added to x, or None.
         h_TD: the residual stream before.
         weights: of the post norm and of the next norm, or None.
+        fp8: how y is wanted in FP8, or None.
         eps: added to each mean square.
     """
     post_weight_D, next_weight_D = weights
@@ -76,15 +80,42 @@ def launch_forward(
     constants: dict[str, Any] = {
         "D": size,
         "K": 0 if row_id_TK is None else row_id_TK.shape[1],
-        "BLOCK": triton.next_power_of_2(size),
+        "BLOCK": max(triton.next_power_of_2(size), 1 if fp8 is None else BLOCK_SIZE),
+        "POWERS": fp8 is not None and fp8.power_of_two_scales,
+        "LARGEST": torch.finfo(h_TD.dtype).max,
     }
+    memory = _fp8_memory(h_TD, fp8)
     if num_tokens:
         _forward_kernel[(num_tokens,)](
             x, row_id_TK, prob_TK, shared_TD, h_TD, post_weight_D, next_weight_D, sum_TD, new_h_TD,
-            y_TD, *inverses, eps, **constants, num_warps=FORWARD_WARPS, **OPTIONS,
+            y_TD, *inverses, *memory, eps, **constants, num_warps=FORWARD_WARPS,
+            **OPTIONS,
         )  # fmt: skip
     saved_TD = (sum_TD if is_sum else x) if post else None
-    return Forward(saved_TD, new_h_TD, y_TD, *inverses)
+    return Forward(saved_TD, new_h_TD, y_TD, *inverses, *_fp8_results(memory))
+
+
+def _fp8_memory(h_TD: Tensor, fp8: Fp8Output | None) -> tuple[Tensor | None, ...]:
+    """Return where a launch writes y in FP8: bytes, scales, their reciprocals, an amax per row."""
+    if fp8 is None:
+        return None, None, None, None
+    num_tokens, size = h_TD.shape
+    data_TD = h_TD.new_empty(num_tokens, size, dtype=E4M3)
+    if fp8.scale is not None:
+        return data_TD, fp8.scale, None, h_TD.new_empty(num_tokens, dtype=torch.float32)
+    scale = h_TD.new_empty(num_tokens, triton.cdiv(size, BLOCK_SIZE), dtype=torch.float32)
+    return data_TD, scale, torch.empty_like(scale), None
+
+
+def _fp8_results(memory: tuple[Tensor | None, ...]) -> tuple[Quantised | None, Tensor | None]:
+    data_TD, scale, scale_inv, amax_T = memory
+    if data_TD is None or scale is None:
+        return None, None
+    if amax_T is None:
+        assert scale_inv is not None
+        return Quantised(data_TD, scale, scale_inv, (1, BLOCK_SIZE)), None
+    amax = amax_T.amax() if len(amax_T) else amax_T.new_zeros(())
+    return Quantised(data_TD, scale, scale.reciprocal(), (0, 0)), amax
 
 
 def backward(
@@ -150,7 +181,8 @@ def store_part(row, cols, value, D: tl.constexpr, LAST: tl.constexpr):
 @triton.jit
 def _forward_kernel(
     x, row_id, prob, shared, h, post_weight, next_weight, sum_, new_h, y, post_inverse,
-    next_inverse, eps, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    next_inverse, data, scale, scale_inv, amax, eps, D: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr, POWERS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -182,7 +214,38 @@ def _forward_kernel(
         inverse = tl.rsqrt(tl.sum(value * value) / D + eps)
         tl.store(next_inverse + token, inverse)
         value = value * inverse * load_part(next_weight, cols, D, BLOCK)
-        store_part(y + token * D, cols, value, D, BLOCK)
+        rounded = value.to(y.dtype.element_ty)
+        store_part(y + token * D, cols, rounded, D, BLOCK)
+        if amax is not None:
+            value = rounded.to(tl.float32)
+            tl.store(amax + token, tl.max(tl.abs(value)))
+            store_part(data + token * D, cols, value * tl.load(scale), D, BLOCK)
+        elif data is not None:
+            _store_blocks(
+                rounded, data + token * D, scale, scale_inv, token, D, BLOCK, POWERS, LARGEST
+            )
+
+
+@triton.jit
+def _store_blocks(
+    y, data, scale, scale_inv, token, D: tl.constexpr, BLOCK: tl.constexpr, POWERS: tl.constexpr,
+    LARGEST: tl.constexpr,
+):  # fmt: skip
+    """Store a row in FP8, 128 columns to a scale; as kernels/fp8.py, to the bit."""
+    NUM: tl.constexpr = (D + 127) // 128
+    value = tl.reshape(y.to(tl.float32), (BLOCK // 128, 128))
+    amax = tl.max(tl.abs(value), axis=1)
+    one = tl.full((BLOCK // 128,), 1.0, tl.float32)
+    factor = tl.div_rn(448.0 * one, tl.where(amax > 0, amax, one))
+    factor = tl.where(factor == float("inf"), LARGEST, factor)
+    factor = tl.where((amax > 0) & (amax < float("inf")), factor, one)
+    if POWERS:
+        factor = (factor.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    block = tl.arange(0, BLOCK // 128)
+    tl.store(scale + token * NUM + block, factor, mask=block < NUM)
+    tl.store(scale_inv + token * NUM + block, tl.div_rn(one, factor), mask=block < NUM)
+    cols = block[:, None] * 128 + tl.arange(0, 128)[None, :]
+    store_part(data, cols, value * factor[:, None], D, BLOCK)
 
 
 @triton.jit

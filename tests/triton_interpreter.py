@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+NAN_BYTE = 0x7F  # what the GPU makes of every NaN, in both formats of FP8
 SATURATING = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
 
@@ -57,9 +58,10 @@ def convert_float(source: np.ndarray, source_type: Any, result_type: Any, mode: 
     dtype = _torch_dtype(result_type)
     if dtype in SATURATING:
         x = x.float().clamp(-SATURATING[dtype], SATURATING[dtype])
-    y = x.to(dtype)
-    unsigned = getattr(torch, f"uint{8 * y.itemsize}")
-    return y.view(unsigned).numpy().reshape(source.shape)
+    y = x.to(dtype).view(getattr(torch, f"uint{8 * dtype.itemsize}"))
+    if dtype in SATURATING:
+        y.masked_fill_(x.isnan(), NAN_BYTE)
+    return y.numpy().reshape(source.shape)
 
 
 def _torch_dtype(triton_type: Any) -> torch.dtype:

@@ -18,7 +18,7 @@ from kernels import (
     router_triton,
     swiglu_triton,
 )
-from kernels.dual_norm import Forward
+from kernels.dual_norm import Forward, Fp8Output
 from kernels.fp8 import E4M3
 from kernels.permute import RowMap
 from kernels.router import Choice
@@ -35,27 +35,34 @@ def stream(*, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(NUM_TOKENS, HIDDEN_SIZE, dtype=dtype, device="meta")
 
 
+def one() -> Tensor:
+    """Return a scale without memory."""
+    return torch.empty((), device="meta")
+
+
 def weight() -> Tensor:
     """Return the weight of a norm without memory, `[D]`."""
     return torch.empty(HIDDEN_SIZE, dtype=torch.bfloat16, device="meta")
 
 
-def dual_norm(*, shared: bool = True, post: bool = True, next_: bool = True) -> None:
+def dual_norm(
+    *, shared: bool = True, post: bool = True, next_: bool = True, fp8: Fp8Output | None = None
+) -> None:
     """Call forward and backward of a variant."""
     weights = (weight() if post else None, weight() if next_ else None)
     saved: Forward = dual_norm_triton.forward(
-        stream(), stream() if shared else None, stream(), weights, 1e-6
+        stream(), stream() if shared else None, stream(), weights, fp8, 1e-6
     )
     dual_norm_triton.backward(stream(), stream() if next_ else None, saved, weights)
 
 
-def combine(*, prob: bool = True) -> None:
+def combine(*, prob: bool = True, fp8: Fp8Output | None = None) -> None:
     """Call the sum over a token's experts with the dual norm, forward and backward."""
     experts = torch.empty(8 * NUM_TOKENS, HIDDEN_SIZE, dtype=torch.bfloat16, device="meta")
     row_id = torch.empty(NUM_TOKENS, 8, dtype=torch.int32, device="meta")
     rows = (experts, row_id, torch.empty(NUM_TOKENS, 8, device="meta") if prob else None)
     weights = (weight(), weight())
-    combine_dual_norm_triton.combine_forward(rows, stream(), stream(), weights, 1e-6)
+    combine_dual_norm_triton.combine_forward(rows, stream(), stream(), weights, fp8, 1e-6)
     combine_dual_norm_triton.combine_backward(stream(), rows)
 
 
@@ -106,7 +113,10 @@ SHIPPED: Mapping[str, Callable[[], object]] = {
     "dual_norm, no shared": lambda: dual_norm(shared=False),
     "dual_norm, end of a stage": lambda: dual_norm(next_=False),
     "dual_norm, dense layer": lambda: dual_norm(shared=False, post=False),
+    "dual_norm, FP8 1x128": lambda: dual_norm(fp8=Fp8Output()),
+    "dual_norm, FP8 per tensor": lambda: dual_norm(fp8=Fp8Output(scale=one())),
     "combine_dual_norm": combine,
+    "combine_dual_norm, FP8 1x128": lambda: combine(fp8=Fp8Output()),
     "combine_dual_norm, no prob": lambda: combine(prob=False),
     "cross_entropy": cross_entropy,
     "swiglu": swiglu,

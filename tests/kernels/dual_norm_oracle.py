@@ -10,6 +10,7 @@ To that comes what fp32 sums lose, 1e-5 of the largest value (of the row; of all
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,10 +53,16 @@ def draw(size: tuple[int, ...], *, seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def draw_inputs(
-    variant: Variant, num_tokens: int, size: int, *, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Return leaves of the operator by its own names, and the gradients of its results."""
-    seed = 1000 * num_tokens + size
+    variant: Variant,
+    num_tokens: int,
+    size: int,
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Return leaves of the operator by its own names."""
+    seed = 100_000 * seed + 1000 * num_tokens + size
     shape = (num_tokens, size)
     inputs = {"residual": draw(shape, seed=seed + 1, dtype=dtype)}
     if variant.gather:
@@ -75,7 +82,7 @@ def draw_inputs(
         inputs["post_weight_D"] = 1 + draw((size,), seed=seed + 3, dtype=dtype) / 4
     if variant.next:
         inputs["next_weight_D"] = 1 + draw((size,), seed=seed + 4, dtype=dtype) / 4
-    return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    return {name: tensor.to(device).requires_grad_() for name, tensor in inputs.items()}
 
 
 def coarse(x: Tensor) -> Tensor:
@@ -83,11 +90,11 @@ def coarse(x: Tensor) -> Tensor:
     return (16 * x).round().clamp(-127, 127) / 16
 
 
-def output_gradients(
-    variant: Variant, num_tokens: int, size: int, *, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    seed = 1000 * num_tokens + size
-    dh, dy = (draw((num_tokens, size), seed=seed + n, dtype=dtype) for n in (5, 6))
+def output_gradients(h: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Return gradients of h' and of y, as `h`."""
+    dh, dy = (
+        draw(tuple(h.shape), seed=100_000 * seed + n, dtype=h.dtype).to(h.device) for n in (5, 6)
+    )
     return dh, dy
 
 
@@ -150,18 +157,21 @@ def check(
     size: int,
     *,
     dtype: torch.dtype,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> None:
     """Check results and gradients of `operator(**inputs, eps=)`."""
-    inputs = draw_inputs(variant, num_tokens, size, dtype=dtype)
-    gradients = output_gradients(variant, num_tokens, size, dtype=dtype)
+    inputs = draw_inputs(variant, num_tokens, size, dtype=dtype, seed=seed, device=device)
+    gradients = output_gradients(inputs["residual"], seed=seed)
     row_id_TK = None
     words: dict[str, object] = {**inputs}
     if variant.gather:
-        generator = torch.Generator().manual_seed(num_tokens)
+        generator = torch.Generator().manual_seed(seed + num_tokens)
         ids = torch.randperm(num_tokens * variant.gather + 3, generator=generator)
-        row_id_TK = ids[: num_tokens * variant.gather].view(num_tokens, variant.gather).int()
+        row_id_TK = ids[: num_tokens * variant.gather].view(num_tokens, variant.gather)
+        row_id_TK = row_id_TK.int().to(device)
         words["row_id"] = row_id_TK
-    h, y = operator(**words, eps=EPS)  # type: ignore[operator]  an object that is called
+    h, y, *_ = operator(**words, eps=EPS)  # type: ignore[operator]  an object that is called
     results = {"h": h} if y is None else {"h": h, "y": y}
     given = [grad for name, grad in zip("hy", gradients, strict=True) if name in results]
     outputs = list(results.values())

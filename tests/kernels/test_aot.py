@@ -48,8 +48,14 @@ def test_a_program_of_too_many_values_is_seen_to_spill() -> None:
     assert machine.spills > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_kernel_does_not_spill(name: str) -> None:
+FIRST, *OTHERS = SHIPPED
+
+
+@pytest.mark.parametrize(
+    "name", [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
+def test_a_shipped_kernel_does_not_spill_and_reads_wide_words(name: str) -> None:
     for machine in machine_code(SHIPPED[name]):
         assert machine.spills == machine.stack_bytes == machine.atomics == 0, machine
+        assert machine.wide > 0, machine
+        assert machine.saturating > 0 or "FP8" not in name or "forward" not in machine.kernel

@@ -1,6 +1,7 @@
 """What is taken for Transformer Engine and for NVIDIA's apex: against packages laid on the path."""
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,3 +89,39 @@ def test_transformer_engine_without_a_device_counts_as_absent(
     )
     monkeypatch.setattr(backend, "has_cuda", lambda: False)
     assert not backend.has_transformer_engine()
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # importing it raises ImportError
+import importlib
+import subprocess
+from pathlib import Path
+for path in sorted(Path("kernels").glob("*.py")):
+    if not path.stem.endswith("_triton"):
+        importlib.import_module(f"kernels.{path.stem}")
+print("imported", *sorted(name for name in sys.modules if name.endswith("_triton")))
+"""
+
+
+def test_the_plain_side_of_every_kernel_is_imported_without_triton() -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", WITHOUT_TRITON]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.stdout == "imported\n", done.stderr
+
+
+def test_a_kernel_for_a_gpu_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
+    backend.triton_side.cache_clear()
+    with pytest.raises(ValueError, match="triton is not installed"):
+        backend.triton_side("dual_norm")
+
+
+def test_the_triton_side_of_a_kernel_has_what_its_plain_side_asks_for() -> None:
+    backend.triton_side.cache_clear()
+    side = backend.triton_side("dual_norm")
+    assert {"forward", "backward"} <= set(vars(side))
+    assert {"combine_forward", "combine_backward"} <= set(
+        vars(backend.triton_side("combine_dual_norm"))
+    )

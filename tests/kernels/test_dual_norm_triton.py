@@ -10,6 +10,7 @@ import torch
 from kernels import combine_dual_norm as plain_combine
 from kernels import combine_dual_norm_triton, dual_norm_triton
 from kernels import dual_norm as plain
+from kernels.fp8 import E4M3, quantise_by_blocks, quantise_tensor, tensor_amax
 from tests.kernels.dual_norm_oracle import COMBINED, EPS, VARIANTS, Variant, check, draw_inputs
 
 pytestmark = pytest.mark.interpreted
@@ -44,6 +45,40 @@ def test_each_variant_over_rows_of_experts(name: str, dtype: torch.dtype) -> Non
             check(plain_combine.combine_dual_norm, COMBINED[name], num_tokens, size, dtype=dtype)
 
 
+@DTYPES
+@pytest.mark.parametrize("kind", ["whole tensor", "blocks", "blocks, powers of two"])
+def test_bytes_scales_and_amax_are_those_of_the_quantisation_of_y(
+    kind: str, dtype: torch.dtype
+) -> None:
+    for num_tokens, size in ((3, 7168), (5, 96), (2, 129), (4, 384), (1, 1), (0, 256)):
+        inputs = draw_inputs(Variant(), num_tokens, size, dtype=dtype)
+        with torch.no_grad():  # a block of zeros, and one whose scale is beyond fp32
+            inputs["next_weight_D"][:128] = 0
+            inputs["next_weight_D"][128:256] *= 1e-38
+        scale = torch.tensor(200.0)  # some saturate
+        with triton_side():
+            if kind == "whole tensor":
+                made = plain.dual_norm(**inputs, fp8=plain.Fp8Output(scale=scale), eps=EPS)
+            else:
+                fp8 = plain.Fp8Output(power_of_two_scales="powers" in kind)
+                made = plain.dual_norm(**inputs, fp8=fp8, eps=EPS)
+        assert made.y is not None
+        assert made.y_fp8 is not None
+        y = made.y.detach()
+        if kind == "whole tensor":
+            expected = quantise_tensor(y, scale=scale, dtype=E4M3)
+            assert made.amax is not None
+            assert torch.equal(made.amax, tensor_amax(y))
+        else:
+            powers = "powers" in kind
+            expected = quantise_by_blocks(y, (1, 128), dtype=E4M3, power_of_two_scales=powers)
+            assert made.amax is None
+        assert made.y_fp8.block == expected.block
+        assert torch.equal(made.y_fp8.data.view(torch.uint8), expected.data.view(torch.uint8))
+        assert torch.equal(made.y_fp8.scale, expected.scale)
+        assert torch.equal(made.y_fp8.scale_inv, expected.scale_inv)
+
+
 def test_numbers_of_rows_around_the_number_of_programs() -> None:
     with triton_side():
         for num_tokens in (1, 2, 3, 4, 5, 8, 9, 17):
@@ -71,7 +106,7 @@ def test_sizes_that_are_no_power_of_two(dtype: torch.dtype) -> None:
 def test_no_rows_give_gradients_of_zeros(dtype: torch.dtype) -> None:
     inputs = draw_inputs(Variant(), 0, 64, dtype=dtype)
     with triton_side():
-        h, y = plain.dual_norm(**inputs, eps=EPS)
+        h, y, *_ = plain.dual_norm(**inputs, eps=EPS)
         assert y is not None
         (h.sum() + y.sum()).backward()
     grad = inputs["post_weight_D"].grad
@@ -84,8 +119,8 @@ def test_inputs_that_are_not_contiguous() -> None:
     turned = {name: t.detach().t().contiguous().t() for name, t in inputs.items() if t.dim() == 2}
     assert not turned["x"].is_contiguous()
     with triton_side():
-        h, y = plain.dual_norm(**inputs, eps=EPS)
-        same_h, same_y = plain.dual_norm(**{**inputs, **turned}, eps=EPS)
+        h, y, *_ = plain.dual_norm(**inputs, eps=EPS)
+        same_h, same_y, *_ = plain.dual_norm(**{**inputs, **turned}, eps=EPS)
     assert torch.equal(h, same_h)
     assert torch.equal(y, same_y)  # type: ignore[arg-type]  None only without a weight
 

@@ -62,6 +62,8 @@ def test_a_cast_from_fp32_rounds_to_the_nearest_even_and_saturates(name: str) ->
     result = torch.empty(x.size, dtype=torch_dtype)
     cast_kernel[(triton.cdiv(x.size, 2**17),)](torch.from_numpy(x), result, x.size, **WHOLE)
     unsigned = torch.uint8 if result.itemsize == 1 else torch.uint16
+    if result.itemsize == 1:
+        assert set(result.view(unsigned)[torch.from_numpy(np.isnan(x))].tolist()) == {0x7F}
     assert same(result.view(unsigned).numpy().view(dtype), expected_bits(x, dtype, largest))
 
 
