@@ -31,7 +31,7 @@ AXK1 = Choice(num_experts=192, num_chosen=8, num_groups=8, num_chosen_groups=4, 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(SEED + seed)
-    return torch.randn(*shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator).to(dtype)
 
 
 def on(device: str, call: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
