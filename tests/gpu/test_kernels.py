@@ -100,7 +100,8 @@ def test_the_same_input_gives_the_same_bits_ten_times() -> None:
         inputs = draw_inputs(Variant(), 2000, 7168, dtype=torch.bfloat16, seed=SEED, device="cuda")
         gradients = output_gradients(inputs["residual"], seed=SEED)
         made = dual_norm(**inputs, eps=EPS)
+        assert made.y is not None
         torch.autograd.backward([made.h, made.y], gradients)
-        found = [made.h, made.y, *(leaf.grad for leaf in inputs.values())]
+        found: list[torch.Tensor] = [made.h, made.y, *(leaf.grad for leaf in inputs.values())]
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True)), SEED
