@@ -85,7 +85,7 @@ def summed_cross_entropy(
         chunk_tokens: tokens whose logits exist at once; the same on all ranks.
 
     Returns:
-        The sum, 0-dimensional fp32, differentiable once in the hidden states and the weight, and
+        The sum, 0-dimensional fp32, differentiable in the hidden states and the weight, and
         `[T]` fp32 in nats, before the weights, to be looked at only. A label that no rank holds
         makes its loss NaN: to raise, the host would have to wait for the device.
 
@@ -171,11 +171,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        gradient: _Gradient | None = ctx.gradient
-        if gradient is None:
-            raise RuntimeError("the gradient of this loss was taken and its memory used again")
-        ctx.gradient = None
-        return *gradient.times_(grad_outputs[0]), None, None, None, None
+        gradient: _Gradient = ctx.gradient
+        return *gradient.times(grad_outputs[0]), None, None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -211,7 +208,7 @@ class _CrossEntropy(torch.autograd.Function):
             gradient.add(
                 chunk, logits_CV, label_C, counts_T[chunk], (log_sum_C, torch.ones_like(log_sum_C))
             )
-        return *gradient.times_(torch.ones((), device=hidden_TD.device)), None, None, None
+        return *gradient.times(torch.ones((), device=hidden_TD.device)), None, None, None
 
 
 class _Gradient:
@@ -261,12 +258,14 @@ class _Gradient:
         if self._dweight_VD is not None:
             _add_product_(self._dweight_VD, dlogits_CV.t(), scaled_CD)
 
-    def times_(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return both in their inputs' dtype, multiplied."""
+    def times(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return both in their inputs' dtype, multiplied and then rounded."""
         dhidden_TD, dweight_VD = self._dhidden_TD, self._dweight_VD
         return (
-            None if dhidden_TD is None else dhidden_TD.mul_(factor),
-            None if dweight_VD is None else dweight_VD.mul_(factor).to(self._weight_VD.dtype),
+            None if dhidden_TD is None else dhidden_TD * factor,
+            None
+            if dweight_VD is None
+            else torch.mul(dweight_VD, factor, out=torch.empty_like(self._weight_VD)),
         )
 
 
