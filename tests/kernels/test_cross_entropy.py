@@ -1,5 +1,6 @@
 """The loss in chunks: against torch's own, in fp64, against megatron's, and cut over two ranks."""
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -126,6 +127,17 @@ def test_triton_is_the_plain_loss_within_1e_5(num_tokens: int, size: int, num_wo
     for given, expected in zip((dh, dw), torch.autograd.grad(total, (h, w)), strict=True):
         largest = float(expected.abs().max())
         torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.interpreted
+def test_tritons_sums_follow_a_maximum_that_comes_late() -> None:
+    logits = torch.zeros(2, 4096 + 100)  # more than a block
+    logits[:, 4096:] = 5.0
+    logits[1, :4096] = -torch.inf
+    largest, sums = triton_side("cross_entropy").row_sums(logits)
+    assert largest.tolist() == [5.0, 5.0]
+    expected = torch.tensor([4096 * math.exp(-5) + 100, 100.0])
+    torch.testing.assert_close(sums, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.interpreted
