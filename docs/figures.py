@@ -330,12 +330,35 @@ def aot_table(record: Mapping[str, Any]) -> str:
     return f"{markdown_table(rows)}\nTriton {record['triton']}, {record['target']}.\n"
 
 
+def bench_loss_table(record: Mapping[str, Any]) -> str:
+    """Return memory and time of the loss, with and without all logits at once."""
+    rows = [("way", "peak MiB", "ratio", "ms, minimum", "ratio", "loss differs by")]
+    rows += [
+        (
+            row["way"],
+            f"{row['peak_mib']:,.0f}",
+            f"{row['memory_ratio']:.3f}",
+            f"{row['demo_min_ms']:.1f}",
+            f"{row['time_ratio']:.3f}",
+            f"{row['loss_error']:.0e}",
+        )
+        for row in record["rows"]
+    ]
+    note = (
+        f"Memory with {record['num_words']:,} words, {record['num_tokens']:,} tokens, hidden"
+        f" {record['hidden_size']}; time with the words of conf/model/axk1_20m.yaml and"
+        f" {record['demo_tokens']:,} tokens; {record['threads']} thread."
+    )
+    return f"{markdown_table(rows)}\n{note}\n"
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "aot": aot_table,
     "chaos": chaos_table,
     "demo": demo_table,
     "dual_norm": dual_norm_table,
     "bench_checkpoint": bench_checkpoint_table,
+    "bench_loss": bench_loss_table,
     "bench_step": bench_step_table,
     "bench_export": bench_export_table,
     "bench_stream": bench_stream_table,

@@ -35,6 +35,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.backend import triton_side
+
 CHUNK_TOKENS = 256
 """On a CPU as fast as all tokens at once at 4,096 words, where 64 are slower; at 163,840 words the
 logits of so many are 168 MB in fp32 (tests/bench/bench_loss.py)."""
@@ -83,7 +85,7 @@ def summed_cross_entropy(
         chunk_tokens: tokens whose logits exist at once; the same on all ranks.
 
     Returns:
-        The sum, 0-dimensional fp32, differentiable once in the hidden states and the weight, and
+        The sum, 0-dimensional fp32, differentiable in the hidden states and the weight, and
         `[T]` fp32 in nats, before the weights, to be looked at only. A label that no rank holds
         makes its loss NaN: to raise, the host would have to wait for the device.
 
@@ -154,10 +156,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for chunk, buffer in _chunks(hidden_TD, weight_VD, chunk_tokens):
             label_C = labels_T[chunk] - vocabulary.first
             logits_CV = _logits(hidden_TD[chunk], weight_VD, buffer)
-            loss_C, _, sum_C = _softmax_(logits_CV, label_C, labels_T[chunk] >= 0, vocabulary)
+            loss_C, log_sum_C, sum_C = _softmax_(
+                logits_CV, label_C, labels_T[chunk] >= 0, vocabulary
+            )
             loss_T[chunk] = loss_C
             counts_C = token_weight_T[chunk].masked_fill(labels_T[chunk] < 0, 0.0)
-            gradient.add(chunk, logits_CV, label_C, sum_C, counts_C)
+            gradient.add(chunk, logits_CV, label_C, counts_C, (log_sum_C, sum_C))
         ctx.gradient = gradient
         ctx.mark_non_differentiable(loss_T)
         return loss_T @ token_weight_T, loss_T
@@ -167,11 +171,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        gradient: _Gradient | None = ctx.gradient
-        if gradient is None:
-            raise RuntimeError("the gradient of this loss was taken and its memory used again")
-        ctx.gradient = None
-        return *gradient.times_(grad_outputs[0]), None, None, None, None
+        gradient: _Gradient = ctx.gradient
+        return *gradient.times(grad_outputs[0]), None, None, None, None
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -201,12 +202,13 @@ class _CrossEntropy(torch.autograd.Function):
         counts_T = grad_outputs[0].masked_fill(labels_T < 0, 0.0)
         for chunk, buffer in _chunks(hidden_TD, weight_VD, ctx.chunk_tokens):
             logits_CV = _logits(hidden_TD[chunk], weight_VD, buffer)
-            logits_CV.sub_(log_sum_T[chunk, None]).exp_()
-            label_C = labels_T[chunk] - ctx.first
+            log_sum_C, label_C = log_sum_T[chunk], labels_T[chunk] - ctx.first
+            if _on_cpu(logits_CV):
+                logits_CV.sub_(log_sum_C[:, None]).exp_()
             gradient.add(
-                chunk, logits_CV, label_C, torch.ones_like(counts_T[chunk]), counts_T[chunk]
+                chunk, logits_CV, label_C, counts_T[chunk], (log_sum_C, torch.ones_like(log_sum_C))
             )
-        return *gradient.times_(torch.ones(())), None, None, None
+        return *gradient.times(torch.ones((), device=hidden_TD.device)), None, None, None
 
 
 class _Gradient:
@@ -219,32 +221,51 @@ class _Gradient:
         self._dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
 
     def add(
-        self, chunk: slice, numerator_CV: Tensor, label_C: Tensor, sum_C: Tensor, counts_C: Tensor
+        self,
+        chunk: slice,
+        logits_CV: Tensor,
+        label_C: Tensor,
+        counts_C: Tensor,
+        sums: tuple[Tensor, Tensor],
     ) -> None:
-        """Take up counts * (numerator / sum - is_label) of a chunk; destroys the numerators."""
-        is_own_C, place_C = _own_labels(label_C, numerator_CV.shape[1])
-        numerator_CV.scatter_add_(1, place_C[:, None], -(sum_C * is_own_C)[:, None])
-        factor_C1 = (counts_C / sum_C)[:, None]
+        """Take up counts * (softmax - is_label) of a chunk, whose logits are used up.
+
+        Args:
+            chunk: its tokens.
+            logits_CV: as `_softmax_` leaves them: on a CPU exp(logit - max), else logits.
+            label_C: counted from this slice's first word.
+            counts_C: what each token counts.
+            sums: the logarithm of the sum of exp(logit), and the sum of what logits_CV holds.
+        """
         hidden_CD = self._hidden_TD[chunk]
-        if self._weight_VD.dtype == torch.float32:
-            # a number for each row meets [C, D] instead of [C, V]: no pass over the logits
-            dlogits_CV, scaled_CD = numerator_CV, hidden_CD * factor_C1
+        log_sum_C, sum_C = sums
+        factor_C1 = (counts_C / sum_C)[:, None]
+        dlogits_CV, scaled_CD = logits_CV, hidden_CD
+        if not _on_cpu(logits_CV):
+            triton_side("cross_entropy").gradient_(logits_CV, label_C, log_sum_C, counts_C)
         else:
-            dlogits_CV = numerator_CV.mul_(factor_C1).to(self._weight_VD.dtype)
-            scaled_CD = hidden_CD
+            is_own_C, place_C = _own_labels(label_C, logits_CV.shape[1])
+            logits_CV.scatter_add_(1, place_C[:, None], -(sum_C * is_own_C)[:, None])
+            if self._weight_VD.dtype == torch.float32:
+                # a number for each row meets [C, D] instead of [C, V]: no pass over the logits
+                scaled_CD = hidden_CD * factor_C1
+            else:
+                dlogits_CV = logits_CV.mul_(factor_C1).to(self._weight_VD.dtype)
         if self._dhidden_TD is not None:
             dhidden_CD = torch.mm(dlogits_CV, self._weight_VD, out=self._dhidden_TD[chunk])
-            if dlogits_CV is numerator_CV:
+            if scaled_CD is not hidden_CD:
                 dhidden_CD.mul_(factor_C1)
         if self._dweight_VD is not None:
             _add_product_(self._dweight_VD, dlogits_CV.t(), scaled_CD)
 
-    def times_(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return both in their inputs' dtype, multiplied."""
+    def times(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return both in their inputs' dtype, multiplied and then rounded."""
         dhidden_TD, dweight_VD = self._dhidden_TD, self._dweight_VD
         return (
-            None if dhidden_TD is None else dhidden_TD.mul_(factor),
-            None if dweight_VD is None else dweight_VD.mul_(factor).to(self._weight_VD.dtype),
+            None if dhidden_TD is None else dhidden_TD * factor,
+            None
+            if dweight_VD is None
+            else torch.mul(dweight_VD, factor, out=torch.empty_like(self._weight_VD)),
         )
 
 
@@ -260,8 +281,13 @@ def _chunks(
 
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor, buffer_CV: Tensor) -> Tensor:
-    """Return a chunk's logits in fp32, rounded to the weight's dtype before, as the head does."""
-    return torch.mm(hidden_CD, weight_VD.t(), out=buffer_CV).float()
+    """Return a chunk's logits, rounded to the weight's dtype as the head does; on a CPU in fp32."""
+    logits_CV = torch.mm(hidden_CD, weight_VD.t(), out=buffer_CV)
+    return logits_CV.float() if _on_cpu(logits_CV) else logits_CV
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _own_labels(label_C: Tensor, num_words: int) -> tuple[Tensor, Tensor]:
@@ -273,22 +299,28 @@ def _own_labels(label_C: Tensor, num_words: int) -> tuple[Tensor, Tensor]:
 def _softmax_(
     logits_CV: Tensor, label_C: Tensor, counts_C: Tensor, vocabulary: VocabularySlice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn logits into exp(logit - max); return losses, logarithms of the sums of exp, sums.
+    """Return losses, the logarithms of the sums of exp(logit), and the sums of exp(logit - max).
 
     Args:
-        logits_CV: `[C, V]` fp32.
+        logits_CV: `[C, V]`; on a CPU they become exp(logit - max), on a GPU they stay.
         label_C: `[C]`, counted from this slice's first word.
         counts_C: `[C]` bool, whether a token has a label at all.
         vocabulary: of this rank.
 
     Returns:
-        Three times `[C]` fp32; the sums are of what the logits have become, over all ranks.
+        Three times `[C]` fp32, over all ranks.
     """
     is_own_C, place_C = _own_labels(label_C, logits_CV.shape[1])
-    max_C = vocabulary.reduce_max(logits_CV.amax(1))
-    picked_C = logits_CV.gather(1, place_C[:, None])[:, 0] - max_C
-    logits_CV.sub_(max_C[:, None]).exp_()
-    parts = torch.stack((logits_CV.sum(1), picked_C.masked_fill(~is_own_C, 0.0), is_own_C.float()))
+    picked_C = logits_CV.gather(1, place_C[:, None])[:, 0].float()
+    if _on_cpu(logits_CV):
+        max_C = vocabulary.reduce_max(logits_CV.amax(1))
+        own_sum_C = logits_CV.sub_(max_C[:, None]).exp_().sum(1)
+    else:
+        own_max_C, own_sum_C = triton_side("cross_entropy").row_sums(logits_CV)
+        max_C = vocabulary.reduce_max(own_max_C.clone())
+        own_sum_C = own_sum_C * (own_max_C - max_C).exp()
+    picked_C = (picked_C - max_C).masked_fill(~is_own_C, 0.0)
+    parts = torch.stack((own_sum_C, picked_C, is_own_C.float()))
     sum_C, picked_C, owners_C = vocabulary.reduce_sum(parts)
     log_C = sum_C.log()
     loss_C = torch.where(owners_C == 1, log_C - picked_C, torch.nan).masked_fill(~counts_C, 0.0)
@@ -318,7 +350,7 @@ def _add_product_(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
     """Add a product of fp32 or bf16 matrices to fp32, without rounding it to bf16 before."""
     if left_VC.dtype == torch.float32:
         sum_VD.addmm_(left_VC, right_CD)
-    elif sum_VD.device.type == "cpu":  # torch 2.13 has no product there that widens
+    elif _on_cpu(sum_VD):  # torch 2.13 has no product there that widens
         sum_VD.addmm_(left_VC.float(), right_CD.float())
     else:
         torch.addmm(sum_VD, left_VC, right_CD, out_dtype=torch.float32, out=sum_VD)

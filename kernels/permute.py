@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import triton_side
+from kernels.fp8 import BLOCK_SIZE, Quantised, quantise_by_blocks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +95,39 @@ def permute(x_TD: Tensor, rows: RowMap) -> Tensor:
     """
     _check(x_TD, len(rows.rows_of_token), "tokens")
     return _Permute.apply(x_TD.contiguous(), rows)  # type: ignore[no-any-return]  apply is untyped
+
+
+def permute_quantised(
+    x_TD: Tensor, rows: RowMap, *, dtype: torch.dtype, power_of_two_scales: bool
+) -> Quantised:
+    """Return each expert's tokens in FP8, by blocks of 1 x 128, for the first product.
+
+    A token is quantised once, before it is copied: the bytes and scales are those of quantising
+    `permute`'s rows, for an eighth of the work at K = 8. Padding is 0 with scale 1. Not
+    differentiable: the gradient of `permute` is that of its sum over a token's rows, `unpermute`.
+
+    Args:
+        x_TD: `[T, D]` fp32 or bf16.
+        rows: of the same tokens.
+        dtype: float8_e4m3fn or float8_e5m2.
+        power_of_two_scales: round scales down to powers of two.
+
+    Raises:
+        ValueError: as `permute`.
+
+    Source: kernels/fp8.py for scales and bytes.
+    """
+    _check(x_TD, len(rows.rows_of_token), "tokens")
+    how: dict[str, Any] = {"dtype": dtype, "power_of_two_scales": power_of_two_scales}
+    if x_TD.device.type != "cpu":
+        return triton_side("permute").quantised(x_TD.contiguous(), rows, **how)
+    token = quantise_by_blocks(x_TD, (1, BLOCK_SIZE), **how)
+    return Quantised(
+        _gathered(token.data.view(torch.uint8), rows, padding=0).view(dtype),
+        _gathered(token.scale, rows, padding=1),
+        _gathered(token.scale_inv, rows, padding=1),
+        token.block,
+    )
 
 
 def unpermute(x_RD: Tensor, rows: RowMap) -> Tensor:
@@ -173,8 +207,12 @@ def _copied(x_TD: Tensor, rows: RowMap) -> Tensor:
     """Return the tokens in their rows."""
     if x_TD.device.type != "cpu":
         return triton_side("permute").copied(x_TD, rows)
+    return _gathered(x_TD, rows, padding=0)
+
+
+def _gathered(x_TD: Tensor, rows: RowMap, *, padding: int) -> Tensor:
     x_RD = x_TD.index_select(0, rows.token_of_row.clamp_min(0))
-    x_RD[rows.token_of_row < 0] = 0
+    x_RD[rows.token_of_row < 0] = padding
     return x_RD
 
 

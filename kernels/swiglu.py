@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.backend import triton_side
+from kernels.fp8 import BLOCK_SIZE, Quantised, quantise_by_blocks
 
 
 def swiglu(hidden_T2F: Tensor, *, weight_T: Tensor) -> Tensor:
@@ -39,21 +40,65 @@ def swiglu(hidden_T2F: Tensor, *, weight_T: Tensor) -> Tensor:
     Source: Shazeer, arXiv 2002.05202, equation 6; the weight's place is megatron-core 0.16.1's,
         moe_apply_probs_on_input being off.
     """
-    if hidden_T2F.dim() != 2 or hidden_T2F.shape[1] % 2:
-        raise ValueError(
-            f"hidden states of shape {tuple(hidden_T2F.shape)} given, [T, 2F] is allowed"
-        )
-    if weight_T.shape != hidden_T2F.shape[:1] or weight_T.dtype != torch.float32:
-        raise ValueError(
-            f"weights of shape {tuple(weight_T.shape)} and {weight_T.dtype} given,"
-            f" {tuple(hidden_T2F.shape[:1])} torch.float32 is allowed"
-        )
-    if hidden_T2F.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"hidden states of {hidden_T2F.dtype} given, torch.float32 and torch.bfloat16 are"
-            " allowed"
-        )
+    _check(hidden_T2F, weight_T)
     return _SwiGLU.apply(hidden_T2F.contiguous(), weight_T)  # type: ignore[no-any-return]  apply is untyped
+
+
+def swiglu_quantised(
+    hidden_T2F: Tensor, *, weight_T: Tensor, dtype: torch.dtype, power_of_two_scales: bool
+) -> Quantised:
+    """Return what `swiglu` returns in FP8, by blocks of 1 x 128, for the second product.
+
+    It is rounded to the dtype of `hidden_T2F` first, so that bytes and scales are those of the two
+    steps one after the other. Not differentiable: what takes it calls `swiglu_backward`.
+
+    Args:
+        hidden_T2F: `[T, 2F]` fp32 or bf16.
+        weight_T: `[T]` fp32.
+        dtype: float8_e4m3fn or float8_e5m2.
+        power_of_two_scales: round scales down to powers of two.
+
+    Raises:
+        ValueError: as `swiglu`.
+
+    Source: kernels/fp8.py for scales and bytes.
+    """
+    _check(hidden_T2F, weight_T)
+    if hidden_T2F.device.type == "cpu":
+        a_TF = _forward(hidden_T2F, weight_T)
+        return quantise_by_blocks(
+            a_TF, (1, BLOCK_SIZE), dtype=dtype, power_of_two_scales=power_of_two_scales
+        )
+    return triton_side("swiglu").quantised(
+        hidden_T2F.contiguous(), weight_T, dtype=dtype, power_of_two_scales=power_of_two_scales
+    )
+
+
+def swiglu_backward(
+    grad_TF: Tensor, hidden_T2F: Tensor, *, weight_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `hidden_T2F` in its dtype and of `weight_T` in fp32.
+
+    Args:
+        grad_TF: `[T, F]` fp32 or bf16, the gradient of the result.
+        hidden_T2F: `[T, 2F]`, as it was given.
+        weight_T: `[T]` fp32.
+    """
+    if hidden_T2F.device.type != "cpu":
+        side = triton_side("swiglu")
+        return side.backward(grad_TF.contiguous(), hidden_T2F.contiguous(), weight_T)
+    grad_TF = grad_TF.float()
+    gate_TF, up_TF = hidden_T2F.float().chunk(2, dim=-1)
+    grad_T2F = torch.empty_like(hidden_T2F, dtype=torch.float32)
+    dgate_TF, dup_TF = grad_T2F.chunk(2, dim=-1)
+    dsilu_up_TF = grad_TF * F.silu(gate_TF)
+    dweight_T = torch.empty_like(weight_T)
+    torch.linalg.vecdot(dsilu_up_TF, up_TF, out=dweight_T)  # pyright: ignore[reportUnknownMemberType]  no stub
+    torch.mul(dsilu_up_TF, weight_T[:, None], out=dup_TF)
+    torch.ops.aten.silu_backward.grad_input(
+        (grad_TF * up_TF).mul_(weight_T[:, None]), gate_TF, grad_input=dgate_TF
+    )
+    return grad_T2F.to(hidden_T2F.dtype), dweight_T
 
 
 def swiglu_reference(hidden_T2F: Tensor, *, weight_T: Tensor) -> Tensor:
@@ -70,8 +115,7 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(hidden_T2F, weight_T)
         if hidden_T2F.device.type != "cpu":
             return triton_side("swiglu").forward(hidden_T2F, weight_T)
-        gate_TF, up_TF = hidden_T2F.float().chunk(2, dim=-1)
-        return F.silu(gate_TF).mul_(up_TF).mul_(weight_T[:, None]).to(hidden_T2F.dtype)
+        return _forward(hidden_T2F, weight_T)
 
     @staticmethod
     @once_differentiable  # an untyped decorator, hence the silenced rule
@@ -79,19 +123,26 @@ class _SwiGLU(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         hidden_T2F, weight_T = ctx.saved_tensors
-        if hidden_T2F.device.type != "cpu":
-            return triton_side("swiglu").backward(
-                grad_outputs[0].contiguous(), hidden_T2F, weight_T
-            )
-        grad_TF = grad_outputs[0].float()
-        gate_TF, up_TF = hidden_T2F.float().chunk(2, dim=-1)
-        grad_T2F = torch.empty_like(hidden_T2F, dtype=torch.float32)
-        dgate_TF, dup_TF = grad_T2F.chunk(2, dim=-1)
-        dsilu_up_TF = grad_TF * F.silu(gate_TF)
-        dweight_T = torch.empty_like(weight_T)
-        torch.linalg.vecdot(dsilu_up_TF, up_TF, out=dweight_T)  # pyright: ignore[reportUnknownMemberType]  no stub
-        torch.mul(dsilu_up_TF, weight_T[:, None], out=dup_TF)
-        torch.ops.aten.silu_backward.grad_input(
-            (grad_TF * up_TF).mul_(weight_T[:, None]), gate_TF, grad_input=dgate_TF
+        return swiglu_backward(grad_outputs[0], hidden_T2F, weight_T=weight_T)
+
+
+def _forward(hidden_T2F: Tensor, weight_T: Tensor) -> Tensor:
+    gate_TF, up_TF = hidden_T2F.float().chunk(2, dim=-1)
+    return F.silu(gate_TF).mul_(up_TF).mul_(weight_T[:, None]).to(hidden_T2F.dtype)
+
+
+def _check(hidden_T2F: Tensor, weight_T: Tensor) -> None:
+    if hidden_T2F.dim() != 2 or hidden_T2F.shape[1] % 2:
+        raise ValueError(
+            f"hidden states of shape {tuple(hidden_T2F.shape)} given, [T, 2F] is allowed"
         )
-        return grad_T2F.to(hidden_T2F.dtype), dweight_T
+    if weight_T.shape != hidden_T2F.shape[:1] or weight_T.dtype != torch.float32:
+        raise ValueError(
+            f"weights of shape {tuple(weight_T.shape)} and {weight_T.dtype} given,"
+            f" {tuple(hidden_T2F.shape[:1])} torch.float32 is allowed"
+        )
+    if hidden_T2F.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"hidden states of {hidden_T2F.dtype} given, torch.float32 and torch.bfloat16 are"
+            " allowed"
+        )

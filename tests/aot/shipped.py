@@ -10,11 +10,24 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from kernels import combine_dual_norm_triton, dual_norm_triton
+from kernels import (
+    combine_dual_norm_triton,
+    cross_entropy_triton,
+    dual_norm_triton,
+    permute_triton,
+    router_triton,
+    swiglu_triton,
+)
 from kernels.dual_norm import Forward, Fp8Output
+from kernels.fp8 import E4M3
+from kernels.permute import RowMap
+from kernels.router import Choice
 
 NUM_TOKENS = 8192
 HIDDEN_SIZE = 7168
+EXPERT_FFN_SIZE = 2048
+VOCABULARY_SIZE = 163_840
+ROUTED = Choice(num_experts=192, num_chosen=8, num_groups=8, num_chosen_groups=4, scale=2.5)
 
 
 def stream(*, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -53,6 +66,48 @@ def combine(*, prob: bool = True, fp8: Fp8Output | None = None) -> None:
     combine_dual_norm_triton.combine_backward(stream(), rows)
 
 
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def cross_entropy() -> None:
+    """Call what turns a chunk's logits into sums and into their gradient."""
+    logits = empty(1024, VOCABULARY_SIZE, dtype=torch.bfloat16)
+    labels = empty(1024, dtype=torch.int64)
+    cross_entropy_triton.row_sums(logits)
+    cross_entropy_triton.gradient_(logits, labels, empty(1024), empty(1024))
+
+
+def swiglu() -> None:
+    """Call the activation of an expert's tokens and its gradient."""
+    hidden = empty(NUM_TOKENS, 2 * EXPERT_FFN_SIZE, dtype=torch.bfloat16)
+    out = swiglu_triton.forward(hidden, empty(NUM_TOKENS))
+    swiglu_triton.backward(out, hidden, empty(NUM_TOKENS))
+    swiglu_triton.quantised(hidden, empty(NUM_TOKENS), dtype=E4M3, power_of_two_scales=True)
+
+
+def permute() -> None:
+    """Call the copies of tokens to the rows of 24 experts, eight each, and their sums."""
+    num_rows = 8 * NUM_TOKENS
+    rows = RowMap(
+        token_of_row=empty(num_rows, dtype=torch.int64),
+        rows_of_token=empty(NUM_TOKENS, 8, dtype=torch.int64),
+        experts_of_token=empty(NUM_TOKENS, 8, dtype=torch.int64),
+        num_rows=empty(24, dtype=torch.int64),
+        num_tokens=empty(24, dtype=torch.int64),
+    )
+    permute_triton.added_up(permute_triton.copied(stream(), rows), rows)
+    permute_triton.quantised(stream(), rows, dtype=E4M3, power_of_two_scales=True)
+
+
+def router() -> None:
+    """Call the router and its gradient."""
+    logits = empty(NUM_TOKENS, ROUTED.num_experts)
+    weights, shares, chosen, _ = router_triton.forward(logits, empty(ROUTED.num_experts), ROUTED)
+    router_triton.backward(weights, shares, logits, chosen, ROUTED)
+
+
 SHIPPED: Mapping[str, Callable[[], object]] = {
     "dual_norm": dual_norm,
     "dual_norm, no shared": lambda: dual_norm(shared=False),
@@ -63,4 +118,8 @@ SHIPPED: Mapping[str, Callable[[], object]] = {
     "combine_dual_norm": combine,
     "combine_dual_norm, FP8 1x128": lambda: combine(fp8=Fp8Output()),
     "combine_dual_norm, no prob": lambda: combine(prob=False),
+    "cross_entropy": cross_entropy,
+    "swiglu": swiglu,
+    "permute": permute,
+    "router": router,
 }

@@ -16,10 +16,18 @@ from torch.nn import functional as F
 
 from kernels import backend
 from kernels.combine_dual_norm import combine_dual_norm
+from kernels.cross_entropy import cross_entropy, summed_cross_entropy
 from kernels.dual_norm import Fp8Output, dual_norm
+from kernels.permute import permute, row_map
+from kernels.router import Choice, route, route_reference
+from kernels.swiglu import swiglu, swiglu_reference
 
 EPS = 1e-6
 NUM_CHOSEN = 8  # experts of a token in A.X K1
+ROUTED = Choice(num_experts=192, num_chosen=8, num_groups=8, num_chosen_groups=4, scale=2.5)
+NUM_LOCAL_EXPERTS = 24
+EXPERT_FFN_SIZE = 2048
+NUM_WORDS = 163_840
 Way = Callable[[], Sequence[Tensor]]
 # Otherwise a compiled backward pass runs only once, and it is timed many times.
 compiled_backward.donated_buffer = False
@@ -166,8 +174,119 @@ def combine_dual_norm_case(num_tokens: int, size: int, *, device: str) -> Case:
     )
 
 
+def swiglu_case(num_tokens: int, _size: int, *, device: str) -> Case:
+    """Return an expert's activation, weighted, for eight rows a token."""
+    num_rows = NUM_CHOSEN * num_tokens
+    hidden = leaf(num_rows, 2 * EXPERT_FFN_SIZE, device=device)
+    weight = torch.rand(num_rows, device=device).requires_grad_()
+
+    def definition() -> Sequence[Tensor]:
+        return (swiglu_reference(hidden, weight_T=weight),)
+
+    return Case(
+        name="swiglu",
+        forward_bytes=6 * num_rows * EXPERT_FFN_SIZE,
+        backward_bytes=10 * num_rows * EXPERT_FFN_SIZE,
+        leaves=(hidden, weight),
+        gradients=[draw(num_rows, EXPERT_FFN_SIZE, device=device)],
+        ways={
+            "ours": lambda: (swiglu(hidden, weight_T=weight),),
+            "torch": definition,
+            "torch.compile": torch.compile(definition),
+        },
+    )
+
+
+def permute_case(num_tokens: int, size: int, *, device: str) -> Case:
+    """Return the copies of every token for eight of 24 experts, by a map that is given."""
+    x = leaf(num_tokens, size, device=device)
+    scores = torch.rand(num_tokens, NUM_LOCAL_EXPERTS, device=device)
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, scores.topk(8).indices, True)
+    rows = row_map(chosen, num_chosen=NUM_CHOSEN, multiple=1)
+    num_rows = len(rows.token_of_row)
+    return Case(
+        name="permute",
+        forward_bytes=2 * size * (num_tokens + num_rows),
+        backward_bytes=2 * size * (num_tokens + num_rows),
+        leaves=(x,),
+        gradients=[draw(num_rows, size, device=device)],
+        ways={
+            "ours": lambda: (permute(x, rows),),
+            "torch": lambda: (x.index_select(0, rows.token_of_row),),
+        },
+    )
+
+
+def router_case(num_tokens: int, _size: int, *, device: str) -> Case:
+    """Return the choice of eight of 192 experts."""
+    num_experts = ROUTED.num_experts
+    logits = torch.randn(num_tokens, num_experts, device=device).requires_grad_()
+    bias = torch.zeros(num_experts, device=device)
+
+    def way(function: Callable[..., Any]) -> Way:
+        def results() -> Sequence[Tensor]:
+            made = function(logits, bias_E=bias, choice=ROUTED)
+            return made.weights, made.shares
+
+        return results
+
+    return Case(
+        name="router",
+        forward_bytes=14 * num_tokens * num_experts,
+        backward_bytes=17 * num_tokens * num_experts,
+        leaves=(logits,),
+        gradients=[torch.randn(num_tokens, num_experts, device=device) for _ in range(2)],
+        ways={
+            "ours": way(route),
+            "torch": way(route_reference),
+            "torch.compile": torch.compile(way(route_reference)),
+        },
+    )
+
+
+def cross_entropy_case(num_tokens: int, size: int, *, device: str) -> Case:
+    """Return head and loss of half the tokens, which all logits at once leave room for.
+
+    Its time goes into matrix products: the bytes are those of hidden states and weight alone.
+    """
+    num_tokens //= 2
+    hidden = leaf(num_tokens, size, device=device)
+    weight = (0.02 * draw(NUM_WORDS, size, device=device)).requires_grad_()
+    labels = torch.randint(0, NUM_WORDS, (num_tokens,), device=device)
+    ones = torch.ones(num_tokens, device=device)
+
+    def summed() -> Sequence[Tensor]:
+        how: Any = {"weight_VD": weight, "labels_T": labels, "token_weight_T": ones}
+        return (summed_cross_entropy(hidden, **how, chunk_tokens=1024)[0],)
+
+    def by_token() -> Sequence[Tensor]:
+        how: Any = {"weight_VD": weight, "labels_T": labels, "chunk_tokens": 1024}
+        return (cross_entropy(hidden, **how).sum(),)
+
+    def unfused() -> Sequence[Tensor]:
+        return (F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum"),)
+
+    ways: dict[str, Way] = {"ours": summed, "ours, by token": by_token, "torch": unfused}
+    fused = liger("liger_fused_linear_cross_entropy")
+    if fused is not None:
+        ways["Liger-Kernel"] = lambda: (fused(hidden, weight, labels, reduction="sum"),)
+    operands = 2 * size * (num_tokens + NUM_WORDS)
+    return Case(
+        name="cross_entropy",
+        forward_bytes=operands,
+        backward_bytes=2 * operands,
+        leaves=(hidden, weight),
+        gradients=[torch.ones((), device=device)],
+        ways=ways,
+    )
+
+
 CASES: Sequence[Callable[..., Case]] = (
     dual_norm_case,
     dual_norm_fp8_case,
     combine_dual_norm_case,
+    swiglu_case,
+    permute_case,
+    router_case,
+    cross_entropy_case,
 )

@@ -1,5 +1,6 @@
 """The loss in chunks: against torch's own, in fp64, against megatron's, and cut over two ranks."""
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import cross_entropy as module
+from kernels.backend import triton_side
 from kernels.cross_entropy import (
     VocabularySlice,
     cross_entropy,
@@ -44,6 +47,17 @@ def summed(h: Tensor, w: Tensor, y: Tensor, counts: Tensor, **how: Any) -> tuple
 def by_token(h: Tensor, w: Tensor, y: Tensor, counts: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
     loss_T = cross_entropy(h, weight_VD=w, labels_T=y, **how)
     return (loss_T * counts).sum(), loss_T
+
+
+def in_triton(h: Tensor, w: Tensor, y: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses of all tokens at once and both gradients, by Triton's two kernels."""
+    side = triton_side("cross_entropy")
+    logits_TV = (h @ w.t()).detach()
+    picked_T = logits_TV.gather(1, y.clamp_min(0)[:, None])[:, 0].float()
+    max_T, sum_T = side.row_sums(logits_TV)
+    log_sum_T = sum_T.log() + max_T
+    side.gradient_(logits_TV, y, log_sum_T, counts.masked_fill(y < 0, 0.0))
+    return (log_sum_T - picked_T).masked_fill(y < 0, 0.0), logits_TV @ w, logits_TV.t() @ h
 
 
 Loss = Callable[..., tuple[Tensor, Tensor]]
@@ -101,6 +115,62 @@ def test_bf16_is_the_unfused_loss_of_the_same_rounded_logits(loss: Loss) -> None
         # each term of the sum is rounded once, 2^-8 of itself, and the sum once more
         bound = 2**-8 * (1.01 * terms + oracle.abs()) + 1e-6
         assert ((gradient.double() - oracle).abs() <= bound).all()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("num_tokens", "size", "num_words"), [*SIZES, (2, 3, 4096 + 5)])
+def test_triton_is_the_plain_loss_within_1e_5(num_tokens: int, size: int, num_words: int) -> None:
+    h, w, y, counts = draw(num_tokens, size, num_words)
+    loss_T, dh, dw = in_triton(h, w, y, counts)
+    total, expected_T = summed(h, w, y, counts)
+    torch.testing.assert_close(loss_T, expected_T, rtol=1e-5, atol=1e-5)
+    for given, expected in zip((dh, dw), torch.autograd.grad(total, (h, w)), strict=True):
+        largest = float(expected.abs().max())
+        torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5 * largest)
+
+
+@pytest.mark.interpreted
+def test_tritons_sums_follow_a_maximum_that_comes_late() -> None:
+    logits = torch.zeros(2, 4096 + 100)  # more than a block
+    logits[:, 4096:] = 5.0
+    logits[1, :4096] = -torch.inf
+    largest, sums = triton_side("cross_entropy").row_sums(logits)
+    assert largest.tolist() == [5.0, 5.0]
+    expected = torch.tensor([4096 * math.exp(-5) + 100, 100.0])
+    torch.testing.assert_close(sums, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.interpreted
+@BOTH
+def test_the_way_of_a_gpu_around_triton_gives_the_same(loss: Loss) -> None:
+    h, w, y, counts = draw(19, 24, 37)
+    total, expected_T = loss(h, w, y, counts, chunk_tokens=5)
+    expected = torch.autograd.grad(total, (h, w))
+    on_cpu = module.__dict__["_on_cpu"]
+    try:
+        module.__dict__["_on_cpu"] = lambda _: False
+        total, loss_T = loss(h, w, y, counts, chunk_tokens=5)
+        given = torch.autograd.grad(total, (h, w))
+    finally:
+        module.__dict__["_on_cpu"] = on_cpu
+    torch.testing.assert_close(loss_T, expected_T, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(given[0], expected[0])  # or it was not taken
+    for gradient, oracle in zip(given, expected, strict=True):
+        torch.testing.assert_close(gradient, oracle, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.interpreted
+def test_tritons_gradient_of_bf16_logits_is_rounded_once() -> None:
+    h, w, y, counts = draw(33, 48, 130, torch.bfloat16)
+    logits = (h @ w.t()).detach()
+    exact = logits.double().requires_grad_()
+    loss_T = F.cross_entropy(exact, y, reduction="none", ignore_index=IGNORED)
+    (expected,) = torch.autograd.grad((loss_T * counts).sum(), exact)
+    side = triton_side("cross_entropy")
+    max_T, sum_T = side.row_sums(logits)
+    side.gradient_(logits, y, sum_T.log() + max_T, counts.masked_fill(y < 0, 0.0))
+    # half a step of bf16 is at most 2^-8 of the number; fp32 before it, where p - 1 cancels too
+    torch.testing.assert_close(logits.double(), expected, rtol=2**-8 + 1e-5, atol=1e-6)
 
 
 class TwoRanks:
@@ -216,12 +286,13 @@ def test_a_label_that_no_rank_holds_makes_its_loss_nan(loss: Loss) -> None:
     assert loss_T.isnan().tolist() == [False, False, True, False, False]
 
 
-def test_the_gradient_of_the_sum_is_handed_out_once() -> None:
+@BOTH
+def test_a_gradient_can_be_taken_again_and_multiplied(loss: Loss) -> None:
     h, w, y, counts = draw(5, 24, 37)
-    total, _ = summed(h, w, y, counts)
-    total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="was taken"):
-        total.backward()
+    total, _ = loss(h, w, y, counts)
+    first = torch.autograd.grad(total, (h, w), retain_graph=True)
+    second = torch.autograd.grad(total, (h, w), 4 * torch.ones_like(total))
+    assert all(torch.equal(4 * a, b) for a, b in zip(first, second, strict=True))
 
 
 @BOTH

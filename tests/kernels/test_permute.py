@@ -1,6 +1,7 @@
 """Tokens to experts and back: against the definition, megatron's and autograd; plain, in Triton."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from megatron.core.transformer.moe.moe_utils import permute as megatron_permute
 from torch import Tensor
 
 from kernels.backend import triton_side
+from kernels.fp8 import E4M3, E5M2, Quantised, quantise_by_blocks
 from kernels.permute import (
     RowMap,
     permute,
+    permute_quantised,
     permute_reference,
     permute_weights,
     row_map,
@@ -18,12 +21,23 @@ from kernels.permute import (
 )
 
 # tokens, model size, experts, chosen
-SIZES = [(1, 3, 2, 1), (7, 24, 5, 3), (33, 1030, 6, 4), (16, 64, 3, 3)]
+SIZES = [(1, 3, 2, 1), (7, 24, 5, 3), (33, 300, 6, 4), (16, 64, 3, 3)]
 MULTIPLES = [1, 16, 128]
 DTYPES = [torch.float32, torch.bfloat16]
 CASES = [(*size, multiple) for size in SIZES for multiple in MULTIPLES]
 ALL = pytest.mark.parametrize(
     ("num_tokens", "size", "num_experts", "num_chosen", "multiple"), CASES
+)
+# few, because the interpreter is slow; 1,030 columns are more than a program has
+FEW = pytest.mark.parametrize(
+    ("num_tokens", "size", "num_experts", "num_chosen", "multiple"),
+    [
+        (1, 3, 2, 1, 16),
+        (7, 24, 5, 3, 1),
+        (33, 300, 4, 3, 16),
+        (3, 1030, 3, 2, 1),
+        (4, 64, 3, 2, 128),
+    ],
 )
 KINDS = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 
@@ -90,7 +104,7 @@ def test_rows_add_up_to_tokens_and_gradients_are_copied(
 
 @pytest.mark.interpreted
 @KINDS
-@ALL
+@FEW
 def test_triton_gives_the_bits_of_the_plain_file(
     num_tokens: int, size: int, num_experts: int, num_chosen: int, multiple: int, dtype: torch.dtype
 ) -> None:
@@ -101,6 +115,53 @@ def test_triton_gives_the_bits_of_the_plain_file(
     assert torch.equal(side.copied(x_TD, rows), permute(x_TD, rows))
     x_RD = draw(len(rows.token_of_row), size, dtype=dtype)
     assert torch.equal(side.added_up(x_RD, rows), unpermute(x_RD, rows))
+
+
+def quantised_rows(
+    num_tokens: int, size: int, num_experts: int, num_chosen: int, multiple: int, dtype: torch.dtype
+) -> tuple[Tensor, RowMap, Tensor]:
+    """Return tokens of very different size, one with NaN, their rows, and the rows copied."""
+    chosen_TE = choose(num_tokens, num_experts, num_chosen)
+    rows = row_map(chosen_TE, num_chosen=num_chosen, multiple=multiple)
+    x_TD = (
+        draw(num_tokens, size, dtype=torch.float32) * draw(num_tokens, 1, dtype=torch.float32).exp()
+    )
+    x_TD[-1, -1] = torch.nan
+    x_TD = x_TD.to(dtype)
+    return x_TD, rows, permute_reference(x_TD, chosen_TE, multiple=multiple)
+
+
+def assert_same_bytes(given: Quantised, expected: Quantised) -> None:
+    assert torch.equal(given.data.view(torch.uint8), expected.data.view(torch.uint8))
+    assert torch.equal(given.scale, expected.scale)
+    assert torch.equal(given.scale_inv, expected.scale_inv)
+    assert given.block == expected.block
+
+
+@KINDS
+@ALL
+def test_a_token_quantised_once_has_the_bytes_of_all_its_rows_quantised(
+    num_tokens: int, size: int, num_experts: int, num_chosen: int, multiple: int, dtype: torch.dtype
+) -> None:
+    x_TD, rows, x_RD = quantised_rows(num_tokens, size, num_experts, num_chosen, multiple, dtype)
+    for fp8 in (E4M3, E5M2):
+        given = permute_quantised(x_TD, rows, dtype=fp8, power_of_two_scales=True)
+        assert_same_bytes(
+            given, quantise_by_blocks(x_RD, (1, 128), dtype=fp8, power_of_two_scales=True)
+        )
+
+
+@pytest.mark.interpreted
+@KINDS
+@FEW
+def test_triton_gives_these_bytes(
+    num_tokens: int, size: int, num_experts: int, num_chosen: int, multiple: int, dtype: torch.dtype
+) -> None:
+    x_TD, rows, _ = quantised_rows(num_tokens, size, num_experts, num_chosen, multiple, dtype)
+    for power_of_two_scales in (True, False):
+        how: Any = {"dtype": E4M3, "power_of_two_scales": power_of_two_scales}
+        given = triton_side("permute").quantised(x_TD, rows, **how)
+        assert_same_bytes(given, permute_quantised(x_TD, rows, **how))
 
 
 def test_without_padding_it_is_megatrons_permutation() -> None:

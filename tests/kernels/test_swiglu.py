@@ -9,7 +9,8 @@ from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from torch import Tensor
 
 from kernels.backend import triton_side
-from kernels.swiglu import swiglu, swiglu_reference
+from kernels.fp8 import E4M3, E5M2, quantise_by_blocks
+from kernels.swiglu import swiglu, swiglu_quantised, swiglu_reference
 
 SIZES = [(1, 1), (2, 48), (33, 100), (0, 8), (5, 130)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -79,6 +80,40 @@ def test_triton_is_the_definition_rounded_once(
 @pytest.mark.interpreted
 def test_a_width_of_more_than_a_block_is_walked_through() -> None:
     check(in_triton, torch.float32, 2, 2048 + 24)
+
+
+@pytest.mark.interpreted
+@KINDS
+@pytest.mark.parametrize("power_of_two_scales", [True, False])
+@pytest.mark.parametrize(
+    ("num_tokens", "size"), [(1, 1), (3, 128), (7, 100), (0, 8), (2, 384), (2, 2048 + 130)]
+)
+def test_fp8_bytes_and_scales_of_triton_are_the_plain_ones(
+    dtype: torch.dtype, num_tokens: int, size: int, power_of_two_scales: bool
+) -> None:
+    hidden_T2F, weight_T, _ = draw(num_tokens, size, dtype)
+    if num_tokens > 1:
+        hidden_T2F[0] = 0  # blocks without a scale
+        hidden_T2F[1, 0] = torch.nan
+    for fp8 in (E4M3, E5M2):
+        how: Any = {"dtype": fp8, "power_of_two_scales": power_of_two_scales}
+        given = triton_side("swiglu").quantised(hidden_T2F, weight_T, **how)
+        # of the activation that Triton computes: exp differs in the last bit from torch's
+        a_TF = triton_side("swiglu").forward(hidden_T2F, weight_T)
+        expected = quantise_by_blocks(a_TF, (1, 128), **how)
+        assert torch.equal(given.data.view(torch.uint8), expected.data.view(torch.uint8))
+        assert torch.equal(given.scale, expected.scale)
+        assert torch.equal(given.scale_inv, expected.scale_inv)
+        assert given.block == expected.block
+
+
+def test_plain_fp8_is_the_activation_quantised() -> None:
+    hidden_T2F, weight_T, _ = draw(5, 130, torch.bfloat16)
+    how: Any = {"dtype": E4M3, "power_of_two_scales": True}
+    given = swiglu_quantised(hidden_T2F, weight_T=weight_T, **how)
+    expected = quantise_by_blocks(swiglu(hidden_T2F, weight_T=weight_T), (1, 128), **how)
+    assert torch.equal(given.data.view(torch.uint8), expected.data.view(torch.uint8))
+    assert torch.equal(given.scale, expected.scale)
 
 
 @KINDS
