@@ -35,7 +35,8 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
         " num_mtp_layers dual_norm rms_norm_eps init_std",
         "model.rope": "base scaling_factor original_context_tokens beta_fast beta_slow mscale"
         " mscale_all_dim",
-        "precision": "kind fp8_recipe",
+        "precision": "kind fp8_recipe fp8_format fp8_margin fp8_amax_history fp8_amax_algorithm"
+        " fp8_accumulation high_precision num_first_high_layers num_last_high_layers",
         "load_balance": "kind",
         "data": "document_attention",
     },
@@ -66,6 +67,7 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
         "exchange": "dispatcher overlap_all_to_all overlap_shared_expert",
         "layout": "num_ranks tp cp pp vp ep etp",
         "optimizer": "overlap bucket_parameters",
+        "precision": "shadow_interval_steps",
         "recompute": "kind modules method num_layers",
         "recheck": "max_left_out memory_interval_steps replicas_interval_steps"
         " sample_interval_steps",

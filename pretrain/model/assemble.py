@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.post_training.modelopt.layers import Linear as ReplicatedLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
@@ -28,6 +29,7 @@ from pretrain.model.attention import CoreAttention
 from pretrain.model.dual_norm_layer import DualNormLayer
 from pretrain.model.experts import Experts, mark_expert_parameters
 from pretrain.model.norm import LATENT_NORM_EPS, RMSNorm
+from pretrain.model.precision import Precision
 from pretrain.model.router import ScaledAuxLossRouter
 from pretrain.model.spec import ModelSpec
 
@@ -51,6 +53,7 @@ def build_chunks(
     device: Device,
     layout: Layout,
     max_tokens: int,
+    precision: Precision | None = None,
 ) -> list[GPTModel]:
     """Return all model chunks of this rank, one or, with virtual pipeline, vp of them.
 
@@ -60,6 +63,7 @@ def build_chunks(
         device: decides between Transformer Engine's modules and local ones.
         layout: the one whose process groups are started.
         max_tokens: longest sequence, in tokens.
+        precision: what runs in FP8; None: nothing.
     """
     chunks = [
         build_chunk(
@@ -72,6 +76,7 @@ def build_chunks(
                 vp_stage=chunk if layout.vp > 1 else None,
             ),
             max_tokens=max_tokens,
+            precision=precision,
         )
         for chunk in range(layout.vp)
     ]
@@ -81,7 +86,13 @@ def build_chunks(
 
 
 def build_chunk(
-    spec: ModelSpec, *, config: MLATransformerConfig, device: Device, stage: Stage, max_tokens: int
+    spec: ModelSpec,
+    *,
+    config: MLATransformerConfig,
+    device: Device,
+    stage: Stage,
+    max_tokens: int,
+    precision: Precision | None = None,
 ) -> GPTModel:
     """Return one model chunk of this rank, its weights not yet drawn (initialise.py).
 
@@ -91,6 +102,7 @@ def build_chunk(
         device: decides between Transformer Engine's modules and local ones.
         stage: which part of the pipeline.
         max_tokens: longest sequence, in tokens.
+        precision: what runs in FP8; None: nothing.
 
     Reads the current process groups, so they must be started.
     """
@@ -103,7 +115,10 @@ def build_chunk(
     decoder = replace(
         decoder, layer_specs=[exchange(layer) for layer in decoder.layer_specs], layer_norm=norm
     )
-    return GPTModel(
+    mtp = _mtp_spec(config, exchange, norm, device, stage.vp_stage)
+    if mtp is not None and precision is not None and precision.kind == "fp8":
+        mtp = _without_fp8_projection(mtp, precision)
+    chunk = GPTModel(
         config,
         decoder,
         spec.vocab_size,
@@ -112,9 +127,22 @@ def build_chunk(
         post_process=stage.is_last,
         position_embedding_type="none",  # MLA rotates inside
         share_embeddings_and_output_weights=False,
-        mtp_block_spec=_mtp_spec(config, exchange, norm, device, stage.vp_stage),
+        mtp_block_spec=mtp,
         vp_stage=stage.vp_stage,
     )
+    return chunk
+
+
+def _without_fp8_projection(mtp: Any, precision: Precision) -> Any:
+    """Return MTP's spec with a projection that Transformer Engine does not compute.
+
+    megatron-core runs all of MTP in one FP8 context (multi_token_prediction.py:773), so a
+    projection of Transformer Engine would be in FP8.
+    """
+    if "mtp_projection" not in precision.high_precision:
+        return mtp
+    layers = [replace_submodules(one, eh_proj=ColumnParallelLinear) for one in mtp.layer_specs]
+    return replace(mtp, layer_specs=layers)
 
 
 def _norm(transformer_engine_norm: Any, device: Device) -> Any:

@@ -27,4 +27,5 @@ def build_modules(run: Run, device: Device) -> Sequence[Any]:
         device=device,
         layout=run.layout,
         max_tokens=run.longest_window_tokens,
+        precision=run.precision,
     )

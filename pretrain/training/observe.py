@@ -35,7 +35,7 @@ class Score:
 
 def make_throughput(run: Run, device: Device) -> Throughput:
     """Return the clock of a run's steps; MFU is known on H100 and H200 only."""
-    number_format = "fp8" if run.precision.kind == "fp8_hybrid" else "bf16"
+    number_format = "fp8" if run.precision.uses_fp8 else "bf16"
     peak = find_peak_flop_per_s(device.name, number_format=number_format)
     return Throughput(
         ThroughputConfig(
