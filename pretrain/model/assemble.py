@@ -25,9 +25,12 @@ from parallel import groups
 from parallel.context import put_right_megatron
 from parallel.device import Device
 from parallel.layout import Layout
+from parallel.reduce import max_over_scale_ranks
 from pretrain.model.attention import CoreAttention
 from pretrain.model.dual_norm_layer import DualNormLayer
 from pretrain.model.experts import Experts, mark_expert_parameters
+from pretrain.model.fp8_histories import Fp8Histories
+from pretrain.model.fp8_modules import emulate_fp8
 from pretrain.model.norm import LATENT_NORM_EPS, RMSNorm
 from pretrain.model.precision import Precision
 from pretrain.model.router import ScaledAuxLossRouter
@@ -82,6 +85,10 @@ def build_chunks(
     ]
     for chunk in chunks:
         mark_expert_parameters(chunk, layout)
+        if precision is not None and precision.is_emulated:
+            products = list(emulate_fp8(chunk, precision=precision, spec=spec).values())
+            if products and precision.is_delayed:
+                Fp8Histories(chunk, products, reduce=max_over_scale_ranks)
     return chunks
 
 
@@ -118,7 +125,7 @@ def build_chunk(
     mtp = _mtp_spec(config, exchange, norm, device, stage.vp_stage)
     if mtp is not None and precision is not None and precision.kind == "fp8":
         mtp = _without_fp8_projection(mtp, precision)
-    chunk = GPTModel(
+    return GPTModel(
         config,
         decoder,
         spec.vocab_size,
@@ -130,7 +137,6 @@ def build_chunk(
         mtp_block_spec=mtp,
         vp_stage=stage.vp_stage,
     )
-    return chunk
 
 
 def _without_fp8_projection(mtp: Any, precision: Precision) -> Any:
