@@ -187,7 +187,7 @@ def quantise_tensor(x: Tensor, *, scale: Tensor, dtype: torch.dtype) -> Quantise
     return Quantised(data, scale, scale.reciprocal(), (0, 0))
 
 
-def quantise_blocks_of(
+def quantise_by_blocks(
     x_TD: Tensor, block: tuple[int, int], *, dtype: torch.dtype, power_of_two_scales: bool
 ) -> Quantised:
     """Return `x` in FP8 with one scale for each block, from its own amax.
@@ -200,13 +200,43 @@ def quantise_blocks_of(
             for one that sums over T, `(128, 128)` for a weight.
         dtype: float8_e4m3fn or float8_e5m2.
         power_of_two_scales: round scales down to powers of two.
+
+    Source: Transformer Engine 2.20, quantize_transpose_vector_blockwise.cu and
+        quantize_transpose_square_blockwise.cu; DeepSeek-V3, arXiv 2412.19437, section 3.3.2.
     """
-    raise NotImplementedError
+    (rows, columns), (block_rows, block_columns) = x_TD.shape, block
+    missing = (0, -columns % block_columns, 0, -rows % block_rows)
+    padded = F.pad(x_TD, missing) if any(missing) else x_TD  # zeros change no amax
+    blocks = padded.reshape(
+        padded.shape[0] // block_rows, block_rows, padded.shape[1] // block_columns, block_columns
+    )
+    scale = scale_from_amax(
+        _amax(blocks, (1, 3)),
+        dtype=dtype,
+        power_of_two_scales=power_of_two_scales,
+        largest_scale=torch.finfo(x_TD.dtype).max,
+    )
+    data = saturating_cast(blocks.float() * scale[:, None, :, None], dtype).view(padded.shape)
+    return Quantised(data[:rows, :columns].contiguous(), scale, scale.reciprocal(), block)
 
 
 def dequantise(quantised: Quantised, *, dtype: torch.dtype) -> Tensor:
-    """Return what FP8 and scales stand for, rounded once, from fp32 to `dtype`."""
-    raise NotImplementedError
+    """Return what FP8 and scales stand for, `[T, D]`, rounded once, from fp32 to `dtype`."""
+    values_TD = quantised.data.to(torch.float32)
+    return times_scales_(values_TD, quantised.scale_inv, quantised.block).to(dtype)
+
+
+def times_scales_(values_TD: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """Return values `[T, D]` multiplied in place by the scales of their blocks, as in Quantised."""
+    block_rows, block_columns = block
+    if not block_rows:
+        return values_TD.mul_(scale)
+    wide = scale.repeat_interleave(block_columns, 1)[:, : values_TD.shape[1]]
+    if block_rows == 1:
+        return values_TD.mul_(wide)
+    for row, scale_D in enumerate(wide):  # no temporary of the tensor's size
+        values_TD[row * block_rows : (row + 1) * block_rows].mul_(scale_D)
+    return values_TD
 
 
 class Operand(IntEnum):
@@ -215,6 +245,11 @@ class Operand(IntEnum):
     INPUT = 0
     WEIGHT = 1
     GRADIENT = 2
+
+
+def operand_dtype(recipe: Fp8Recipe, operand: Operand) -> torch.dtype:
+    """Return the format in which a recipe stores an operand."""
+    return recipe.gradient_dtype if operand is Operand.GRADIENT else recipe.forward_dtype
 
 
 FORWARD = (Operand.INPUT, Operand.WEIGHT)
@@ -229,17 +264,17 @@ class DelayedScales:
     module's parameters go to bf16.
 
     Attributes:
-        amax_history_HPE: `[H, P, E]` fp32: in row 0 the amax since the last update, in the last row
+        amax_history: `[H, P, E]` fp32: in row 0 the amax since the last update, in the last row
             that of the update before it, and so on upwards. E is 1 for a dense layer.
-        scale_PE: `[P, E]` fp32, what values are multiplied by until the next update.
+        scale: `[P, E]` fp32, what values are multiplied by until the next update.
     """
 
-    amax_history_HPE: Tensor
-    scale_PE: Tensor
+    amax_history: Tensor
+    scale: Tensor
 
     def record_(self, operand: Operand, expert: int, amax: Tensor) -> None:
         """Remember an amax, `[]` fp32, until the next update, if none was larger."""
-        latest = self.amax_history_HPE[0, operand, expert]
+        latest = self.amax_history[0, operand, expert]
         latest.copy_(torch.fmax(latest, amax))
 
 
@@ -275,7 +310,31 @@ def update_scales_(
     Source: Transformer Engine 2.20, delayed_scaling.cu, kernel_bulk (the fused update, its
         default); pytorch/quantization.py, reduce_and_update_fp8_tensors.
     """
-    raise NotImplementedError
+    chosen = list(operands)
+    latest = [state.amax_history[0, chosen] for state in states]
+    amaxes = reduce(torch.cat([amax.reshape(-1) for amax in latest] or [torch.zeros(0)]))
+    parts = amaxes.split_with_sizes([amax.numel() for amax in latest])
+    for state, reduced in zip(states, parts, strict=True):
+        _update_(state, recipe, chosen, reduced.view(len(chosen), -1))
+
+
+def _update_(
+    state: DelayedScales, recipe: Fp8Recipe, operands: list[Operand], reduced_PE: Tensor
+) -> None:
+    history = state.amax_history[:, operands]
+    latest = torch.where(reduced_PE != 0, reduced_PE, history[0])
+    rolled = torch.cat([history[1:], latest[None]])
+    # NaN counts for nothing, as in fmaxf; inf stays, and keeps the scale as it is.
+    seen = rolled.nan_to_num(nan=0.0, posinf=torch.inf).amax(0)
+    amax = latest if recipe.amax_algorithm == "most_recent" else seen
+    rolled[0] = 0
+    largest = torch.tensor([LARGEST[operand_dtype(recipe, operand)] for operand in operands])
+    scale = (largest * 2.0**-recipe.margin)[:, None] / amax
+    scale.masked_fill_(scale.isinf(), torch.finfo(torch.float32).max)
+    ran = latest != 0
+    old = state.scale[operands]
+    state.scale[operands] = torch.where(ran & (amax > 0) & amax.isfinite(), scale, old)
+    state.amax_history[:, operands] = torch.where(ran, rolled, history)
 
 
 def _amax(x: Tensor, dims: tuple[int, ...]) -> Tensor:
