@@ -28,6 +28,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 E4M3 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2

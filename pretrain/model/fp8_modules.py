@@ -87,8 +87,8 @@ class Fp8Product(torch.nn.Module):
         self.scales: DelayedScales | None = None
         if recipe.scaling == "delayed":
             fresh = fresh_delayed_scales(recipe)
-            self.register_buffer("amax_history", fresh.amax_history_HPE)
-            self.register_buffer("scale", fresh.scale_PE)
+            self.register_buffer("amax_history", fresh.amax_history)
+            self.register_buffer("scale", fresh.scale)
             self.scales = fresh
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Fp8Product":
@@ -146,7 +146,7 @@ class Fp8Product(torch.nn.Module):
     def _without_trace(self, x: Tensor, weight_OI: Tensor, observe: Observe | None) -> Tensor:
         """Return x W^T; of the pass no largest value is remembered but that of its gradient."""
         assert self.scales is not None
-        latest_P1 = self.scales.amax_history_HPE[0, : len(FORWARD)]
+        latest_P1 = self.scales.amax_history[0, : len(FORWARD)]
         before = latest_P1.clone()
         output = self._product(x, weight_OI, self.scales, observe)
         latest_P1.copy_(before)
@@ -154,7 +154,7 @@ class Fp8Product(torch.nn.Module):
 
     def _forward_scales(self) -> Tensor:
         assert self.scales is not None
-        return self.scales.scale_PE[: len(FORWARD)]
+        return self.scales.scale[: len(FORWARD)]
 
 
 def emulate_fp8(
