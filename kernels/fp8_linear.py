@@ -92,7 +92,7 @@ def fp8_linear(
         main_grads=None if main_grad is None else [main_grad],
         observe=observe,
     )
-    return y_TO.view(*x.shape[:-1], -1)
+    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])  # -1 is ambiguous without a row
 
 
 def fp8_grouped_linear(

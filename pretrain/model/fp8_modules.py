@@ -18,7 +18,7 @@ T tokens, I in, O out; H, P, E: kernels/fp8.py.
 
 import re
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from kernels.fp8 import FORWARD, DelayedScales, Fp8Recipe, fresh_delayed_scales
+from kernels.fp8 import FORWARD, DelayedScales, Fp8Recipe, Operand, fresh_delayed_scales
 from kernels.fp8_linear import Accumulation, Observe, fp8_linear
 from pretrain.model.expert_load import layer_of
 from pretrain.model.precision import Part, Precision
@@ -76,13 +76,13 @@ class Fp8Product(torch.nn.Module):
         self.layer = layer
         self.is_on = True
         """Whether the product is in FP8; False: megatron's own."""
-        self.is_first_microbatch = True
-        """Set by megatron before the first micro-batch of a step."""
         self.observe: Observe | None = None
         """Told of operands in passes that keep gradients, while it is not None."""
         self.after_backward: Callable[[], None] | None = None
         """Called when a backward pass has gone through the layer."""
         self._accumulation: Accumulation = accumulation
+        self.is_first_microbatch = True
+        self._weight_scale: Tensor | None = None  # of all micro-batches of the step
         self._first_scales: deque[Tensor] = deque()  # of passes that will be computed again
         self.scales: DelayedScales | None = None
         if recipe.scaling == "delayed":
@@ -108,53 +108,70 @@ class Fp8Product(torch.nn.Module):
             x.register_hook(lambda _gradient: seen())
         observe = self.observe if is_counted else None
         if self.scales is None:
-            return self._product(x, weight_OI, None, observe)
-        if self.training and not keeps_gradients:
-            self._first_scales.append(self._forward_scales().clone())
-        elif is_counted and self._first_scales:
-            return self._again(x, weight_OI, self._first_scales.popleft(), observe)
-        elif not self.training:
-            return self._without_trace(x, weight_OI, observe)
-        return self._product(x, weight_OI, self.scales, observe)
+            return self._product(x, weight_OI, observe)
+        if not self.training:
+            return self._delayed(x, weight_OI, observe, forgotten=FORWARD)
+        seen_before = () if self.is_first_microbatch else (Operand.WEIGHT,)
+        own = {Operand.WEIGHT: self._weight_scale}
+        if not keeps_gradients:
+            self._first_scales.append(self.scales.scale[Operand.INPUT].clone())
+        elif self._first_scales:  # computed again, with the scale of the first time
+            own[Operand.INPUT] = self._first_scales.popleft()
+            seen_before = FORWARD
+        return self._delayed(x, weight_OI, observe, own=own, forgotten=seen_before)
 
-    def _product(
-        self, x: Tensor, weight_OI: Tensor, scales: DelayedScales | None, observe: Observe | None
-    ) -> Tensor:
+    def begin_microbatch(self, *, is_first: bool) -> None:
+        """Prepare for a training pass; with the first of a step, weights are quantised anew.
+
+        Args:
+            is_first: of the step.
+        """
+        self.is_first_microbatch = is_first
+        if is_first and self.scales is not None:
+            self._weight_scale = self.scales.scale[Operand.WEIGHT].clone()
+
+    def _product(self, x: Tensor, weight_OI: Tensor, observe: Observe | None) -> Tensor:
         return fp8_linear(
             x,
             weight_OI,
             recipe=self.recipe,
-            state=scales,
+            state=self.scales,
             accumulation=self._accumulation,
             observe=observe,
         )
 
-    def _again(
-        self, x: Tensor, weight_OI: Tensor, first_scale_P1: Tensor, observe: Observe | None
+    def _delayed(
+        self,
+        x: Tensor,
+        weight_OI: Tensor,
+        observe: Observe | None,
+        *,
+        own: Mapping[Operand, Tensor | None] | None = None,
+        forgotten: Sequence[Operand],
     ) -> Tensor:
-        """Compute what was thrown away, with the scales of the first time.
+        """Return x W^T.
+
+        Args:
+            x: `[..., I]`.
+            weight_OI: `[O, I]`.
+            observe: see fp8_linear.
+            own: scales, `[E]`, of this pass instead of the newest ones.
+            forgotten: operands whose largest values are not remembered: they are already.
 
         Source: Transformer Engine 2.20, pytorch/quantization.py,
-            get_old_fp8_meta_tensors_for_recompute.
+            get_old_fp8_meta_tensors_for_recompute, does it so.
         """
-        newest = self._forward_scales().clone()
-        self._forward_scales().copy_(first_scale_P1)
-        output = self._without_trace(x, weight_OI, observe)
-        self._forward_scales().copy_(newest)
-        return output
-
-    def _without_trace(self, x: Tensor, weight_OI: Tensor, observe: Observe | None) -> Tensor:
-        """Return x W^T; of the pass no largest value is remembered but that of its gradient."""
         assert self.scales is not None
-        latest_P1 = self.scales.amax_history[0, : len(FORWARD)]
-        before = latest_P1.clone()
-        output = self._product(x, weight_OI, self.scales, observe)
-        latest_P1.copy_(before)
+        scale_PE, latest_PE = self.scales.scale, self.scales.amax_history[0]
+        newest_PE, before_PE = scale_PE.clone(), latest_PE.clone()
+        for operand, scale_E in (own or {}).items():
+            if scale_E is not None:
+                scale_PE[operand] = scale_E
+        output = self._product(x, weight_OI, observe)
+        scale_PE.copy_(newest_PE)
+        for operand in forgotten:
+            latest_PE[operand] = before_PE[operand]
         return output
-
-    def _forward_scales(self) -> Tensor:
-        assert self.scales is not None
-        return self.scales.scale[: len(FORWARD)]
 
 
 def emulate_fp8(
