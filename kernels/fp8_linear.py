@@ -81,7 +81,7 @@ def fp8_linear(
 
     Source: Transformer Engine 2.20, pytorch/module/linear.py.
     """
-    x_TI = x.reshape(-1, x.shape[-1])
+    x_TI = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y_TO = fp8_grouped_linear(
         x_TI,
         [weight_OI],
@@ -92,7 +92,7 @@ def fp8_linear(
         main_grads=None if main_grad is None else [main_grad],
         observe=observe,
     )
-    return y_TO.view(*x.shape[:-1], y_TO.shape[-1])  # -1 is ambiguous without a row
+    return y_TO.view(*x.shape[:-1], weight_OI.shape[0])
 
 
 def fp8_grouped_linear(
@@ -217,6 +217,7 @@ def _quantise(x: Tensor, operand: Operand, expert: int, options: _Options) -> Qu
     """Return an operand for the product that sums over its columns."""
     recipe = options.recipe
     dtype = operand_dtype(recipe, operand)
+    x = x.contiguous()  # the order of a sum must not depend on how its operands lie in memory
     if options.is_blockwise:
         rows = BLOCK_SIZE if operand is Operand.WEIGHT else 1
         return quantise_by_blocks(
@@ -307,6 +308,11 @@ def _check(x_TI: Tensor, weights: Sequence[Tensor], options: _Options) -> None:
         )
     if options.accumulation not in SUMS:
         raise ValueError(f"accumulation={options.accumulation!r} given, allowed: {', '.join(SUMS)}")
+    if options.main_grads is not None and len(options.main_grads) != len(weights):
+        raise ValueError(
+            f"{len(options.main_grads)} main gradients given, {len(weights)} are allowed: one for"
+            " each weight"
+        )
     for main_grad in options.main_grads or ():
         if main_grad.dtype != torch.float32 or main_grad.shape != weights[0].shape:
             raise ValueError(

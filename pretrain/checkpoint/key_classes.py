@@ -55,7 +55,8 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
     "run-time": {
         "": "name output_root micro_batch_tokens resume when_finished on_other_environment",
         "alarms": "slow_share slow_for_s late_commits load_max_over_mean load_steps"
-        " attention_logit_max mixture_error repeat_s",
+        " attention_logit_max mixture_error fp8_gradient_underflow fp8_overflow fp8_sqnr_drop_db"
+        " fp8_sqnr_steps repeat_s",
         "change": "allow",
         "checkpoints": "interval_steps keep read_back",
         "checkpoints.local": "folder interval_steps",

@@ -53,17 +53,26 @@ class ModuleNorms:
             for name, parameter in named_modules_of(chunk, num_layers=num_layers)
         }
 
+    def gradients(self) -> list[Tensor]:
+        """Return the shards of gradients that this rank alone counts, as they are now, reduced."""
+        return [shard.grad for _, shard, _, _ in self._shards() if shard.grad is not None]
+
+    def squares_of(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return `[M]` fp64, sums of squares by module.
+
+        Args:
+            gradients: of the shapes and in the order of `gradients()`.
+        """
+        indices = [index for index, shard, _, _ in self._shards() if shard.grad is not None]
+        squares = [torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in gradients]
+        return self._by_module(list(zip(indices, squares, strict=True)))
+
     def gradient_squares(self) -> Tensor:
         """Return `[M]` fp64, sums of squares of the gradients as they are now, reduced.
 
         After the clip they are the clipped ones. Waits for nothing.
         """
-        found = [
-            (index, torch.linalg.vector_norm(shard.grad, dtype=torch.float32).square())
-            for index, shard, _group, _state in self._shards()
-            if shard.grad is not None
-        ]
-        return self._by_module(found)
+        return self.squares_of(self.gradients())
 
     def update_squares(self) -> Tensor:
         """Return `[2, M]` fp64: of the last update and of the weights before it, estimated.
