@@ -294,6 +294,39 @@ def loss_spikes_table(record: Mapping[str, Any]) -> str:
     return f"{markdown_table(rows)}\n{note}\n"
 
 
+def fp8_table(record: Mapping[str, Any]) -> str:
+    """Return the losses of one run in several precisions, and what FP8 lost."""
+    sides = record["sides"]
+    rows = [
+        (
+            f"{record['num_steps']} steps",
+            "last loss",
+            "beside bf16",
+            "validation",
+            "gradients: became 0",
+            "saturated",
+            "signal over noise",
+            "gradient error",
+            "s/step",
+        )
+    ]
+    for side in sides:
+        lost = [side["gradient_underflow"], side["gradient_overflow"]]
+        rows.append(
+            (
+                side["precision"],
+                f"{side['last_loss']:.4f}",
+                f"{side['last_loss'] / sides[0]['last_loss'] - 1:+.2%}",
+                f"{side['validation_loss']:.4f}",
+                *("-" if share is None else f"{share:.2%}" for share in lost),
+                "-" if side["gradient_sqnr_db"] is None else f"{side['gradient_sqnr_db']:.1f} dB",
+                "-" if side["gradient_error"] is None else f"{side['gradient_error']:.1%}",
+                f"{side['step_s']:.2f}",
+            )
+        )
+    return markdown_table(rows)
+
+
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "chaos": chaos_table,
     "demo": demo_table,
@@ -301,6 +334,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "bench_step": bench_step_table,
     "bench_export": bench_export_table,
     "bench_stream": bench_stream_table,
+    "fp8": fp8_table,
     "goodput": goodput_table,
     "loss_spikes": loss_spikes_table,
     "kills": kills_table,
