@@ -72,8 +72,9 @@ distclean: clean ## remove caches and environments
 	rm -rf .venv .venv-serve
 
 # The stamp comes last, so an interrupted installation is taken up again. torch comes first and
-# alone, because it may come from another index than the rest.
-$(STAMP): setup.py constraints.txt
+# alone, because it may come from another index than the rest. Oracles are files to read, in a
+# folder that Python does not look through (docs/decisions/0032).
+$(STAMP): setup.py constraints.txt tests/oracles.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 12) or sys.exit( \
 		"$(PYTHON) is Python %d.%d; needed: 3.11 or 3.12 (make PYTHON=/path/to/python3.11)" % v)'
 	@echo "installing into .venv with $(PYTHON): about one minute, more where torch must be downloaded"
@@ -83,5 +84,8 @@ $(STAMP): setup.py constraints.txt
 		$(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' constraints.txt)
 	@$(VENV) -m pip install -qq --disable-pip-version-check --no-input \
 		-c constraints.txt -e '.[data,dev]'
+	@rm -rf .venv/oracles
+	@$(VENV) -m pip install -qq --disable-pip-version-check --no-input \
+		--no-deps --target .venv/oracles -r tests/oracles.txt
 	@touch $@
 	@echo "installed"

@@ -6,7 +6,9 @@ Blocks at the right and lower edge may be smaller. A block depends on nothing ou
 weight may be stored in parts of whole row blocks (multiples of 128 rows), with equal bits.
 
 A weight is kept to 2^-4 of itself, and is 0 below 2^-18.8 of the largest in its block. That is for
-serving: embedding, head, norms, router and its bias stay as they are.
+serving: embedding, head, norms, router and its bias stay as they are. Training's blocks
+(kernels/fp8.py) have other bits: there a value is multiplied by 448 over the largest magnitude,
+here it is divided by that over 448, as the readers of such checkpoints expect.
 
 O out, I in, R row blocks, C column blocks.
 
@@ -16,9 +18,10 @@ Source: DeepSeek-V3, arXiv 2412.19437, section 3.3.2, and its README_WEIGHTS.
 import torch
 from torch import Tensor
 
-BLOCK_SIZE = 128
-FP8_DTYPE = torch.float8_e4m3fn
-FP8_MAX = 448.0  # the largest finite value of e4m3fn; what is above rounds to NaN, not to inf
+from kernels.fp8 import BLOCK_SIZE, E4M3, LARGEST, times_scales_
+
+FP8_DTYPE = E4M3
+FP8_MAX = LARGEST[E4M3]
 _TINY = torch.finfo(torch.float32).tiny  # below, fp32 has fewer digits and some devices have none
 
 
@@ -69,12 +72,8 @@ def dequantise_blocks(quantised_OI: Tensor, scale_RC: Tensor, *, dtype: torch.dt
         ValueError: if a dtype or the shape of the scales is another.
     """
     _check_quantised(quantised_OI, scale_RC)
-    columns = quantised_OI.shape[1]
-    scale_RI = scale_RC.repeat_interleave(BLOCK_SIZE, dim=1)[:, :columns]
-    weight_OI = quantised_OI.to(torch.float32)
-    for block, scale_I in enumerate(scale_RI):
-        weight_OI[block * BLOCK_SIZE : (block + 1) * BLOCK_SIZE].mul_(scale_I)
-    return weight_OI.to(dtype)
+    values_OI = quantised_OI.to(torch.float32)
+    return times_scales_(values_OI, scale_RC, (BLOCK_SIZE, BLOCK_SIZE)).to(dtype)
 
 
 def quantise_blocks_reference(weight_OI: Tensor) -> tuple[Tensor, Tensor]:

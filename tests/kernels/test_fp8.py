@@ -1,9 +1,8 @@
-"""FP8 bytes and scales: against ml_dtypes' casts and Transformer Engine's own Python files."""
+"""FP8 scales, and the bytes they lead to: against Transformer Engine's own Python files."""
 
 from dataclasses import replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -13,57 +12,24 @@ from kernels.fp8 import (
     BLOCKWISE,
     DELAYED,
     E4M3,
-    E5M2,
     LARGEST,
     TENSORWISE,
     Fp8Recipe,
     dequantise,
     quantise_by_blocks,
     quantise_tensor,
-    saturating_cast,
     scale_from_amax,
     tensor_amax,
 )
+from tests.kernels.fp8_values import FORMATS, NUM_RANDOM, bits, expected_bytes, in_range
 from tests.kernels.transformer_engine_files import load
 
-FORMATS = [E4M3, E5M2]
-ORACLES: dict[torch.dtype, Any] = {
-    E4M3: ml_dtypes.float8_e4m3fn,
-    E5M2: ml_dtypes.float8_e5m2,
-}
 FP32_MAX = torch.finfo(torch.float32).max
 BLOCKS = [(1, 128), (128, 1), (128, 128)]
 SHAPES = [(256, 384), (130, 259), (1, 1), (128, 127), (7, 300), (300, 7)]
-NUM_RANDOM = 10_000_000
 
 by_format = pytest.mark.parametrize("dtype", FORMATS, ids=["e4m3", "e5m2"])
 by_rounding = pytest.mark.parametrize("power_of_two", [False, True], ids=["exact", "power_of_two"])
-
-
-def bits(tensor: Tensor) -> np.ndarray:
-    return tensor.contiguous().view(torch.uint8).numpy()
-
-
-def expected_bytes(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Return ml_dtypes' cast of values that were cut to the range, and 0x7f for NaN."""
-    cut = np.clip(values, -LARGEST[dtype], LARGEST[dtype])
-    with np.errstate(invalid="ignore"):  # it warns of the NaN that it keeps
-        found = cut.astype(ORACLES[dtype]).view(np.uint8)
-    return np.where(np.isnan(values), np.uint8(0x7F), found)
-
-
-def random_bits(number: int) -> np.ndarray:
-    """Return fp32 numbers of every exponent and sign, NaN and inf among them."""
-    generator = np.random.default_rng(1)
-    return generator.integers(0, 2**32, number, dtype=np.uint32).view(np.float32)
-
-
-def in_range(number: int) -> np.ndarray:
-    """Return fp32 numbers between the smallest and the largest that either format tells apart."""
-    generator = np.random.default_rng(2)
-    bits_ = generator.integers(0, 2**32, number, dtype=np.uint32) & np.uint32(0x807FFFFF)
-    exponents = generator.integers(127 - 20, 127 + 18, number, dtype=np.uint32) << 23
-    return (bits_ | exponents).view(np.float32)
 
 
 def draw(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -73,65 +39,6 @@ def draw(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     down = torch.randn(rows, 1, generator=generator).mul(3).exp()
     across = torch.randn(1, columns, generator=generator).mul(3).exp()
     return (values * down * across).to(dtype)
-
-
-# --- casts ----------------------------------------------------------------------------------------
-
-
-@by_format
-def test_every_bf16_value_is_cast_as_ml_dtypes_does(dtype: torch.dtype) -> None:
-    every = np.arange(65536, dtype=np.uint32) << 16
-    values = every.view(np.float32)
-    given = saturating_cast(torch.from_numpy(values).bfloat16(), dtype)
-    np.testing.assert_array_equal(bits(given), expected_bytes(values, dtype))
-
-
-@by_format
-@pytest.mark.parametrize("draw_", [random_bits, in_range])
-def test_ten_million_values_are_cast_as_ml_dtypes_does(dtype: torch.dtype, draw_: Any) -> None:
-    values = draw_(NUM_RANDOM if draw_ is in_range else NUM_RANDOM // 10)
-    given = bits(saturating_cast(torch.from_numpy(values), dtype))
-    np.testing.assert_array_equal(given, expected_bytes(values, dtype))
-
-
-@by_format
-def test_ties_and_their_neighbours_are_cast_as_ml_dtypes_does(dtype: torch.dtype) -> None:
-    every = np.arange(256, dtype=np.uint8).view(ORACLES[dtype]).astype(np.float32)
-    sorted_ = np.unique(every[np.isfinite(every)])
-    ties = (sorted_[1:] + sorted_[:-1]) / 2  # exact: one more bit than the format has
-    values = np.concatenate([sorted_, ties])
-    around = np.concatenate(
-        [
-            values,
-            np.nextafter(values, np.float32(np.inf)),
-            np.nextafter(values, -np.float32(np.inf)),
-        ]
-    )
-    given = bits(saturating_cast(torch.from_numpy(around), dtype))
-    np.testing.assert_array_equal(given, expected_bytes(around, dtype))
-    to_even = bits(saturating_cast(torch.from_numpy(ties), dtype))
-    assert (to_even % 2 == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("dtype", "values", "expected"),
-    [
-        # 2^-9 is the smallest; half of it is a tie with 0, which is even; the sign stays
-        (E4M3, [2**-9, 2**-10, 2**-10 * 1.001, -(2**-11)], [0x01, 0x00, 0x01, 0x80]),
-        (E5M2, [2**-16, 2**-17, 2**-17 * 1.001, -(2**-18)], [0x01, 0x00, 0x01, 0x80]),
-        (E4M3, [0.0, -0.0, 448.0, 449.0, 1e30, -1e30], [0x00, 0x80, 0x7E, 0x7E, 0x7E, 0xFE]),
-        (E5M2, [0.0, -0.0, 57344.0, 61441.0, 1e30, -1e30], [0x00, 0x80, 0x7B, 0x7B, 0x7B, 0xFB]),
-        (E4M3, [np.inf, -np.inf, np.nan, -np.nan], [0x7E, 0xFE, 0x7F, 0x7F]),
-        (E5M2, [np.inf, -np.inf, np.nan, -np.nan], [0x7B, 0xFB, 0x7F, 0x7F]),
-        (E4M3, [1e-45, -1e-45, 1.1754942e-38], [0x00, 0x80, 0x00]),
-    ],
-)
-def test_edges_are_cast_as_the_gpu_does(
-    dtype: torch.dtype, values: list[float], expected: list[int]
-) -> None:
-    """The bytes are those of cuda_fp8.hpp (CUDA 13.0) with __NV_SATFINITE."""
-    given = saturating_cast(torch.tensor(values), dtype)
-    assert bits(given).tolist() == expected
 
 
 # --- scales ---------------------------------------------------------------------------------------
@@ -303,29 +210,42 @@ def test_a_tensor_without_rows_has_no_scales(block: tuple[int, int]) -> None:
     assert dequantise(quantised, dtype=torch.float32).shape == (0, 130)
 
 
+@by_format
+def test_ten_million_values_of_a_tensor_have_the_bytes_of_transformer_engine(
+    dtype: torch.dtype,
+) -> None:
+    x = torch.from_numpy(in_range(NUM_RANDOM)).view(-1, 1000)
+    data, scale_inv = quantise_as_transformer_engine(x, dtype, power_of_two=False)
+    scale = scale_from_amax(
+        tensor_amax(x), dtype=dtype, power_of_two_scales=False, largest_scale=FP32_MAX
+    )
+    quantised = quantise_tensor(x, scale=scale, dtype=dtype)
+    np.testing.assert_array_equal(bits(quantised.data), bits(data))
+    assert quantised.scale_inv == scale_inv
+
+
 @pytest.mark.slow
 @by_format
-@pytest.mark.parametrize("recipe", [TENSORWISE, BLOCKWISE], ids=["tensorwise", "blockwise"])
+@by_rounding
 @pytest.mark.parametrize("block", BLOCKS)
-def test_ten_million_values_have_the_bytes_of_every_recipe(
-    dtype: torch.dtype, recipe: Fp8Recipe, block: tuple[int, int]
+def test_ten_million_values_in_blocks_have_the_bytes_of_transformer_engine(
+    dtype: torch.dtype, power_of_two: bool, block: tuple[int, int]
 ) -> None:
-    """Transformer Engine's scales for numpy's amaxes, ml_dtypes' cast of the products."""
+    """Its scales for numpy's amaxes, and ml_dtypes' cast of the products."""
     (reference,) = load("pytorch.custom_recipes.reference_current_scaling")
     side = 25 * 128
     values = in_range(NUM_RANDOM + 10**6)[: side * side].reshape(side, side)
-    size = block if recipe.scaling == "blockwise" else (side, side)
-    blocks = values.reshape(side // size[0], size[0], side // size[1], size[1])
+    blocks = values.reshape(side // block[0], block[0], side // block[1], block[1])
     scale, scale_inv, _ = reference._scale_from_amax_tensor(
         torch.float32,
         torch.from_numpy(np.abs(blocks).max((1, 3))),
         dtype,
         eps=0.0,
-        pow_2_scales=recipe.power_of_two_scales,
+        pow_2_scales=power_of_two,
     )
     expected = expected_bytes(blocks * scale.numpy()[:, None, :, None], dtype)
     quantised = quantise_by_blocks(
-        torch.from_numpy(values), size, dtype=dtype, power_of_two_scales=recipe.power_of_two_scales
+        torch.from_numpy(values), block, dtype=dtype, power_of_two_scales=power_of_two
     )
     np.testing.assert_array_equal(bits(quantised.data), expected.reshape(side, side))
     assert torch.equal(quantised.scale_inv, scale_inv)
