@@ -307,7 +307,6 @@ def fp8_table(record: Mapping[str, Any]) -> str:
             "saturated",
             "signal over noise",
             "gradient error",
-            "s/step",
         )
     ]
     for side in sides:
@@ -321,7 +320,6 @@ def fp8_table(record: Mapping[str, Any]) -> str:
                 *("-" if share is None else f"{share:.2%}" for share in lost),
                 "-" if side["gradient_sqnr_db"] is None else f"{side['gradient_sqnr_db']:.1f} dB",
                 "-" if side["gradient_error"] is None else f"{side['gradient_error']:.1%}",
-                f"{side['step_s']:.2f}",
             )
         )
     return markdown_table(rows)

@@ -55,6 +55,20 @@ def test_each_operand_is_measured_in_one_micro_batch(
         assert 22 < metrics["fp8_gradient_sqnr_db"] < 28
 
 
+def test_a_second_micro_batch_before_the_first_backward_pass_is_not_measured(
+    tiny_run: MakeRun, one_rank: object
+) -> None:
+    """As in a pipeline, whose first stages have several under way."""
+    trainer = make_trainer(replace(tiny_run(), precision=Precision(kind="fp8_emulated")))
+    watch = Fp8Watch(trainer.modules, num_layers=5)
+    watch.begin()
+    product = next(iter(fp8_products(trainer.modules[0]).values()))
+    for _ in range(2):
+        product(torch.ones(3, 8, requires_grad=True), torch.ones(4, 8, requires_grad=True))
+    assert watch.sums_LPQ[product.layer, Operand.INPUT, 0] == 3 * 8
+    assert watch.sums_LPQ[product.layer, Operand.WEIGHT, 0] == 4 * 8
+
+
 def test_nothing_is_measured_while_it_is_off(tiny_run: MakeRun, one_rank: object) -> None:
     run = tiny_run(curriculum=tiny_curriculum(sequences=1))
     trainer = make_trainer(replace(run, precision=Precision(kind="fp8_emulated")))
