@@ -297,7 +297,7 @@ def loss_spikes_table(record: Mapping[str, Any]) -> str:
 def fp8_table(record: Mapping[str, Any]) -> str:
     """Return the losses of one run in several precisions, and what FP8 lost."""
     sides = record["sides"]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             f"{record['num_steps']} steps",
             "last loss",
