@@ -148,11 +148,11 @@ class _Options:
 
     @property
     def forward_sum(self) -> Sum:
-        return SUMS[self.accumulation][self.is_blockwise]
+        return SUMS[self.accumulation][0]
 
     @property
     def backward_sum(self) -> Sum:
-        return SUMS[self.accumulation][True]
+        return SUMS[self.accumulation][1]
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -75,7 +75,7 @@ def hopper_split_sum(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     return out_MN
 
 
-# forward and backward product of delayed and tensorwise scaling; blockwise takes the second always
+# Of the forward and of the backward products. Blockwise sums 128 at a time, where both are one.
 SUMS: dict[Accumulation, tuple[Sum, Sum]] = {
     "fp32": (fp32_sum, fp32_sum),
     "hopper": (hopper_sum, hopper_split_sum),

@@ -153,6 +153,20 @@ def test_each_block_is_quantised_as_transformer_engine_does_a_tensor(
 
 
 @by_format
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_blocks_too_small_for_a_scale_have_that_of_transformer_engine(
+    dtype: torch.dtype, x_dtype: torch.dtype
+) -> None:
+    x = draw(3, 200)
+    x = (x / x.abs().max() * 1e-37).to(x_dtype)
+    quantised = quantise_by_blocks(x, (1, 128), dtype=dtype, power_of_two_scales=False)
+    assert quantised.scale.max() == torch.finfo(x_dtype).max
+    data, scale_inv = quantise_as_transformer_engine(x[:1, :128], dtype, False)
+    np.testing.assert_array_equal(bits(quantised.data[:1, :128]), bits(data))
+    assert quantised.scale_inv[0, 0] == scale_inv
+
+
+@by_format
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_transpose_in_blocks_is_the_transpose_of_the_blocks(
     dtype: torch.dtype, block: tuple[int, int]

@@ -131,6 +131,13 @@ def test_all_three_products_are_those_of_the_dequantised_operands(
     )
 
 
+def test_values_too_small_for_a_scale_are_kept_as_far_as_fp32_goes() -> None:
+    x = torch.tensor([[1e-37, 2e-38]])
+    y = fp8_linear(x, torch.eye(2) * 448, recipe=TENSORWISE)
+    # the largest scale, 3.4e38, brings these to 34 and 6.8, of which E4M3 makes 32 or 36, and 7
+    torch.testing.assert_close(y, 448 * x, rtol=2**-4, atol=0)
+
+
 @by_recipe
 @by_dtype
 def test_experts_are_layers_of_their_own(recipe: Fp8Recipe, dtype: torch.dtype) -> None:

@@ -46,8 +46,9 @@ def test_what_is_2_to_the_14_smaller_than_the_largest_is_cut_off() -> None:
     a = torch.ones(1, 32)
     a[0, 0] = 2.0**7  # squared 2^14, whose 14 bits end at 2
     assert hopper_sum(a, a).item() == 2.0**14
-    a[0, 0] = 2.0**6.0
-    assert hopper_sum(a, a).item() == 2.0**12 + 31
+    b = torch.ones(1, 32)
+    b[0, 0] = 2.0**6  # 2^13, whose 14 bits end at 1
+    assert hopper_sum(a, b).item() == 2.0**13 + 31
 
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])
