@@ -55,8 +55,17 @@ def one_rank_curves(tiny_run: MakeRun, one_rank: object) -> dict[str, Curve]:
     }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("recipe", ["delayed", pytest.param("tensorwise", marks=pytest.mark.slow)])
+SLOW = [(name, recipe) for recipe in ("delayed", "tensorwise") for name in LAYOUTS][2:]
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("pp", "delayed"),
+        ("ep", "delayed"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+    ],
+)
 def test_a_layout_trains_as_one_rank_does(
     name: str,
     recipe: str,
@@ -73,7 +82,7 @@ def test_a_layout_trains_as_one_rank_does(
     assert curve.gradient_norms == pytest.approx(one.gradient_norms, rel=NORM)
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+@pytest.mark.parametrize("recipe", ["delayed", pytest.param("tensorwise", marks=pytest.mark.slow)])
 def test_a_run_goes_on_to_the_bit(recipe: str, tiny_run: MakeRun, one_rank: object) -> None:
     run = emulated(tiny_run, recipe)
     whole = loss_curve(run, num_steps=4, save_after=2)
