@@ -39,7 +39,7 @@ def quantise_row(x, LARGEST: tl.constexpr, LARGEST_SCALE: tl.constexpr, POWER_OF
 
 def empty_quantised(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Quantised:
     """Return a result `[T, D]` by blocks of 1 x 128 without values, where `x` is."""
-    scales = (shape[0], triton.cdiv(shape[1], BLOCK_SIZE))
+    scales = (shape[0], -(-shape[1] // BLOCK_SIZE))
     data, scale = x.new_empty(shape, dtype=dtype), x.new_empty(scales, dtype=torch.float32)
     return Quantised(data, scale, torch.empty_like(scale), (1, BLOCK_SIZE))
 

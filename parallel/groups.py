@@ -223,6 +223,11 @@ def data_context_group() -> Any:
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
+def scale_group() -> Any:
+    """Return the group over which FP8's largest values are taken (tensor x data x context)."""
+    return parallel_state.get_amax_reduction_group(with_context_parallel=True)
+
+
 def pipeline_group() -> Any:
     """Return this rank's pipeline group."""
     return parallel_state.get_pipeline_model_parallel_group()

@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parallel.groups import context_group, data_context_group, last_stage_rank, pipeline_group
+from parallel.groups import (
+    context_group,
+    data_context_group,
+    last_stage_rank,
+    pipeline_group,
+    scale_group,
+)
 
 
 def sum_over_data(values: Tensor) -> Tensor:
@@ -23,6 +29,16 @@ def max_over_data(values: Tensor) -> Tensor:
     torch.distributed.all_reduce(
         values, op=torch.distributed.ReduceOp.MAX, group=data_context_group()
     )
+    return values
+
+
+def max_over_scale_ranks(values: Tensor) -> Tensor:
+    """Return the elementwise maximum over the ranks that share FP8 scales; collective over them.
+
+    Source: megatron-core 0.16.1, fp8_utils.py:575.
+    """
+    values = values.clone()
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=scale_group())
     return values
 
 

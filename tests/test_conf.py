@@ -62,7 +62,7 @@ def test_every_cluster_is_the_full_model_in_fp8_on_its_ranks(cluster: str) -> No
     run = composed(f"+cluster={cluster}")
     assert run.layout.num_ranks == int(cluster.rpartition("_")[2])
     assert run.model.num_layers == 61
-    assert run.precision.kind == "fp8_hybrid"
+    assert run.precision.kind == "fp8"
 
 
 @pytest.mark.parametrize("overrides", [[], *([f"+cluster={name}"] for name in CLUSTERS)], ids=str)

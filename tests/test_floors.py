@@ -38,7 +38,8 @@ MEGATRON = """
     parallel/reduce.py parallel/seeds.py parallel/context.py
     pretrain/model/assemble.py pretrain/model/attention.py pretrain/model/dual_norm_layer.py
     pretrain/model/expert_load.py pretrain/model/experts.py pretrain/model/extra_losses.py
-    pretrain/model/gauges.py pretrain/model/head.py
+    pretrain/model/fp8_histories.py pretrain/model/fp8_modules.py pretrain/model/gauges.py
+    pretrain/model/head.py
     pretrain/model/initialise.py pretrain/model/router.py pretrain/model/transformer_config.py
     pretrain/checkpoint/boxes.py
     pretrain/checkpoint/pieces.py

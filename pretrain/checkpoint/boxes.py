@@ -53,6 +53,16 @@ def stored_key(key: str) -> str:
     return key
 
 
+def has_no_gradient(key: str) -> bool:
+    """Return whether a stored tensor is a router bias, or a history or scale of emulated FP8."""
+    return key.endswith("expert_bias") or is_fp8_state(key)
+
+
+def is_fp8_state(key: str) -> bool:
+    """Return whether a stored tensor is a history or a scale of emulated FP8."""
+    return key.endswith((".fp8.amax_history", ".fp8.scale"))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Box:
     """A part of a stored tensor and the values of a rank that belong there."""
@@ -85,7 +95,7 @@ class Box:
 
 
 def boxes(chunks: Sequence[Any], *, of_gradients: bool = False) -> Iterator[Box]:
-    """Yield the parameters and router biases of this rank as parts of stored tensors.
+    """Yield parameters, router biases and FP8 histories of this rank as parts of stored tensors.
 
     Args:
         chunks: this rank's model chunks, wrapped or not.
@@ -103,8 +113,8 @@ def boxes(chunks: Sequence[Any], *, of_gradients: bool = False) -> Iterator[Box]
         apply_factories(state)
         for sharded in nested_values(state):
             is_tensor = isinstance(sharded, ShardedTensor)
-            if not is_tensor or (of_gradients and sharded.key.endswith("expert_bias")):
-                continue  # a router bias has no gradient
+            if not is_tensor or (of_gradients and has_no_gradient(sharded.key)):
+                continue
             values: Any = sharded.data
             yield Box(
                 key=sharded.key,

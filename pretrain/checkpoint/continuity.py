@@ -24,7 +24,25 @@ from pretrain.checkpoint.manifest import (
     list_checkpoints,
 )
 
-_BEFORE: Mapping[str, Any] = {"data.document_attention": False, "initial_weights": None}
+_BEFORE: Mapping[str, Any] = {
+    "data.document_attention": False,
+    "initial_weights": None,
+    "precision.fp8_format": "hybrid",
+    "precision.fp8_margin": 0,
+    "precision.fp8_amax_history": 1024,
+    "precision.fp8_amax_algorithm": "max",
+    "precision.fp8_accumulation": "fp32",
+    "precision.high_precision": [
+        "embedding",
+        "head",
+        "router",
+        "norms",
+        "attention_core",
+        "mtp_projection",
+    ],
+    "precision.num_first_high_layers": 0,
+    "precision.num_last_high_layers": 0,
+}
 """What a configuration means that does not name the key: it is older than the key."""
 
 _EXTENDED = ("init_std", "max_context_tokens", "rope")

@@ -35,7 +35,8 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
         " num_mtp_layers dual_norm rms_norm_eps init_std",
         "model.rope": "base scaling_factor original_context_tokens beta_fast beta_slow mscale"
         " mscale_all_dim",
-        "precision": "kind fp8_recipe",
+        "precision": "kind fp8_recipe fp8_format fp8_margin fp8_amax_history fp8_amax_algorithm"
+        " fp8_accumulation high_precision num_first_high_layers num_last_high_layers",
         "load_balance": "kind",
         "data": "document_attention",
     },
@@ -54,7 +55,8 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
     "run-time": {
         "": "name output_root micro_batch_tokens resume when_finished on_other_environment",
         "alarms": "slow_share slow_for_s late_commits load_max_over_mean load_steps"
-        " attention_logit_max mixture_error repeat_s",
+        " attention_logit_max mixture_error fp8_gradient_underflow fp8_overflow fp8_sqnr_drop_db"
+        " fp8_sqnr_steps repeat_s",
         "change": "allow",
         "checkpoints": "interval_steps keep read_back",
         "checkpoints.local": "folder interval_steps",
@@ -66,6 +68,7 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
         "exchange": "dispatcher overlap_all_to_all overlap_shared_expert",
         "layout": "num_ranks tp cp pp vp ep etp",
         "optimizer": "overlap bucket_parameters",
+        "precision": "shadow_interval_steps",
         "recompute": "kind modules method num_layers loss_chunk_tokens",
         "kernels": "dual_norm",
         "recheck": "max_left_out memory_interval_steps replicas_interval_steps"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.boxes import Box, boxes
+from pretrain.checkpoint.boxes import Box, boxes, has_no_gradient
 from pretrain.checkpoint.manifest import CheckpointError
 from pretrain.checkpoint.stored import StoredTensors
 
@@ -150,12 +150,15 @@ def _boxes_by_parameter(
 ) -> dict[torch.nn.Parameter, dict[int, Box]]:
     """Return the boxes of each parameter by the index of their first value in it.
 
-    A box is a view of its parameter, found by its address; those of no parameter are router biases.
+    A box is a view of its parameter, found by its address. Those of buffers are left out by their
+    keys: an fp32 buffer may lie right behind a bf16 parameter, within its number of values.
     """
     parameters = sorted((p for c in chunks for p in c.parameters()), key=lambda p: p.data_ptr())
     addresses = [parameter.data_ptr() for parameter in parameters]
     found: dict[torch.nn.Parameter, dict[int, Box]] = {p: {} for p in parameters}
     for box in weights:
+        if has_no_gradient(box.key):
+            continue
         idx = bisect_right(addresses, box.values.data_ptr()) - 1
         offset = box.values.data_ptr() - addresses[idx]
         begin = offset // box.values.element_size()

@@ -6,7 +6,7 @@ the newest one, and if any of them is not as it was written, they take the one b
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from parallel.agreement import from_first_rank
 from parallel.failpoints import failpoint
 from pretrain.checkpoint.aside import set_aside
-from pretrain.checkpoint.boxes import boxes
+from pretrain.checkpoint.boxes import Box, boxes, is_fp8_state
 from pretrain.checkpoint.manifest import CheckpointError, Manifest, list_checkpoints, read_manifest
 from pretrain.checkpoint.optimizer_state import load_state
 from pretrain.checkpoint.pieces import restore_extra_pieces, restore_random_pieces
@@ -81,7 +81,7 @@ def load_checkpoint(
     """
     failpoint("load.begin", step=manifest.step)
     with torch.no_grad(), StoredTensors(folder) as stored:
-        _load_boxes(stored, chunks)
+        _load_boxes(stored, boxes(chunks))
         failpoint("load.half", step=manifest.step)
         load_state(stored, chunks=chunks, optimizer=optimizer, updates=manifest.updates)
         if same_ranks:
@@ -92,8 +92,8 @@ def load_checkpoint(
 def load_weights(folder: Path, *, chunks: Sequence[Any]) -> None:
     """Put only a checkpoint's weights in place, whatever layout they were written from.
 
-    What Transformer Engine keeps beside weights (FP8 scaling histories) is not read: an imported
-    checkpoint has none, and histories fill themselves within a few steps.
+    FP8 scaling histories are not read: an imported checkpoint has none, and they fill themselves
+    within a few steps.
 
     Raises:
         CheckpointError: if a tensor is missing or has another shape.
@@ -101,11 +101,11 @@ def load_weights(folder: Path, *, chunks: Sequence[Any]) -> None:
     Collective: every rank calls it.
     """
     with torch.no_grad(), StoredTensors(folder) as stored:
-        _load_boxes(stored, chunks)
+        _load_boxes(stored, [box for box in boxes(chunks) if not is_fp8_state(box.key)])
 
 
-def _load_boxes(stored: StoredTensors, chunks: Sequence[Any]) -> None:
-    for box in boxes(chunks):
+def _load_boxes(stored: StoredTensors, wanted: Iterable[Box]) -> None:
+    for box in wanted:
         found = stored.tensors.get(box.key)
         if found is None or found.shape != box.whole:
             shape = "is missing" if found is None else f"has shape {found.shape}"

@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.post_training.modelopt.layers import Linear as ReplicatedLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
@@ -25,12 +26,16 @@ from parallel import groups
 from parallel.context import put_right_megatron
 from parallel.device import Device
 from parallel.layout import Layout
+from parallel.reduce import max_over_scale_ranks
 from pretrain.model.attention import CoreAttention
 from pretrain.model.dual_norm_layer import DualNormLayer, fuse_dual_norms
 from pretrain.model.experts import Experts, mark_expert_parameters
+from pretrain.model.fp8_histories import Fp8Histories
+from pretrain.model.fp8_modules import emulate_fp8
 from pretrain.model.head import ChunkedLossModel
 from pretrain.model.kernels import Kernels
 from pretrain.model.norm import LATENT_NORM_EPS, RMSNorm
+from pretrain.model.precision import Precision
 from pretrain.model.router import ScaledAuxLossRouter
 from pretrain.model.spec import ModelSpec
 
@@ -56,6 +61,7 @@ def build_chunks(
     max_tokens: int,
     loss_chunk_tokens: int = 0,
     kernels: Kernels | None = None,
+    precision: Precision | None = None,
 ) -> list[GPTModel]:
     """Return all model chunks of this rank, one or, with virtual pipeline, vp of them.
 
@@ -67,6 +73,7 @@ def build_chunks(
         max_tokens: longest sequence, in tokens.
         loss_chunk_tokens: tokens whose logits exist at once; 0: all (head.py).
         kernels: which operators run in kernels of ours; None: the defaults.
+        precision: what runs in FP8; None: nothing.
     """
     chunks = [
         build_chunk(
@@ -80,6 +87,7 @@ def build_chunks(
             ),
             max_tokens=max_tokens,
             loss_chunk_tokens=loss_chunk_tokens,
+            precision=precision,
         )
         for chunk in range(layout.vp)
     ]
@@ -87,6 +95,10 @@ def build_chunks(
         mark_expert_parameters(chunk, layout)
         if kernels is not None and kernels.dual_norm == "fused":
             fuse_dual_norms(chunk)
+        if precision is not None and precision.is_emulated:
+            products = list(emulate_fp8(chunk, precision=precision, spec=spec).values())
+            if products and precision.is_delayed:
+                Fp8Histories(chunk, products, reduce=max_over_scale_ranks)
     return chunks
 
 
@@ -98,6 +110,7 @@ def build_chunk(
     stage: Stage,
     max_tokens: int,
     loss_chunk_tokens: int = 0,
+    precision: Precision | None = None,
 ) -> GPTModel:
     """Return one model chunk of this rank, its weights not yet drawn (initialise.py).
 
@@ -108,6 +121,7 @@ def build_chunk(
         stage: which part of the pipeline.
         max_tokens: longest sequence, in tokens.
         loss_chunk_tokens: tokens whose logits exist at once; 0: all (head.py).
+        precision: what runs in FP8; None: nothing.
 
     Reads the current process groups, so they must be started.
     """
@@ -120,6 +134,9 @@ def build_chunk(
         if loss_chunk_tokens
         else GPTModel
     )
+    mtp = _mtp_spec(config, exchange, norm, device, stage.vp_stage)
+    if mtp is not None and precision is not None and precision.kind == "fp8":
+        mtp = _without_fp8_projection(mtp, precision)
     return model(
         config,
         decoder,
@@ -129,7 +146,7 @@ def build_chunk(
         post_process=stage.is_last,
         position_embedding_type="none",  # MLA rotates inside
         share_embeddings_and_output_weights=False,
-        mtp_block_spec=_mtp_spec(config, exchange, norm, device, stage.vp_stage),
+        mtp_block_spec=mtp,
         vp_stage=stage.vp_stage,
     )
 
@@ -163,6 +180,18 @@ def decoder_spec(
     return replace(
         decoder, layer_specs=[exchange(layer) for layer in decoder.layer_specs], layer_norm=norm
     )
+
+
+def _without_fp8_projection(mtp: Any, precision: Precision) -> Any:
+    """Return MTP's spec with a projection that Transformer Engine does not compute.
+
+    megatron-core runs all of MTP in one FP8 context (multi_token_prediction.py:773), so a
+    projection of Transformer Engine would be in FP8.
+    """
+    if "mtp_projection" not in precision.high_precision:
+        return mtp
+    layers = [replace_submodules(one, eh_proj=ColumnParallelLinear) for one in mtp.layer_specs]
+    return replace(mtp, layer_specs=layers)
 
 
 def _norm(transformer_engine_norm: Any, device: Device) -> Any:

@@ -90,9 +90,9 @@ def check_exchange(
             "exchange.overlap_shared_expert=true with shared_experts in recompute.modules given;"
             " one of them is allowed"
         )
-    if exchange.dispatcher == "allgather" and precision.kind == "fp8_hybrid":
+    if exchange.dispatcher == "allgather" and precision.kind == "fp8":
         raise ValueError(
-            "exchange.dispatcher=allgather with precision.kind=fp8_hybrid given; it does not pad"
+            "exchange.dispatcher=allgather with precision.kind=fp8 given; it does not pad"
             " each expert's tokens as FP8 products need: exchange.dispatcher=alltoall is allowed"
         )
     if exchange.dispatcher in PACKAGES and layout.ep * layout.etp == 1:

@@ -86,8 +86,11 @@ def check_recompute(
     """
     if recompute.kind == "full" and recompute.method == "uniform":
         _check_uniform(recompute, spec, layout)
-    delayed = precision.kind == "fp8_hybrid" and precision.fp8_recipe == "delayed"
-    if found := {"moe_act", "layernorm"} & set(recompute.modules) if delayed else set[str]():
+    if (
+        found := {"moe_act", "layernorm"} & set(recompute.modules)
+        if precision.is_delayed
+        else set[str]()
+    ):
         raise ValueError(
             f"recompute.modules={list(recompute.modules)} with precision.fp8_recipe=delayed given;"
             " a second pass would move the scales again: set"

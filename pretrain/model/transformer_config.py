@@ -167,9 +167,26 @@ def _layout(spec: ModelSpec, layout: Layout, on_gpu: bool) -> dict[str, Any]:
 
 
 def _precision(precision: Precision) -> dict[str, Any]:
-    if precision.kind != "fp8_hybrid":
-        return {}
-    return {"fp8": "hybrid", "fp8_recipe": precision.fp8_recipe, "moe_router_padding_for_fp8": True}
+    if precision.kind != "fp8":
+        return {}  # emulated FP8 is not megatron's: fp8_modules.py
+    options: dict[str, Any] = {
+        "fp8": precision.fp8_format,
+        "fp8_recipe": precision.fp8_recipe,
+        "moe_router_padding_for_quantization": True,
+    }
+    if precision.num_high_layers:
+        options |= {
+            "first_last_layers_bf16": True,
+            "num_layers_at_start_in_bf16": precision.num_first_high_layers,
+            "num_layers_at_end_in_bf16": precision.num_last_high_layers,
+        }
+    if precision.is_delayed:
+        options |= {
+            "fp8_margin": precision.fp8_margin,
+            "fp8_amax_history_len": precision.fp8_amax_history,
+            "fp8_amax_compute_algo": precision.fp8_amax_algorithm,
+        }
+    return options
 
 
 def _exchange(exchange: Exchange) -> dict[str, Any]:

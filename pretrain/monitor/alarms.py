@@ -4,7 +4,7 @@ Rank 0 looks at the record of each logged step. What is out of bounds becomes an
 `alarm`, once when it begins, and again after `repeat_s` if it lasts. Spikes, divergence, hangs and
 damaged files have incidents of their own; here are the slow ones: no checkpoint for too long, a run
 that has become slow, experts out of balance, attention that saturates, a mixture that is not the
-planned one.
+planned one, FP8 that saturates, loses gradients to zero or becomes noisier.
 """
 
 import math
@@ -18,6 +18,8 @@ from pretrain.monitor.metrics import Record
 
 _LEAST_VALUES = 10
 """Rates that a median is taken of, at least."""
+_OPERANDS = ("input", "weight", "gradient")
+"""Of FP8 products."""
 _LEAST_AGE_S = 60.0
 """A checkpoint is never late before, however short the steps are."""
 
@@ -30,7 +32,8 @@ class AlarmRules:
         ValueError: if a value is out of range.
 
     Source: our choices, after what users of Megatron-LM watch; load: DeepSeek-V3 reports maximal
-        violation (arXiv 2408.15664); scores: Kimi K2 acts at 100 (arXiv 2507.20534).
+        violation (arXiv 2408.15664); scores: Kimi K2 acts at 100 (arXiv 2507.20534); FP8:
+        docs/fp8.md.
     """
 
     slow_share: float = 0.9
@@ -47,6 +50,14 @@ class AlarmRules:
     """Largest attention score."""
     mixture_error: float = 0.01
     """Largest difference between the share of a domain that was read and the planned one."""
+    fp8_gradient_underflow: float = 0.01
+    """Share of FP8's gradients that became zero."""
+    fp8_overflow: float = 1e-4
+    """Share of FP8's inputs, weights or gradients that saturated."""
+    fp8_sqnr_drop_db: float = 3.0
+    """Loss of FP8's signal over noise below the best ..."""
+    fp8_sqnr_steps: int = 100
+    """... of so many steps before."""
     repeat_s: float = 3600.0
     """An alarm that lasts is given again after so long."""
 
@@ -60,6 +71,10 @@ class AlarmRules:
             "load_steps",
             "attention_logit_max",
             "mixture_error",
+            "fp8_gradient_underflow",
+            "fp8_overflow",
+            "fp8_sqnr_drop_db",
+            "fp8_sqnr_steps",
             "repeat_s",
         ):
             if not getattr(self, name) > 0:
@@ -101,6 +116,7 @@ class Alarms:
         self._slow_since_s = math.nan
         self._unbalanced_since: int | None = None
         self._given_s: dict[str, float] = {}
+        self._sqnr_db = {operand: deque[tuple[int, float]]() for operand in _OPERANDS}
 
     def look(self, record: Record) -> list[Alarm]:
         """Return the alarms that the record of a logged step gives.
@@ -124,15 +140,36 @@ class Alarms:
         yield from self._slow(record, now_s)
         yield from self._late_commit(record)
         yield from self._unbalanced(record)
+        yield from self._noisier(record)
         rules = self._rules
         for metric, limit, text in (
             ("attention_logit_max", rules.attention_logit_max, "attention saturates"),
             ("mixture_error", rules.mixture_error, "what is read is not the planned mixture"),
+            ("fp8_gradient_underflow", rules.fp8_gradient_underflow, "FP8 loses gradients to 0"),
+            *((f"fp8_{one}_overflow", rules.fp8_overflow, "FP8 saturates") for one in _OPERANDS),
         ):
             value = float(record.get(metric, -math.inf))
             if value > limit:
                 said = f"{text}: {metric} is {value:.4g}, above {limit:g}"
                 yield Alarm(metric=metric, value=value, limit=limit, text=said)
+
+    def _noisier(self, record: Record) -> Iterator[Alarm]:
+        step, limit = int(record["step"]), self._rules.fp8_sqnr_drop_db
+        for operand in _OPERANDS:
+            metric = f"fp8_{operand}_sqnr_db"
+            if metric not in record:
+                continue
+            value, before = float(record[metric]), self._sqnr_db[operand]
+            while before and step - before[0][0] > self._rules.fp8_sqnr_steps:
+                before.popleft()
+            drop = max((db for _, db in before), default=value) - value
+            before.append((step, value))
+            if drop > limit:
+                text = (
+                    f"FP8 has become noisier: {metric} is {value:.4g}, {drop:.3g} dB below the best"
+                    f" of the last {self._rules.fp8_sqnr_steps} steps"
+                )
+                yield Alarm(metric=metric, value=value, limit=value + drop - limit, text=text)
 
     def _slow(self, record: Record, now_s: float) -> Iterator[Alarm]:
         rate = float(record.get("tokens_per_s", math.nan))

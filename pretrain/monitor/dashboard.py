@@ -6,6 +6,7 @@ panel names metrics of the registry, patterns included; unit and meaning come fr
 does not record is left out by whoever draws, and said.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,6 +106,24 @@ def _layers(title: str, name: str, *, is_log: bool = False, alarming: Extreme = 
     return Panel(title=title, metrics=(name,), kind="layers", is_log=is_log, alarming=alarming)
 
 
+def _fp8_panels() -> Iterator[Panel]:
+    operands = ("input", "weight", "gradient")
+    yield _line("FP8 gradients beside BF16", "shadow_gradient_error")
+    yield _layers("FP8 gradients beside BF16, by module", "module/<module>/shadow_gradient_error")
+    for title, what, is_log in (
+        ("FP8: became zero", "underflow", False),
+        ("FP8: saturated", "overflow", False),
+        ("FP8: signal over noise", "sqnr_db", False),
+        ("FP8: unused range", "scale_drift", True),
+    ):
+        yield _line(title, *(f"fp8_{operand}_{what}" for operand in operands), is_log=is_log)
+    for operand in operands:
+        name = f"layer/<layer>/fp8_{operand}"
+        yield _layers(f"FP8 {operand}, largest", f"{name}_amax", is_log=True)
+        yield _layers(f"FP8 {operand}, became zero", f"{name}_underflow")
+        yield _layers(f"FP8 {operand}, signal over noise", f"{name}_sqnr_db", alarming="min")
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         title="Health",
@@ -190,6 +209,7 @@ ROWS: tuple[Row, ...] = (
                 for way in ("in", "out")
                 for said, name in (("RMS", "rms"), ("largest", "abs_max"))
             ),
+            *_fp8_panels(),
         ),
     ),
     Row(

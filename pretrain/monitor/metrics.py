@@ -210,6 +210,59 @@ layer/<layer>/post_mlp_norm_out_rms | 1 | mean
     root mean square of what comes out of it, to be added to the residual stream
 layer/<layer>/post_mlp_norm_out_abs_max | 1 | max
     largest absolute value of the same
+# FP8: of each linear layer's operands in one micro-batch of a logged step, emulation only.
+[logged]
+fp8_input_underflow | 1 | same
+    share of all input values of FP8 products that were not 0 and became 0
+fp8_input_overflow | 1 | same
+    share of the same that saturated
+fp8_input_sqnr_db | dB | same
+    their squares over the squared errors of FP8; 150: no error
+fp8_input_scale_drift | 1 | max
+    delayed scaling: range of the format over the scaled largest value, worst layer; 1: the scale
+    fits, above: range is left unused
+layer/<layer>/fp8_input_amax | 1 | max
+    largest absolute input value of FP8 products of one layer
+layer/<layer>/fp8_input_underflow | 1 | same
+    fp8_input_underflow of one layer
+layer/<layer>/fp8_input_sqnr_db | dB | same
+    fp8_input_sqnr_db of one layer
+fp8_weight_underflow | 1 | same
+    share of all weight values of FP8 products that were not 0 and became 0
+fp8_weight_overflow | 1 | same
+    share of the same that saturated
+fp8_weight_sqnr_db | dB | same
+    their squares over the squared errors of FP8; 150: no error
+fp8_weight_scale_drift | 1 | max
+    delayed scaling: range of the format over the scaled largest value, worst layer; 1: the scale
+    fits, above: range is left unused
+layer/<layer>/fp8_weight_amax | 1 | max
+    largest absolute weight value of FP8 products of one layer
+layer/<layer>/fp8_weight_underflow | 1 | same
+    fp8_weight_underflow of one layer
+layer/<layer>/fp8_weight_sqnr_db | dB | same
+    fp8_weight_sqnr_db of one layer
+fp8_gradient_underflow | 1 | same
+    share of all gradient values of FP8 products that were not 0 and became 0
+fp8_gradient_overflow | 1 | same
+    share of the same that saturated
+fp8_gradient_sqnr_db | dB | same
+    their squares over the squared errors of FP8; 150: no error
+fp8_gradient_scale_drift | 1 | max
+    delayed scaling: range of the format over the scaled largest value, worst layer; 1: the scale
+    fits, above: range is left unused
+layer/<layer>/fp8_gradient_amax | 1 | max
+    largest absolute gradient value of FP8 products of one layer
+layer/<layer>/fp8_gradient_underflow | 1 | same
+    fp8_gradient_underflow of one layer
+layer/<layer>/fp8_gradient_sqnr_db | dB | same
+    fp8_gradient_sqnr_db of one layer
+# The shadow step, every precision.shadow_interval_steps.
+[step]
+shadow_gradient_error | 1 | same
+    norm of the difference of one micro-batch's gradients in FP8 and in BF16, over the latter
+module/<module>/shadow_gradient_error | 1 | same
+    shadow_gradient_error of one module
 # Speed.
 [step]
 tokens_per_s | tokens/s | same

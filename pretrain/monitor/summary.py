@@ -53,6 +53,7 @@ class RunSummary:
         mfu: model FLOP utilisation in [0, 1]; None where no peak is known.
         elapsed_s: wall clock of this attempt, pauses included.
         memory_peak_bytes: peak of the fullest rank; None if not measured.
+        precision: number formats that it trained in; None if not said.
         places: what stands where, label to path.
         next_commands: command lines worth trying next.
     """
@@ -71,6 +72,7 @@ class RunSummary:
     mfu: float | None = None
     elapsed_s: float
     memory_peak_bytes: int | None = None
+    precision: str | None = None
     places: Mapping[str, str] = field(default_factory=dict[str, str])
     next_commands: Sequence[str] = ()
 
@@ -119,6 +121,8 @@ def _list_speed(summary: RunSummary) -> list[str]:
             pairs["per device"] += f", MFU {100 * summary.mfu:.1f}%"
     if summary.memory_peak_bytes is not None:
         pairs["peak memory"] = f"{format_bytes(summary.memory_peak_bytes)} on the fullest rank"
+    if summary.precision is not None:
+        pairs["precision"] = summary.precision
     return ["speed", *_align_pairs(pairs)]
 
 

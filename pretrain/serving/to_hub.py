@@ -49,7 +49,9 @@ from pretrain.serving.unfinished import open_unfinished, publish_folder
 PIECE_BYTES = 32 << 20
 """So much of a tensor, as fp32, is in memory at once; a few copies of it."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
-_NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|random_state\.|extra_state\.")
+_NOT_WEIGHTS = re.compile(
+    r"(chained_\d+\.)?optimizer\.|random_state\.|extra_state\.|.*\.fp8\.(amax_history|scale)$"
+)
 _TOKENIZER = "tokenizer.json"
 
 Progress = Callable[[str, int, int], None]

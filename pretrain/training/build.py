@@ -29,4 +29,5 @@ def build_modules(run: Run, device: Device) -> Sequence[Any]:
         max_tokens=run.longest_window_tokens,
         loss_chunk_tokens=run.recompute.loss_chunk_tokens,
         kernels=run.kernels,
+        precision=run.precision,
     )

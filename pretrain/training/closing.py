@@ -59,6 +59,7 @@ def summarise(
         mfu=None if flop_per_s is None else throughput.mfu(flop_per_s),
         elapsed_s=elapsed_s,
         memory_peak_bytes=observer.memory_peak_bytes,
+        precision=run.precision.label,
         places=_places(run),
         next_commands=_next_commands(run, last_step=max(0, trainer.position.step - 1)),
     )

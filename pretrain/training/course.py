@@ -26,6 +26,7 @@ from pretrain.training.flight_recorder import FlightRecorder
 from pretrain.training.judges import judges_of
 from pretrain.training.observe import Observer, Score, make_throughput
 from pretrain.training.saves import Saves
+from pretrain.training.shadow_step import ShadowStep
 from pretrain.training.step_metrics import StepMetrics
 from pretrain.training.stop_request import StopRequest
 from pretrain.training.train_step import StepResult
@@ -91,12 +92,14 @@ class Course:
             enter=watch.enter,
             recorder=recorder,
         )
+        self._shadow = ShadowStep(trainer, norms=metrics.norms)
         self._observer = Observer(
             trainer,
             metrics=metrics,
             throughput=self._throughput,
             telemetry=telemetry,
             num_rewinds=self._judges.num_rewinds,
+            shadow=self._shadow.take,
         )
         self._saves = Saves(
             trainer,
@@ -129,6 +132,7 @@ class Course:
             should_stop=lambda: stop() or self._attempt.is_lost,
             enter=self._watch.enter,
             judges=self._judges.of_steps,
+            before_step=self._shadow.before_step,
         )
         if lost := from_first_rank(self._attempt.why_lost()):
             raise HeldError(lost)

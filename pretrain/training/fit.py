@@ -10,6 +10,7 @@ import torch
 from parallel.beats import Phase
 from parallel.failpoints import at_step, failpoint
 from parallel.reduce import max_over_all
+from parallel.schedule import MicroBatch
 from pretrain.training.model_failpoints import strike_state
 from pretrain.training.train_step import Judge, StepResult
 from pretrain.training.trainer import Trainer
@@ -23,6 +24,7 @@ def fit(
     should_stop: Callable[[], bool],
     enter: Callable[[Phase, int], None],
     judges: Sequence[Judge] = (),
+    before_step: Callable[[Sequence[MicroBatch]], None] = lambda _: None,
 ) -> bool:
     """Train until the last token or until a rank is asked to stop.
 
@@ -34,6 +36,7 @@ def fit(
         should_stop: whether this rank has been asked to stop; all ranks stop after the same step.
         enter: told what this rank does next, and the steps done (training/watching.py).
         judges: decide whether a step is applied; a batch that is left out is no step.
+        before_step: shown each step's micro-batches before it; leaves everything as it was.
 
     Returns:
         True if the run is finished, False if it was stopped.
@@ -48,6 +51,7 @@ def fit(
         enter("data", trainer.position.step)
         batch = trainer.next_batch()
         enter("step", trainer.position.step)
+        before_step(batch)
         result = trainer.try_step(batch, judges=judges)
         if result is None:
             continue

@@ -19,6 +19,7 @@ from parallel.agreement import require_same_on_all
 from parallel.device import Device
 from pretrain.checkpoint.lease import HeldError, incident_mark
 from pretrain.checkpoint.resume import open_checkpoint
+from pretrain.model.fp8_modules import fp8_products
 from pretrain.monitor.incidents import Incident, record_incident, this_node
 from pretrain.monitor.secrets import guard_tracebacks, print_traceback, scrub, start_log
 from pretrain.monitor.telemetry import Telemetry, open_telemetry
@@ -165,6 +166,7 @@ def _train(
     trainer = Trainer(
         run, device=device, corpus=corpus, number=attempt.number, is_fenced=attempt.why_lost
     )
+    say(f"precision: {run.precision.label}{_in_fp8(trainer)}")
     if begin.place is not None:
         trainer.saver.open_local(begin.place).trust(begin.counting)
     if found is not None:
@@ -195,6 +197,11 @@ def _train(
         trainer.saver.wait(_LAST_WAIT_S)  # after an error, too: what is under way may be committed
         trainer.close()
         corpus.close()
+
+
+def _in_fp8(trainer: Trainer) -> str:
+    num_products = sum(len(fp8_products(chunk)) for chunk in trainer.modules)
+    return f"; {num_products} linear layers of rank 0 in FP8" if num_products else ""
 
 
 def _open_telemetry(run: Run, trainer: Trainer, config_yaml: str, attempt: RunAttempt) -> Telemetry:

@@ -67,6 +67,29 @@ class ModuleNorms:
         self._index = {parameter: places[name] for name, parameter in named}
         self._factors = [1.0] * len(self.names)
 
+    def gradients(self) -> list[Tensor]:
+        """Return the shards of gradients that this rank alone counts, as they are now, reduced."""
+        return [shard.grad for _, shard, _, _ in self._shards() if shard.grad is not None]
+
+    def squares_of(
+        self, gradients: Sequence[Tensor], *, factors: Sequence[float] | None = None
+    ) -> Tensor:
+        """Return `[M]` fp64, sums of squares by module.
+
+        Args:
+            gradients: of the shapes and in the order of `gradients()`.
+            factors: what each was multiplied by, above 0; the sums are of what it was before.
+        """
+        total_M = torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
+        if not gradients:
+            return total_M
+        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
+        values = norms.double()
+        if factors is not None:
+            values /= torch.tensor(factors, dtype=torch.float64, device=self._device)
+        index = [self._index[p] for p, shard, _, _ in self._shards() if shard.grad is not None]
+        return total_M.index_add_(0, torch.tensor(index, device=self._device), values.square())
+
     def gradient_squares(self, *, undo: Callable[[Parameter], float] | None = None) -> Tensor:
         """Return `[M]` fp64, this rank's sums of squares of the gradients as they are now.
 
@@ -75,21 +98,10 @@ class ModuleNorms:
         Args:
             undo: what a parameter's gradient was multiplied by since, above 0.
         """
-        index: list[int] = []
-        norms: list[Tensor] = []
-        factors: list[float] = []
-        for parameter, shard, _group, _state in self._shards():
-            if shard.grad is not None:
-                index.append(self._index[parameter])
-                norms.append(torch.linalg.vector_norm(shard.grad, dtype=torch.float32))
-                factors.append(undo(parameter) if undo else 1.0)
-        total_M = torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
-        if norms:
-            values = torch.stack(norms).double() / torch.tensor(
-                factors, dtype=torch.float64, device=self._device
-            )
-            total_M.index_add_(0, torch.tensor(index, device=self._device), values.square())
-        return total_M
+        factors = None
+        if undo is not None:
+            factors = [undo(p) for p, shard, _, _ in self._shards() if shard.grad is not None]
+        return self.squares_of(self.gradients(), factors=factors)
 
     def gradient_norms(self) -> list[float]:
         """Return M norms of the gradients as they are now; collective, waits for the device."""

@@ -5,7 +5,7 @@ what costs a collective (step_metrics.py). Values are the same on every rank; ra
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from data.corpus.manifest import CorpusManifest
@@ -35,7 +35,7 @@ class Score:
 
 def make_throughput(run: Run, device: Device) -> Throughput:
     """Return the clock of a run's steps; MFU is known on H100 and H200 only."""
-    number_format = "fp8" if run.precision.kind == "fp8_hybrid" else "bf16"
+    number_format = "fp8" if run.precision.uses_fp8 else "bf16"
     peak = find_peak_flop_per_s(device.name, number_format=number_format)
     return Throughput(
         ThroughputConfig(
@@ -56,6 +56,7 @@ class Observer:
         throughput: Throughput,
         telemetry: Telemetry | None,
         num_rewinds: int = 0,
+        shadow: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         """Begin with the step to come.
 
@@ -65,6 +66,7 @@ class Observer:
             throughput: clock of the steps, started by the caller.
             telemetry: where records go; None on all ranks but the first.
             num_rewinds: how often the run has gone back before this start.
+            shadow: returns, once, how far FP8's gradients were from BF16's before the step.
         """
         self._trainer = trainer
         self.throughput = throughput
@@ -75,6 +77,7 @@ class Observer:
         run = trainer.run
         self._alarms = Alarms(run.alarms, checkpoint_interval_steps=run.checkpoints.interval_steps)
         self._metrics = metrics
+        self._shadow = shadow
         self._metrics.begin_step(is_logged=self._is_logged(trainer.position.step + 1))
         self.losses: list[float] = []
         """Loss of each step of this attempt, nats per token."""
@@ -117,6 +120,7 @@ class Observer:
             "skipped_batches": batch - (step - 1),
             "rewinds": self._num_rewinds,
             **_spike_metrics(trainer.seen),
+            **self._shadow(),
             **self.throughput.metrics(tokens_left=trainer.timetable.num_tokens - trainer.tokens),
         }
         if self._is_logged(step):

@@ -101,7 +101,7 @@ class StepRecheck:
         if result.is_finite:
             return Verdict(result=result)
         step, precision = self._trainer.position.step, self._trainer.run.precision
-        if precision.kind == "fp8_hybrid" and precision.fp8_recipe == "delayed":
+        if precision.hides_histories:
             raise NonFiniteGradientError(
                 f"loss {result.loss}, gradient norm {result.gradient_norm} after step {step}; no"
                 " weight was updated. The step is not computed again: precision.fp8_recipe=delayed"

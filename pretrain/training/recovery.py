@@ -155,8 +155,7 @@ def _left_out(entries: Sequence[Entry]) -> set[int]:
 
 def why_none_is_left_out(recovery: Recovery, precision: Precision) -> str:
     """Return why no batch is left out although the policy says so; "" if one may be."""
-    is_delayed = precision.kind == "fp8_hybrid" and precision.fp8_recipe == "delayed"
-    if recovery.policy == "watch" or not is_delayed:
+    if recovery.policy == "watch" or not precision.hides_histories:
         return ""
     return (
         f"recovery.policy={recovery.policy} given, but no batch is left out for its loss or"

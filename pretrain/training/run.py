@@ -26,7 +26,7 @@ from pretrain.model.cuts import check_cuts
 from pretrain.model.exchange import Exchange, check_exchange
 from pretrain.model.kernels import Kernels, check_kernels
 from pretrain.model.load_balance import LoadBalance
-from pretrain.model.precision import Precision
+from pretrain.model.precision import Precision, check_precision
 from pretrain.model.recompute import Recompute, check_recompute
 from pretrain.model.spec import ModelSpec
 from pretrain.monitor.alarms import AlarmRules
@@ -324,6 +324,7 @@ class Run:
             )
         self.check_segments(self.timetable.segments)
         parts = {"spec": self.model, "layout": self.layout, "precision": self.precision}
+        check_precision(self.precision, spec=self.model, layout=self.layout)
         check_recompute(self.recompute, **parts)
         check_kernels(self.kernels, self.recompute)
         check_exchange(self.exchange, recompute=self.recompute, **parts)

@@ -24,6 +24,7 @@ from pretrain.model.extra_losses import (
     take_own_aux_loss,
     take_own_mtp_loss,
 )
+from pretrain.model.fp8_watch import Fp8Watch, fp8_metrics
 from pretrain.model.gauges import Gauges, gauge_metrics
 from pretrain.training.module_norms import ModuleNorms, norms_of
 from pretrain.training.train_step import StepResult
@@ -52,8 +53,16 @@ class StepMetrics:
             trainer.modules, num_layers=num_layers, num_experts=model.num_routed_experts
         )
         """Counts tokens of experts in the step that is taken."""
-        self._norms = ModuleNorms(trainer.modules, trainer.optimizer, spec=model)
-        for counted in (self.load.counts_LE, self._gauges.sums_LQ2, self._gauges.maxima_LQ):
+        self._fp8 = Fp8Watch(trainer.modules, num_layers=num_layers)
+        self.norms = ModuleNorms(trainer.modules, trainer.optimizer, spec=model)
+        """Which gradient belongs to which module."""
+        for counted in (
+            self.load.counts_LE,
+            self._gauges.sums_LQ2,
+            self._gauges.maxima_LQ,
+            self._fp8.sums_LPQ,
+            self._fp8.maxima_LP2,
+        ):
             trainer.step_state.include(counted)  # of a pass that is taken again, once
         self._microbatches_unread = 0
         num_domains = len(trainer.corpus.domains)
@@ -69,6 +78,7 @@ class StepMetrics:
         self.load.take()
         if is_logged:
             self._gauges.begin()
+            self._fp8.begin()
 
     def count(self, result: StepResult, segment: Segment, *, num_microbatches: int) -> None:
         """Count what a step has read.
@@ -91,6 +101,7 @@ class StepMetrics:
         """
         trainer, device = self._trainer, self._trainer.device
         self._gauges.end()
+        self._fp8.end()
         domains_D2, worst = self._sequences(result)
         peak = float(self._device.peak_memory_bytes())
         memory = torch.tensor(peak, dtype=torch.float64, device=device)
@@ -98,19 +109,21 @@ class StepMetrics:
             [
                 self.load.take(),
                 self._gauges.sums_LQ2,
-                self._norms.gradient_squares(undo=trainer.clip.factor),
-                self._norms.update_squares(),
+                self.norms.gradient_squares(undo=trainer.clip.factor),
+                self.norms.update_squares(),
                 domains_D2,
                 self._read_D,
                 take_own_mtp_loss(device),
                 take_own_aux_loss(device),
+                self._fp8.sums_LPQ,
             ],
-            [self._gauges.maxima_LQ, worst, memory],
+            [self._gauges.maxima_LQ, worst, memory, self._fp8.maxima_LP2],
         )
-        loads_LE, gauges_LQ2, gradients_M, updates_2M, domains_D2, read_D, mtp, aux = sums
+        loads_LE, gauges_LQ2, gradients_M, updates_2M, domains_D2, read_D, mtp, aux, fp8 = sums
         return {
             **load_metrics(loads_LE, trainer.run.model.num_dense_layers),
             **gauge_metrics(gauges_LQ2, maxima[0]),
+            **fp8_metrics(fp8, maxima[3]),
             **self._norm_metrics(gradients_M, updates_2M),
             **_domain_losses(domains_D2, trainer.corpus.domains),
             **self._extra_losses(float(mtp), float(aux)),
@@ -121,7 +134,7 @@ class StepMetrics:
 
     def gradient_norms(self) -> dict[str, float]:
         """Return the gradient norm of each module as it is now, before the clip; collective."""
-        return norms_of(sum_over_all(self._norms.gradient_squares()), self._norms.names)
+        return norms_of(sum_over_all(self.norms.gradient_squares()), self.norms.names)
 
     def _sequences(self, result: StepResult) -> tuple[Tensor, Tensor]:
         """Return losses and tokens by domain, `[D, 2]`, and the largest loss of a sequence."""
@@ -137,7 +150,7 @@ class StepMetrics:
 
     def _norm_metrics(self, gradients_M: Tensor, updates_2M: Tensor) -> dict[str, float]:
         """Return norms by module: gradients before the clip, updates over weights."""
-        names = self._norms.names
+        names = self.norms.names
         metrics = {
             f"module/{name}/gradient_norm": norm
             for name, norm in norms_of(gradients_M, names).items()

@@ -121,7 +121,7 @@ class StepSample:
 def why_not_computed_again(trainer: Trainer) -> str:
     """Return why a step cannot be computed again and be the same run; "" if it can."""
     precision = trainer.run.precision
-    if precision.kind == "fp8_hybrid" and precision.fp8_recipe == "delayed":
+    if precision.hides_histories:
         return "precision.fp8_recipe=delayed keeps histories that cannot be undone"
     return ""
 

@@ -4,8 +4,8 @@ A step may be taken again, because its numbers are none, or left out, because it
 Weights and moments move in the update alone and gradients are cleared before each pass. But
 megatron moves the routers' bias while it reduces gradients, adds losses to its trackers, counts
 tokens in buffers, and a model with dropout draws: `take` before the pass keeps all of that and
-`restore` puts it back. FP8's delayed scaling keeps histories elsewhere; steps under it are not
-taken again (training/recheck.py).
+`restore` puts it back, histories of emulated FP8 among it, which are buffers. Transformer Engine
+keeps those of delayed scaling elsewhere; steps under it are not taken again (training/recheck.py).
 """
 
 from collections.abc import Iterator, Mapping, Sequence

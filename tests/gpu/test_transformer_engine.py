@@ -86,7 +86,7 @@ def test_a_gpu_gives_the_cpus_loss_curve_in_bf16(bf16_run: Run) -> None:
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "delayed"])
 def test_fp8_trains_and_is_not_bf16_in_disguise(bf16_run: Run, recipe: Recipe) -> None:
-    fp8_run = replace(bf16_run, precision=Precision(kind="fp8_hybrid", fp8_recipe=recipe))
+    fp8_run = replace(bf16_run, precision=Precision(kind="fp8", fp8_recipe=recipe))
     fp8 = curve_of(fp8_run, num_steps=10, visible_gpus="0")
     bf16 = curve_of(bf16_run, num_steps=10, visible_gpus="0")
     assert fp8.losses != bf16.losses

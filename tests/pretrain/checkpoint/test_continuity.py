@@ -13,12 +13,14 @@ from parallel.cluster import Cluster
 from pretrain.checkpoint.continuity import check_same_model, check_same_run, find_differences
 from pretrain.checkpoint.key_classes import KEY_CLASS
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.model.precision import Precision
 from pretrain.training.change import Change
 from pretrain.training.run import Run, as_json
 
 MakeRun = Callable[..., Run]
 FOLDER = Path("step_00000001")
 MINE, OTHER = "a" * 64, "b" * 64
+OF_FP8 = [name for name in Precision.__slots__ if KEY_CLASS[f"precision.{name}"] == "identity"][2:]
 
 
 @pytest.fixture
@@ -174,7 +176,10 @@ def test_a_checkpoint_that_is_older_than_a_free_key_is_gone_on_with(
     check(older, config)
 
 
-@pytest.mark.parametrize("key", ["data.document_attention", "initial_weights"])
+@pytest.mark.parametrize(
+    "key",
+    ["data.document_attention", "initial_weights", *(f"precision.{name}" for name in OF_FP8)],
+)
 def test_a_checkpoint_that_is_older_than_the_key_means_what_there_was(
     key: str, config: dict[str, Any]
 ) -> None:

@@ -35,7 +35,7 @@ def test_values_that_exclude_each_other_are_refused(values: Any, named: str) -> 
     ("exchange", "precision", "recompute", "named"),
     [
         (Exchange(overlap_all_to_all=True), "bf16", Recompute(), "model.dual_norm=true"),
-        (Exchange(dispatcher="allgather"), "fp8_hybrid", Recompute(), "precision.kind=fp8_hybrid"),
+        (Exchange(dispatcher="allgather"), "fp8", Recompute(), "precision.kind=fp8"),
         (Exchange(dispatcher="deepep"), "bf16", Recompute(), "layout.ep=1"),
         (
             Exchange(overlap_shared_expert=True),

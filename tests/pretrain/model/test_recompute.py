@@ -132,7 +132,7 @@ def test_values_that_do_not_belong_together_are_refused(values: Any, named: str)
         (
             {},
             Recompute(kind="selective", modules=("layernorm",)),
-            Precision(kind="fp8_hybrid", fp8_recipe="delayed"),
+            Precision(kind="fp8", fp8_recipe="delayed"),
             "precision.fp8_recipe=tensorwise",
         ),
     ],

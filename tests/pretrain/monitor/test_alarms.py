@@ -92,3 +92,34 @@ def test_a_mixture_that_is_not_the_planned_one_is_told() -> None:
 def test_bounds_that_bound_nothing_are_refused_by_key(given: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"alarms.{next(iter(given))}="):
         AlarmRules(**given)  # type: ignore[arg-type]  one of several types
+
+
+@pytest.mark.parametrize(
+    ("metric", "fine", "bad"),
+    [
+        ("fp8_gradient_underflow", 0.009, 0.011),
+        ("fp8_gradient_overflow", 0.9e-4, 1.1e-4),
+        ("fp8_input_overflow", 0.0, 1.1e-4),
+    ],
+)
+def test_fp8_that_loses_values_is_told(metric: str, fine: float, bad: float) -> None:
+    found = watched([{metric: fine}] * 3 + [{metric: bad}] * 3)
+    assert told(found) == [(3, metric)]
+    assert "FP8" in found[0][1].text
+
+
+def test_inputs_that_become_zero_are_usual() -> None:
+    assert not watched([{"fp8_input_underflow": 0.2}] * 3)
+
+
+def test_fp8_that_becomes_noisier_is_told() -> None:
+    quiet, noisy = {"fp8_weight_sqnr_db": 31.0}, {"fp8_weight_sqnr_db": 27.9}
+    found = watched([quiet] * 3 + [noisy] * 2)
+    assert told(found) == [(3, "fp8_weight_sqnr_db")]
+    assert found[0][1].limit == pytest.approx(28.0)
+    assert not watched([quiet] * 3 + [{"fp8_weight_sqnr_db": 28.1}] * 3)
+
+
+def test_noise_that_grows_slowly_is_not() -> None:
+    """2 dB in 100 steps, which are ten records."""
+    assert not watched([{"fp8_input_sqnr_db": 31 - 0.2 * idx} for idx in range(50)])

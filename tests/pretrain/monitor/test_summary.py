@@ -28,6 +28,7 @@ def full() -> RunSummary:
         domains=[TextScore(name="ko", loss=3.9, bits_per_byte=1.3), TextScore(name="en", loss=3.4)],
         mfu=0.431,
         memory_peak_bytes=1610612736,
+        precision="fp8 hybrid tensorwise, emulated",
         places={"metrics": "runs/tiny/metrics.jsonl", "plot": "runs/tiny/run.png"},
         next_commands=["python launch/a.py", "python launch/b.py", "python launch/c.py"],
     )

@@ -117,7 +117,7 @@ def test_most_batches_are_trained_on_whatever_their_gradient_norms(
 def test_with_delayed_scaling_no_batch_is_left_out_and_the_run_says_so(
     policy: Any, recipe: Any, is_told: bool
 ) -> None:
-    precision, recovery = Precision(kind="fp8_hybrid", fp8_recipe=recipe), Recovery(policy=policy)
+    precision, recovery = Precision(kind="fp8", fp8_recipe=recipe), Recovery(policy=policy)
     assert ("precision.fp8_recipe=delayed" in why_none_is_left_out(recovery, precision)) is is_told
     seen = Seen(scores={"loss": 99.0}, state="normal")
     said = recovery.leaves_out(seen, entries=[], batch=500, precision=precision)
