@@ -4,11 +4,12 @@
 
 Patches as those of parallel/device.py, which applies them: never on a GPU, and each names the line
 of megatron-core 0.16.1 that it is for. The numbers stay megatron's to the bit, those of rotations
-to one rounding. Source: docs/decisions/0011.
+and of sums of gradients to one rounding. Source: docs/decisions/0011.
 """
 
 import importlib
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -103,11 +104,28 @@ def patch_rotation() -> None:
     attention.apply_rotary_pos_emb = rotate_here
 
 
+def patch_gradient_sums() -> None:
+    """Let the product that makes a weight's gradient add it to megatron's sum itself.
+
+    Needed by layers.py:48 and :569, for speed alone: apex's kernel for that is CUDA's, and without
+    it each gradient is written, read and added. Linear layers whose `gradient_accumulation_fusion`
+    is set use it (pretrain/training/optimizer.py).
+    """
+    layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
+
+    def add_product(x_TI: torch.Tensor, grad_TO: torch.Tensor, sum_OI: torch.Tensor) -> None:
+        sum_OI.addmm_(grad_TO.t(), x_TI)
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=add_product)
+    layers._grad_accum_fusion_available = True
+
+
 PATCHES: tuple[Callable[[], None], ...] = (
     patch_lone_collectives,
     patch_chunk_order,
     patch_token_order,
     patch_clip,
     patch_rotation,
+    patch_gradient_sums,
 )
 """Applied by parallel/device.py after its own."""

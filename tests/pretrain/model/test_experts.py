@@ -13,8 +13,7 @@ from parallel.layout import Layout
 from parallel.spawn import RankPool
 from pretrain.model import assemble
 from pretrain.model.experts import Experts
-from pretrain.training.optimizer import wrap_chunks
-from pretrain.training.run import AdamW, Run
+from pretrain.training.run import Run
 from pretrain.training.verify import loss_curve
 from tests.pretrain.serving import twin
 
@@ -51,30 +50,6 @@ def test_losses_and_gradients_are_those_of_megatrons_experts(
     for given, expected in zip(ours[1:], theirs[1:], strict=True):
         # router weights' gradients are sums in another order; the rest is equal to the bit
         torch.testing.assert_close(given, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
-
-
-def test_micro_batches_add_up_in_megatrons_buffers_as_with_megatrons_experts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = twin.build_ours(twin.tiny_spec())
-    chunk: Any
-    (chunk,) = wrap_chunks([model], config=model.config, adamw=AdamW(lr=1e-3))
-    tokens_BS = torch.randint(
-        0, model.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0)
-    )
-    positions = torch.arange(32).expand_as(tokens_BS)
-
-    def sums() -> list[Tensor]:
-        chunk.zero_grad_buffer()
-        for batch in tokens_BS.split(1):
-            chunk(batch, positions[:1], None, labels=batch.roll(-1, 1)).mean().backward()
-        return [parameter.main_grad.clone() for parameter in model.parameters()]
-
-    ours = sums()
-    monkeypatch.setattr(Experts, "forward", SequentialMLP.forward)
-    for given, expected in zip(ours, sums(), strict=True):
-        # a product that adds to a sum rounds in another order
-        torch.testing.assert_close(given, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
 
 
 def test_the_norm_counts_routed_experts_on_every_tensor_rank() -> None:
