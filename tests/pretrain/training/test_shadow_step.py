@@ -76,7 +76,7 @@ def gradients(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
     norms = ModuleNorms(trainer.modules, trainer.optimizer, spec=trainer.run.model)
     trainer.measure(trainer.next_batch()[:1])
     found: dict[str, list[torch.Tensor]] = {}
-    indices = [index for index, shard, _, _ in norms._shards() if shard.grad is not None]
+    indices = [norms._index[p] for p, shard, _, _ in norms._shards() if shard.grad is not None]
     for index, gradient in zip(indices, norms.gradients(), strict=True):
         found.setdefault(norms.names[index], []).append(gradient.double())
     return found

@@ -98,13 +98,12 @@ def test_fp8_and_the_exchanges_are_those_that_are_not_refused(
     monkeypatch.setitem(exchange.PACKAGES, "deepep", (lambda: True, "DeepEP"))
     monkeypatch.setitem(exchange.PACKAGES, "hybridep", (lambda: False, "HybridEP"))
     told = what_is_used(json.dumps(asdict(tiny_run().model)))
-    assert "fp8_hybrid" in told["fp8"]
+    assert told["fp8"] == ("fp8", "fp8_emulated")
     assert told["parts"]["all-to-all"] == "alltoall, allgather, deepep"
 
 
 def test_fp8_that_is_refused_is_not_named(told: Any) -> None:
-    assert "fp8_hybrid" not in told["fp8"]
-    assert not any(kind in ("fp32", "bf16") for kind in told["fp8"])
+    assert tuple(told["fp8"]) == ("fp8_emulated",)
 
 
 def test_a_copy_of_the_state_is_in_the_memory_that_is_named(told: Any) -> None:
@@ -117,7 +116,7 @@ def test_a_copy_of_the_state_is_in_the_memory_that_is_named(told: Any) -> None:
 
 def test_on_a_cpu_it_says_what_stands_for_the_gpus_parts(told: Any) -> None:
     said = "\n".join(told["emulated"])
-    assert "10 patches of parallel/device.py" in said
+    assert "14 patches of parallel/device.py" in said
     assert "FusedAdam: kernels.adamw.FlatAdamW" in said
     assert "NCCL: gloo" in said
 
