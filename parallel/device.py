@@ -30,7 +30,7 @@ import torch
 
 from kernels.adamw import FlatAdamW
 from kernels.backend import has_cuda, has_transformer_engine
-from parallel import cpu_speed, gloo
+from parallel import gloo
 
 TESTED_MEGATRON = "0.16.1"
 _CPU = torch.device("cpu")
@@ -346,6 +346,17 @@ def patch_optimizer() -> None:
     distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
 
 
+def patch_lone_collectives() -> None:
+    """Let a group of one rank exchange nothing, where gloo copies whole buffers onto themselves.
+
+    Needed by param_and_grad_buffer.py:285 and :443, for speed alone: the one rank's shard is the
+    buffer itself, so there is nothing to sum or to gather.
+    """
+    buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffers, name, gloo.unless_alone(getattr(buffers, name)))
+
+
 def patch_uneven_parts() -> None:
     """Pad what expert tensor ranks gather: gloo takes parts of one size only.
 
@@ -353,6 +364,25 @@ def patch_uneven_parts() -> None:
     """
     mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
     mappings._gather_along_first_dim = gloo.pad_gather(mappings._gather_along_first_dim)
+
+
+def patch_chunk_order() -> None:
+    """Leave tokens alone whose chunks are in order already, as they are with one expert rank.
+
+    Needed by token_dispatcher.py:732 and :767, for speed alone: they cut and join all tokens of a
+    layer, there and back, to put them where they were.
+    """
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    reorder = dispatcher.sort_chunks_by_idxs
+
+    def reorder_if_needed(
+        tokens: torch.Tensor, sizes: torch.Tensor, order: torch.Tensor, **options: Any
+    ) -> Any:
+        if bool((order.diff() == 1).all()):
+            return tokens, options.get("probs")
+        return reorder(tokens, sizes, order, **options)
+
+    dispatcher.sort_chunks_by_idxs = reorder_if_needed
 
 
 PATCHES: tuple[Callable[[], None], ...] = (
@@ -363,7 +393,8 @@ PATCHES: tuple[Callable[[], None], ...] = (
     patch_split_sizes,
     patch_absent_transformer_engine,
     patch_optimizer,
+    patch_lone_collectives,
     patch_uneven_parts,
-    *cpu_speed.PATCHES,
+    patch_chunk_order,
 )
 """Applied in this order, on machines without CUDA only."""

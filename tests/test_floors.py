@@ -34,7 +34,6 @@ FLOORS = {
 
 # the only files that know megatron-core; keep it short
 MEGATRON = """
-    parallel/cpu_speed.py
     parallel/device.py parallel/groups.py parallel/schedule.py parallel/gradients.py
     parallel/reduce.py parallel/seeds.py parallel/context.py
     pretrain/model/assemble.py pretrain/model/attention.py pretrain/model/dual_norm_layer.py

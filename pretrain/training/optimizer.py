@@ -15,11 +15,9 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from parallel.device import prepare
 from pretrain.model.precision import Precision
 from pretrain.training.run import AdamW
 
@@ -53,24 +51,11 @@ def wrap_chunks(
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=idx > 0)
         for idx, chunk in enumerate(chunks)
     ]
-    if prepare().kind == "cpu" and config.params_dtype == torch.float32:
-        for chunk in wrapped:
-            _sum_gradients_in_products(chunk)
     config.finalize_model_grads_func = finalize_model_grads
     if adamw.overlap:
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]  # type: ignore[assignment]  as megatron's
     return wrapped
-
-
-def _sum_gradients_in_products(chunk: torch.nn.Module) -> None:
-    """Let linear layers add gradients of weights to `main_grad` themselves (cpu_speed.py).
-
-    Not by megatron's config: a model that is not wrapped has no `main_grad`.
-    """
-    for module in chunk.modules():
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            module.gradient_accumulation_fusion = True
 
 
 def make_optimizer(chunks: Sequence[Any], *, adamw: AdamW, precision: Precision) -> Any:

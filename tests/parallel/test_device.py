@@ -46,12 +46,6 @@ REASONS = {
     "tensor_parallel/mappings.py:150": "torch.distributed.all_gather(output_tensor_list",
     "transformer/moe/token_dispatcher.py:732": "sort_chunks_by_idxs(",
     "transformer/moe/token_dispatcher.py:767": "sort_chunks_by_idxs(",
-    "transformer/moe/moe_utils.py:464": "output_tokens.scatter_add_(",
-    "tensor_parallel/layers.py:48": "_grad_accum_fusion_available = False",
-    "tensor_parallel/layers.py:569": "fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(",
-    "utils.py:1215": "dst.copy_(src * scale)",
-    "transformer/multi_latent_attention.py:803": "q_pos_emb = apply_rotary_pos_emb(",
-    "transformer/multi_latent_attention.py:812": "k_pos_emb = apply_rotary_pos_emb(",
 }
 
 

@@ -2,19 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
-import torch
-from megatron.core.transformer.moe.experts import SequentialMLP
 
 from pretrain.checkpoint.resume import find_newest
-from pretrain.model.experts import Experts
-from pretrain.training.optimizer import set_lr, wrap_chunks
+from pretrain.training.optimizer import set_lr
 from pretrain.training.run import AdamW, Run
 from pretrain.training.trainer import Trainer
 from pretrain.training.verify import loss_curve, make_trainer
-from tests.pretrain.serving import twin
 
 MakeRun = Callable[..., Run]
 
@@ -60,41 +55,6 @@ def test_a_resumed_run_takes_the_coefficients_it_is_given(
     assert {group["weight_decay"] for group in groups} == {0.0}
     assert {group["betas"] for group in groups} == {(0.9, 0.99)}
     assert trainer.position.step == 1
-
-
-@pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning")
-def test_micro_batches_add_up_to_the_gradients_of_a_bare_model(
-    one_rank: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = twin.build_ours(twin.tiny_spec())
-    generator = torch.Generator().manual_seed(0)
-    tokens_BS = torch.randint(0, model.vocab_size, (3, 32), generator=generator)
-
-    def add_up(chunk: Any) -> None:
-        for batch in tokens_BS.split(1):
-            positions = torch.arange(32)[None]
-            chunk(batch, positions, None, labels=batch.roll(-1, 1)).mean().backward()
-
-    with monkeypatch.context() as megatrons:
-        megatrons.setattr(Experts, "forward", SequentialMLP.forward)
-        add_up(model)
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    (chunk,) = wrap_chunks([model], config=model.config, adamw=AdamW(lr=1e-3))
-    add_up(chunk)
-    for name, parameter in model.named_parameters():
-        largest = float(expected[name].abs().max())
-        # a product that adds to a sum rounds in another order
-        gap = float((parameter.main_grad - expected[name]).abs().max())
-        assert gap <= 2e-6 * largest, name
-    kinds = ("linear_fc1.weight", "linear_q_up_proj.weight", "output_layer.weight")
-    assert {
-        kind
-        for kind in kinds
-        for name, parameter in model.named_parameters()
-        if name.endswith(kind) and parameter.grad_added_to_main_grad
-    } == set(kinds)
 
 
 @pytest.mark.parametrize("lr", [0.0, 3e-4])
