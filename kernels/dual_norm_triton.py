@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kernels.dual_norm import BLOCK_SIZE, Forward, Fp8Output, Gradients
 from kernels.fp8 import E4M3, Quantised
+from kernels.fp8_triton import quantise_row
 
 NUM_PROGRAMS = 132  # the processors of an H100 or H200: one program of 255 registers fits on each
 FORWARD_WARPS = 16
@@ -233,19 +234,11 @@ def _store_blocks(
 ):  # fmt: skip
     """Store a row in FP8, 128 columns to a scale; as kernels/fp8.py, to the bit."""
     NUM: tl.constexpr = (D + 127) // 128
-    value = tl.reshape(y.to(tl.float32), (BLOCK // 128, 128))
-    amax = tl.max(tl.abs(value), axis=1)
-    one = tl.full((BLOCK // 128,), 1.0, tl.float32)
-    factor = tl.div_rn(448.0 * one, tl.where(amax > 0, amax, one))
-    factor = tl.where(factor == float("inf"), LARGEST, factor)
-    factor = tl.where((amax > 0) & (amax < float("inf")), factor, one)
-    if POWERS:
-        factor = (factor.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    scaled, factor, inverse = quantise_row(y.to(tl.float32), 448.0, LARGEST, POWERS)
     block = tl.arange(0, BLOCK // 128)
     tl.store(scale + token * NUM + block, factor, mask=block < NUM)
-    tl.store(scale_inv + token * NUM + block, tl.div_rn(one, factor), mask=block < NUM)
-    cols = block[:, None] * 128 + tl.arange(0, 128)[None, :]
-    store_part(data, cols, value * factor[:, None], D, BLOCK)
+    tl.store(scale_inv + token * NUM + block, inverse, mask=block < NUM)
+    store_part(data, tl.arange(0, BLOCK), scaled, D, BLOCK)
 
 
 @triton.jit
