@@ -249,11 +249,16 @@ def kills_table(record: Mapping[str, Any]) -> str:
 def metrics_table(record: Mapping[str, Any]) -> str:
     """Return what the metrics of a step cost."""
     return (
-        f"A step of {record['step_ms']:.0f} ms takes {record['off_ms']:+.2f} ms with all hooks"
-        f" switched off, and {record['on_ms']:+.1f} ms where everything is measured and reduced;"
-        f" read every {record['interval_steps']} steps, as the demo does, that is"
-        f" {record['price_ms']:.2f} ms or {record['share']:.2%} of a step (medians of"
-        f" {record['repeats']} pairs).\n"
+        f"Of a step of {record['step_ms']:.0f} ms metrics take {record['off_ms']:.2f} ms where they"
+        f" are switched off, {record['logged_ms']:.1f} ms in a logged step and"
+        f" {record['thorough_ms']:.1f} ms in a thorough one; logged every"
+        f" {record['interval_steps']} steps, as in the demo, thoroughly every"
+        f" {record['thorough_every']}th time, that is {record['price_ms']:.2f} ms or"
+        f" {record['share']:.2%} of a step (time inside what measures, medians of"
+        f" {record['repeats']}; whole steps in pairs differ by"
+        f" {record['paired_ms']['thorough'][1]:+.0f} ms where they are thorough, half of all pairs"
+        f" by {record['paired_ms']['thorough'][0]:+.0f} to"
+        f" {record['paired_ms']['thorough'][2]:+.0f}).\n"
     )
 
 

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 TILE_TOKENS = 256
 """Queries that share one mask; their surplus is at most so many keys a query."""
+_SCORE_ROWS = 64
+"""Queries whose scores stand in memory together where only the largest is wanted."""
 
 
 def causal_attention(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSW: Tensor, *, scale: float) -> Tensor:
@@ -104,20 +106,25 @@ def largest_score(
         first: position of the first query, 0 <= first <= K - S.
         scale: factor on the scores, > 0.
 
-    Costs a matrix product as large as that of the scores; memory is linear in S.
+    Costs half a matrix product as large as that of the scores; memory is linear in S.
     """
+    batch, num_queries = q_BNSH.shape[0], q_BNSH.shape[-2]
+    q_MSH, k_MHK = q_BNSH.flatten(0, 1), k_BNKH.flatten(0, 1).transpose(1, 2)
+    rows, num_keys = min(_SCORE_ROWS, num_queries), first + num_queries
+    # the mask goes into the product, which is twice as fast as to write it over the scores
+    bias_TK = _bias(q_BNSH, num_rows=rows, num_keys=num_keys)
     largest: list[Tensor] = []
-    for row in range(0, q_BNSH.shape[-2], TILE_TOKENS):
-        q_BNTH = q_BNSH[..., row : row + TILE_TOKENS, :]
-        num_rows, begin = q_BNTH.shape[-2], first + row
-        num_seen = begin + num_rows
-        scores_BNTK = q_BNTH @ k_BNKH[..., :num_seen, :].transpose(-1, -2)
-        hidden_TK = torch.ones(num_rows, num_seen, dtype=torch.bool, device=q_BNSH.device)
-        hidden_BTK = hidden_TK.triu_(begin + 1)[None]
+    for row in range(0, num_queries, rows):
+        q_MTH = q_MSH[:, row : row + rows]
+        begin, num_seen = first + row, first + row + q_MTH.shape[1]
+        bias = bias_TK[-q_MTH.shape[1] :, -num_seen:]
+        scores_MTK = torch.baddbmm(bias, q_MTH, k_MHK[..., :num_seen])
         if documents_BK is not None:
             own_BT1 = documents_BK[:, begin:num_seen, None]
-            hidden_BTK = hidden_BTK | (own_BT1 != documents_BK[:, None, :num_seen])
-        largest.append(scores_BNTK.masked_fill_(hidden_BTK[:, None], float("-inf")).amax())
+            other_BTK = own_BT1 != documents_BK[:, None, :num_seen]
+            scores_BNTK = scores_MTK.unflatten(0, (batch, -1))
+            scores_BNTK.masked_fill_(other_BTK[:, None], float("-inf"))
+        largest.append(scores_MTK.amax())
     return torch.stack(largest).amax().float() * scale
 
 

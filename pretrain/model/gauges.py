@@ -52,6 +52,7 @@ class Gauges:
         """
         device = next(chunks[0].parameters()).device
         self.is_on = False
+        self._has_scores = True
         self.sums_LQ2 = torch.zeros(num_layers, len(PLACES) + 1, 2, device=device)
         """Sum of squares and number of values at each place; sum of the routers' relative entropy
         and number of tokens last."""
@@ -68,8 +69,13 @@ class Gauges:
                 if isinstance(module, TransformerLayer):
                     self._hook(layer_of(name, module, num_layers=num_layers), module)
 
-    def begin(self) -> None:
-        """Measure from here on, anew."""
+    def begin(self, *, with_scores: bool = True) -> None:
+        """Measure from here on, anew.
+
+        Args:
+            with_scores: the scores of attention, too, which costs most of all.
+        """
+        self._has_scores = with_scores
         self.sums_LQ2.zero_()
         self.maxima_LQ.fill_(-math.inf)
         self._biases = [bias.clone() for _, bias in self._router_biases()]
@@ -144,7 +150,7 @@ class Gauges:
 
     def _attention_watch(self, layer: int, core: CoreAttention) -> Callable[..., None]:
         def see(q_BNSH: Tensor, k_BNKH: Tensor, documents_BK: Tensor | None, first: int) -> None:
-            if self._counts(core):
+            if self._has_scores and self._counts(core):
                 score = largest_score(
                     q_BNSH.detach(),
                     k_BNKH.detach(),

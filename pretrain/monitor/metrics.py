@@ -20,7 +20,9 @@ Value: TypeAlias = float | int | str
 Record: TypeAlias = Mapping[str, Value]
 
 Reduction = Literal["mean", "max", "min", "sum", "same"]
-Interval = Literal["step", "logged", "validation", "checkpoint", "record"]
+Interval = Literal["step", "logged", "thorough", "validation", "checkpoint", "record"]
+THOROUGH_EVERY = 4
+"""Logged steps from one to the next that tells what is dear to measure."""
 
 _WORD = r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
 _PLACEHOLDERS = {"<domain>": _WORD, "<module>": _WORD, "<layer>": r"[0-9]+"}
@@ -36,8 +38,8 @@ class Metric:
         reduction: how the values of all ranks become one; "same" if every rank already agrees.
         description: what is measured, by which convention.
         interval: the event that produces it: each step, each logged step (every
-            `telemetry.console_interval_steps`), a validation, a checkpoint, or any record whatever
-            its occasion.
+            `telemetry.console_interval_steps`), a thorough one (every `THOROUGH_EVERY`th of these),
+            a validation, a checkpoint, or any record whatever its occasion.
     """
 
     name: str
@@ -134,11 +136,12 @@ gradient_norm_clipped | 1 | same
 lr | 1 | same
     learning rate of the step
 [logged]
-update_over_weight | 1 | same
-    L2 norm of the update over that of the weights before it, estimated from a sample of each
-    shard; about 1e-3 is usual
 module/<module>/gradient_norm | 1 | same
     L2 norm of one module's gradient before the clip; their squares add up to gradient_norm's
+[thorough]
+update_over_weight | 1 | same
+    L2 norm of the update over that of the weights before it, estimated from a sample of each
+    module; about 1e-3 is usual
 module/<module>/update_over_weight | 1 | same
     update_over_weight of one module
 # What the watch for spikes thinks.
@@ -182,13 +185,14 @@ layer/<layer>/router_bias_range | 1 | same
 layer/<layer>/router_bias_speed | 1 | same
     router_bias_speed of one layer
 # Activations of one step, in the forward passes that train.
-[logged]
+[thorough]
 attention_logit_max | 1 | max
     largest scaled attention score of any head and layer, before the softmax
-residual_abs_max | 1 | max
-    largest absolute value in the residual stream after any layer
 layer/<layer>/attention_logit_max | 1 | max
     attention_logit_max of one layer
+[logged]
+residual_abs_max | 1 | max
+    largest absolute value in the residual stream after any layer
 layer/<layer>/residual_rms | 1 | mean
     root mean square of the residual stream after one layer
 layer/<layer>/residual_abs_max | 1 | max

@@ -6,12 +6,14 @@ all ranks add up, and those of all modules to the norm that the clip acts on.
 
 The update is not measured by a copy of the weights, which would be as large as the masters, but
 follows from the moments after it: lr * m / (sqrt(v) + eps), bias-corrected, and the decay. It is
-estimated from a sample of each shard, within some percent: its size is what matters.
+estimated from a sample of each module, of all its shards alike, within some percent: its size is
+what matters.
 
 M modules.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,8 +28,8 @@ from pretrain.model.module_names import module_names, named_modules_of, named_te
 from pretrain.model.spec import ModelSpec
 from pretrain.training.run import Run
 
-_SAMPLE = 1024
-"""Values of a shard, about, that say how far an update moves it."""
+_SAMPLE = 2048
+"""Values of a module's shards, about, that say how far an update moves it."""
 
 
 class ModuleNorms:
@@ -80,6 +82,16 @@ class ModuleNorms:
             gradients: of the shapes and in the order of `gradients()`.
             factors: what each was multiplied by, above 0; the sums are of what it was before.
         """
+        parameters = [p for p, shard, _, _ in self._shards() if shard.grad is not None]
+        return self._squares(parameters, gradients, factors)
+
+    def _squares(
+        self,
+        parameters: Sequence[Parameter],
+        gradients: Sequence[Tensor],
+        factors: Sequence[float] | None,
+    ) -> Tensor:
+        """Return `[M]` as `squares_of`, of the gradients of these parameters."""
         total_M = torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
         if not gradients:
             return total_M
@@ -87,7 +99,7 @@ class ModuleNorms:
         values = norms.double()
         if factors is not None:
             values /= torch.tensor(factors, dtype=torch.float64, device=self._device)
-        index = [self._index[p] for p, shard, _, _ in self._shards() if shard.grad is not None]
+        index = [self._index[parameter] for parameter in parameters]
         return total_M.index_add_(0, torch.tensor(index, device=self._device), values.square())
 
     def gradient_squares(self, *, undo: Callable[[Parameter], float] | None = None) -> Tensor:
@@ -98,10 +110,9 @@ class ModuleNorms:
         Args:
             undo: what a parameter's gradient was multiplied by since, above 0.
         """
-        factors = None
-        if undo is not None:
-            factors = [undo(p) for p, shard, _, _ in self._shards() if shard.grad is not None]
-        return self.squares_of(self.gradients(), factors=factors)
+        counted = [(p, shard.grad) for p, shard, _, _ in self._shards() if shard.grad is not None]
+        factors = None if undo is None else [undo(parameter) for parameter, _ in counted]
+        return self._squares([p for p, _ in counted], [grad for _, grad in counted], factors)
 
     def gradient_norms(self) -> list[float]:
         """Return M norms of the gradients as they are now; collective, waits for the device."""
@@ -127,14 +138,18 @@ class ModuleNorms:
                 if shard.grad is not None and factor != 1.0:
                     shard.grad.mul_(factor)
 
-    def update_squares(self) -> Tensor:
+    @torch.no_grad()
+    def update_squares(self, *, is_asked: bool = True) -> Tensor:
         """Return `[2, M]` fp64: of the last update and of the weights before it, estimated.
 
         Zero before the first update. Waits for nothing.
+
+        Args:
+            is_asked: False: return zeros, which are no metric.
         """
         samples: dict[int, list[tuple[int, Tensor, Mapping[str, Tensor]]]] = {}
         groups: dict[int, Mapping[str, Any]] = {}
-        for parameter, shard, group, state in self._shards():
+        for parameter, shard, group, state in self._shards() if is_asked else ():
             if "exp_avg" in state:
                 groups[id(group)] = group
                 sample = (self._index[parameter], shard, state)
@@ -150,13 +165,15 @@ class ModuleNorms:
         shards: Sequence[tuple[int, Tensor, Mapping[str, Tensor]]],
     ) -> Tensor:
         """Return `[2, M]` as `update_squares`, of one parameter group: all its samples at once."""
-        weights, moments, squares = (
-            [_sample(tensor) for tensor in tensors]
-            for tensors in zip(
-                *((shard, state["exp_avg"], state["exp_avg_sq"]) for _, shard, state in shards),
-                strict=True,
-            )
-        )
+        num_shards = Counter(module for module, _, _ in shards)
+        weights, moments, squares = [], [], []
+        for module, shard, state in shards:
+            for samples, tensor in (
+                (weights, shard),
+                (moments, state["exp_avg"]),
+                (squares, state["exp_avg_sq"]),
+            ):
+                samples.append(_sample(tensor, num_values=_SAMPLE // num_shards[module]))
         before, update = _last_update(
             torch.cat(weights), torch.cat(moments), torch.cat(squares), group
         )
@@ -211,10 +228,11 @@ def _names_of_all_ranks(own: Iterable[str]) -> tuple[str, ...]:
     return tuple(from_first_rank(sorted({n for names in found or [] for n in names})))
 
 
-def _sample(values: Tensor) -> Tensor:
-    """Return about `_SAMPLE` of a shard's values, `[V]`."""
+def _sample(values: Tensor, *, num_values: int) -> Tensor:
+    """Return about so many of a shard's values, at least one, `[V]`."""
     # an odd stride meets all columns of a matrix, whose rows are of an even length
-    return values.detach().view(-1)[:: values.numel() // _SAMPLE | 1]
+    stride = values.numel() // max(num_values, 1) | 1
+    return values.as_strided((-(-values.numel() // stride),), (stride,))
 
 
 def _last_update(

@@ -15,6 +15,7 @@ from pretrain.model.count import flop_per_token
 from pretrain.monitor.alarms import Alarms
 from pretrain.monitor.incidents import Incident, record_incident
 from pretrain.monitor.loss_spikes import STATES, Seen
+from pretrain.monitor.metrics import THOROUGH_EVERY
 from pretrain.monitor.quantities import bits_per_byte
 from pretrain.monitor.telemetry import Telemetry
 from pretrain.monitor.throughput import Throughput, ThroughputConfig, find_peak_flop_per_s
@@ -78,7 +79,7 @@ class Observer:
         self._alarms = Alarms(run.alarms, checkpoint_interval_steps=run.checkpoints.interval_steps)
         self._metrics = metrics
         self._shadow = shadow
-        self._metrics.begin_step(is_logged=self._is_logged(trainer.position.step + 1))
+        self._begin(trainer.position.step + 1)
         self.losses: list[float] = []
         """Loss of each step of this attempt, nats per token."""
         self.memory_peak_bytes = 0
@@ -130,7 +131,7 @@ class Observer:
             age_s = time.monotonic() - self._committed_s
             record |= {**found, **times_s, **self._consumed(), "last_commit_age_s": age_s}
             self._raise_alarms(record)
-        self._metrics.begin_step(is_logged=self._is_logged(step + 1))
+        self._begin(step + 1)
         self._write(record)
 
     def _raise_alarms(self, record: Mapping[str, float | int | str]) -> None:
@@ -145,6 +146,15 @@ class Observer:
                 detail={"metric": alarm.metric, "value": alarm.value, "limit": alarm.limit},
             )
             record_incident(self._trainer.run.folder, incident)
+
+    def _begin(self, step: int) -> None:
+        """Prepare for a step; which ones are thorough follows from their number alone."""
+        logged = step // self._trainer.run.telemetry.console_interval_steps
+        is_last = step >= self._trainer.total_steps
+        self._metrics.begin_step(
+            is_logged=self._is_logged(step),
+            is_thorough=logged % THOROUGH_EVERY == 0 or is_last,
+        )
 
     def _is_logged(self, step: int) -> bool:
         interval = self._trainer.run.telemetry.console_interval_steps

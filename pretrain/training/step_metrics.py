@@ -64,20 +64,24 @@ class StepMetrics:
             self._fp8.maxima_LP2,
         ):
             trainer.step_state.include(counted)  # of a pass that is taken again, once
+        self._is_thorough = True
         self._microbatches_unread = 0
         num_domains = len(trainer.corpus.domains)
         self._read_D = torch.zeros(num_domains, dtype=torch.float64, device=trainer.device)
         self._planned_D = torch.zeros(num_domains, dtype=torch.float64)
 
-    def begin_step(self, *, is_logged: bool) -> None:
+    def begin_step(self, *, is_logged: bool, is_thorough: bool = True) -> None:
         """Prepare for the step to come.
 
         Args:
             is_logged: whether `read` is called after it.
+            is_thorough: whether it then tells attention's scores and the size of the update, too,
+                which cost as much as all else; the same on all ranks.
         """
+        self._is_thorough = is_thorough
         self.load.take()
         if is_logged:
-            self._gauges.begin()
+            self._gauges.begin(with_scores=is_thorough)
             self._fp8.begin()
 
     def count(self, result: StepResult, segment: Segment, *, num_microbatches: int) -> None:
@@ -110,7 +114,7 @@ class StepMetrics:
                 self.load.take(),
                 self._gauges.sums_LQ2,
                 self.norms.gradient_squares(undo=trainer.clip.factor),
-                self.norms.update_squares(),
+                self.norms.update_squares(is_asked=self._is_thorough),
                 domains_D2,
                 self._read_D,
                 take_own_mtp_loss(device),
