@@ -69,6 +69,8 @@ class StepMetrics:
         num_domains = len(trainer.corpus.domains)
         self._read_D = torch.zeros(num_domains, dtype=torch.float64, device=trainer.device)
         self._planned_D = torch.zeros(num_domains, dtype=torch.float64)
+        self._segment: Segment | None = None
+        self._shares_D = self._planned_D
 
     def begin_step(self, *, is_logged: bool, is_thorough: bool = True) -> None:
         """Prepare for the step to come.
@@ -95,7 +97,9 @@ class StepMetrics:
         self._microbatches_unread += num_microbatches
         assert result.sequence_domains is not None
         self._read_D += torch.bincount(result.sequence_domains, minlength=len(self._read_D))
-        self._planned_D += _shares(self._trainer, segment) * segment.global_sequences
+        if segment is not self._segment:
+            self._segment, self._shares_D = segment, _shares(self._trainer, segment)
+        self._planned_D += self._shares_D * segment.global_sequences
 
     def read(self, result: StepResult) -> dict[str, float]:
         """Return the metrics of the step that was just done; collective, and waits for the device.
