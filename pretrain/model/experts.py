@@ -19,6 +19,7 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
+from torch.nn import Parameter
 
 from kernels.expert_ffn import expert_ffn
 from parallel.layout import Layout
@@ -71,12 +72,17 @@ class Experts(SequentialMLP):
         if why := why_one_by_one(tokens_TD.dtype, is_hooked=_is_hooked(self.local_experts[0])):
             _log_once(f"experts are called one by one: {why}")
             return super().forward(tokens_TD, tokens_per_expert, weight_T)
+        fc1, fc2 = (
+            [expert.get_parameter(f"linear_{part}.weight") for expert in self.local_experts]
+            for part in ("fc1", "fc2")
+        )
         output_TD = expert_ffn(
             tokens_TD,
             weight_T,
             num_tokens=tokens_per_expert.tolist(),
-            fc1=[expert.get_parameter("linear_fc1.weight") for expert in self.local_experts],
-            fc2=[expert.get_parameter("linear_fc2.weight") for expert in self.local_experts],
+            fc1=fc1,
+            fc2=fc2,
+            main_grads=_main_grads(fc1 + fc2),
         )
         return output_TD, None
 
@@ -86,6 +92,17 @@ def why_one_by_one(dtype: torch.dtype, *, is_hooked: bool = False) -> str:
     if dtype != torch.float32:
         return f"{dtype} given"
     return "their weights arrive while computing" if is_hooked else ""
+
+
+def _main_grads(matrices: list[Parameter]) -> list[Tensor] | None:
+    """Return megatron's sums of the gradients over micro-batches, None in an unwrapped model.
+
+    Where a parameter gets no gradient, megatron's hook adds none (distributed_data_parallel.py:437
+    of 0.16.1; with `optimizer.overlap` it asks for one, but hooked experts do not come here).
+    """
+    sums = [getattr(matrix, "main_grad", None) for matrix in matrices]
+    are_fp32 = all(isinstance(one, Tensor) and one.dtype == torch.float32 for one in sums)
+    return sums if are_fp32 else None  # type: ignore[return-value]  all are tensors
 
 
 def _is_hooked(expert: torch.nn.Module) -> bool:

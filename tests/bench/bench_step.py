@@ -5,7 +5,8 @@
 Three rows, taken in turn (a b c a b c ...) so that a disturbance of the machine meets all three:
 
 (a) ours: one `train_step` on one rank: forward, backward, reduction, norm, clip, AdamW;
-(b) transformers: AXK1ForCausalLM with grouped_mm experts, the same loss, clip and fused AdamW;
+(b) transformers: AXK1ForCausalLM with sdpa attention and grouped_mm experts, the same loss and
+    clip, fused AdamW;
 (c) products: the matrix products of the linear layers alone, once forward and twice backward, with
     an even load of the experts; attention scores are left out. Nothing can be faster.
 
@@ -125,6 +126,11 @@ def theirs(windows: Tensor, weights: dict[str, Tensor]) -> Contender:
         ).train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
+    used = (model.config._attn_implementation, model.config._experts_implementation)
+    if used != ("sdpa", "grouped_mm"):
+        sys.exit(
+            f"transformers runs {used}, not its fastest: sdpa attention and grouped_mm experts"
+        )
     optimizer = torch.optim.AdamW(
         [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
         lr=ADAMW.lr,

@@ -1,9 +1,10 @@
 """Where does a training step spend its CPU time? By class of operator, from torch's profiler.
 
 Self time: what an operator spends itself, the operators it calls left out. Operators inside a norm,
-a collective, the expert node or the optimizer count there, whatever they are; only matrix products
-count as such everywhere. Autograd's own work and Python between operators are the rest. The
-profiler adds some microseconds to each call, so classes of many small operators are upper bounds.
+a collective, the expert node or the optimizer count there, whatever they are; matrix products count
+as such everywhere but in attention, whose fused operators do not show theirs. Autograd's own work
+and Python between operators are the rest. The profiler adds some microseconds to each call, so
+classes of many small operators are upper bounds.
 """
 
 import re
@@ -14,13 +15,16 @@ from typing import Any
 import torch
 
 REST = "rest (autograd, views, Python)"
-PRODUCTS = ("matrix products", r"^aten::(mm|addmm|bmm|baddbmm|mv|addmv|matmul|linear)$|grouped_mm")
+ATTENTION = ("attention scores", r"scaled_dot_product|_ShortAttention")
+PRODUCTS = (
+    "matrix products",
+    r"^aten::(mm|addmm_?|bmm|baddbmm|mv|addmv|matmul|linear)$|grouped_mm",
+)
 # Decided by the operator or by the first one around it that matches.
 AROUND: tuple[tuple[str, str], ...] = (
     ("norms", r"RMSNorm|rms_norm"),
     ("collectives", r"c10d|gloo"),
     ("optimizer", r"Optimizer\.|_fused_adamw|vector_norm|_foreach"),
-    ("attention scores", r"scaled_dot_product"),
     ("cross entropy", r"CrossEntropy|log_softmax|nll_loss"),
     ("experts without products", r"_ExpertFFN"),
     ("dispatch of tokens", r"aten::(index|scatter|gather|sort|topk|nonzero|bincount|histc)"),
@@ -42,6 +46,8 @@ def operator_class(names: list[str]) -> str:
     Args:
         names: its name in the profile, then those of the operators around it, outwards.
     """
+    if any(re.search(ATTENTION[1], name) for name in names):
+        return ATTENTION[0]
     if re.search(PRODUCTS[1], names[0]):
         return PRODUCTS[0]
     for name in names:

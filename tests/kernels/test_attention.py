@@ -1,9 +1,12 @@
 """Causal attention with narrow values: against scores written out, forward and backward."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from kernels import attention
 from kernels.attention import causal_attention, causal_attention_reference, largest_score
 
 SHAPES = [  # B, N, S, H, W
@@ -13,6 +16,10 @@ SHAPES = [  # B, N, S, H, W
     (1, 2, 33, 192, 128),
     (2, 2, 9, 8, 8),
     (1, 2, 8, 8, 1),
+    (2, 3, 64, 24, 16),  # a tile of rows; two and a part; the longest that is kept, the next
+    (2, 1, 150, 24, 16),
+    (1, 1, 512, 8, 8),
+    (1, 1, 513, 8, 8),
 ]
 
 
@@ -23,15 +30,21 @@ def draw(shape: tuple[int, int, int, int, int], dtype: torch.dtype = torch.float
     return [torch.randn(size, generator=generator).to(dtype) for size in sizes]
 
 
+def as_in_mla(tensor_BNSH: Tensor) -> Tensor:
+    """Return the same numbers as MLA hands them over: the sequence first in memory."""
+    return tensor_BNSH.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("lie", [Tensor.contiguous, as_in_mla])
 def test_it_agrees_with_the_reference_forward_and_backward(
-    shape: tuple[int, int, int, int, int],
+    shape: tuple[int, int, int, int, int], lie: Callable[[Tensor], Tensor]
 ) -> None:
     scale = shape[3] ** -0.5
     results: list[list[Tensor]] = []
-    for attention in (causal_attention, causal_attention_reference):
-        qkv = [tensor.requires_grad_() for tensor in draw(shape)]
-        out = attention(*qkv, scale=scale)
+    for function in (causal_attention, causal_attention_reference):
+        qkv = [lie(tensor).requires_grad_() for tensor in draw(shape)]
+        out = function(*qkv, scale=scale)
         out.square().sum().backward()
         results.append([out, *(tensor.grad for tensor in qkv if tensor.grad is not None)])
     for given, expected in zip(*results, strict=True):
@@ -46,6 +59,25 @@ def test_bf16_agrees_to_its_precision() -> None:
     expected = causal_attention_reference(*(t.double() for t in qkv), scale=24**-0.5)
     assert given.dtype == torch.bfloat16
     torch.testing.assert_close(given.double(), expected, rtol=2**-6, atol=2**-6)
+
+
+def test_what_is_kept_grows_with_the_square_only_while_sequences_are_short() -> None:
+    def kept_bytes(num_tokens: int) -> int:
+        storages: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        qkv = [tensor.requires_grad_() for tensor in draw((1, 2, num_tokens, 8, 8))]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            causal_attention(*qkv, scale=1.0)
+        return sum(storages.values())
+
+    num_heads, short = 2, attention.SHORT_TOKENS
+    half_TT = (short * short + short * attention.SHORT_TILE_TOKENS) // 2
+    assert kept_bytes(short) == 4 * num_heads * (half_TT + 3 * 8 * short)
+    assert kept_bytes(4 * short) < 2.1 * kept_bytes(2 * short)
 
 
 def test_the_first_query_sees_the_first_key_only() -> None:

@@ -58,6 +58,23 @@ def test_outputs_and_gradients_are_those_of_the_definition() -> None:
         torch.testing.assert_close(gradient.double(), oracle, rtol=0, atol=2e-6 * largest)
 
 
+def test_gradients_of_matrices_are_added_to_sums_and_not_handed_out() -> None:
+    given = arguments(torch.float32)
+    matrices = given["fc1"] + given["fc2"]
+    expected = torch.autograd.grad(all_at_once(given).square().sum(), matrices)
+    sums = [torch.full_like(matrix, 3.0) for matrix in matrices]
+    tokens, weights = given["tokens"]
+    out = expert_ffn(
+        tokens, weights, num_tokens=NUM_TOKENS, fc1=given["fc1"], fc2=given["fc2"], main_grads=sums
+    )
+    out.square().sum().backward()
+    assert all(matrix.grad is None for matrix in matrices)
+    for total, gradient in zip(sums, expected, strict=True):
+        # the sum is rounded once more, to the spacing of fp32 at its size
+        largest = 3 + float(gradient.abs().max())
+        torch.testing.assert_close(total, 3 + gradient, rtol=0, atol=1e-6 * largest)
+
+
 def test_another_dtype_than_fp32_is_refused() -> None:
     with pytest.raises(ValueError, match=r"bfloat16.*only torch.float32"):
         all_at_once(arguments(torch.bfloat16))
