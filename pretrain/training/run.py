@@ -326,7 +326,7 @@ class Run:
         parts = {"spec": self.model, "layout": self.layout, "precision": self.precision}
         check_precision(self.precision, spec=self.model, layout=self.layout)
         check_recompute(self.recompute, **parts)
-        check_kernels(self.kernels, self.recompute)
+        check_kernels(self.kernels, recompute=self.recompute, exchange=self.exchange)
         check_exchange(self.exchange, recompute=self.recompute, **parts)
         if self.cluster is not None and self.cluster.num_ranks != self.layout.num_ranks:
             raise ValueError(
