@@ -92,9 +92,7 @@ def _through_experts(experts: TEGroupedMLP) -> Callable[..., tuple[Tensor, None]
     multiple already (dispatcher.py) are left as they are.
     """
 
-    def forward(
-        x_TD: Tensor, tokens_per_expert: Tensor, weight_T: Tensor
-    ) -> tuple[Tensor, None]:
+    def forward(x_TD: Tensor, tokens_per_expert: Tensor, weight_T: Tensor) -> tuple[Tensor, None]:
         parts: Any = experts
         given = num_tokens = tokens_per_expert.tolist()
         if parts.config.fp8:
