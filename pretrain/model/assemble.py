@@ -30,7 +30,7 @@ from parallel.reduce import max_over_scale_ranks
 from pretrain.model.activation import fuse_swiglu
 from pretrain.model.attention import CoreAttention
 from pretrain.model.dispatcher import fuse_permutation
-from pretrain.model.dual_norm_layer import DualNormLayer, fuse_dual_norms
+from pretrain.model.dual_norm_layer import DualNormLayer, fuse_combines, fuse_dual_norms
 from pretrain.model.experts import Experts, mark_expert_parameters
 from pretrain.model.fp8_histories import Fp8Histories
 from pretrain.model.fp8_modules import emulate_fp8
@@ -113,6 +113,8 @@ def _use_kernels(chunk: GPTModel, kernels: Kernels) -> None:
         fuse_swiglu(chunk)
     if kernels.permute == "fused":
         fuse_permutation(chunk)
+    if kernels.combine == "fused":
+        fuse_combines(chunk)
 
 
 def build_chunk(

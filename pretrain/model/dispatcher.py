@@ -12,6 +12,7 @@ nowhere. Here each expert's rows of each rank are filled up with zeros to the sa
 T tokens of a rank, D model, E experts of all ranks, R rows.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,6 +79,35 @@ class RowDispatcher(MoEAlltoAllTokenDispatcher):
             permutated_local_input_tokens: `[R, D]`, back from the experts; the name is megatron's.
         """
         return unpermute(permutated_local_input_tokens, self.rows).view(self.hidden_shape)
+
+
+def leave_rows(layer: Any) -> Callable[[], tuple[RowMap, Tensor | None]]:
+    """Have a MoE layer return the rows of its experts as they come back, not yet added up.
+
+    Args:
+        layer: a MoELayer whose dispatcher is `RowDispatcher`.
+
+    Returns:
+        What is called once after each forward pass of the layer: it returns the map of the rows,
+        and the output of the shared experts, `[..., D]`, which is not added either; None without.
+
+    Raises:
+        ValueError: if the layer has another dispatcher.
+    """
+    dispatcher = layer.token_dispatcher
+    if not isinstance(dispatcher, RowDispatcher):
+        raise ValueError(
+            f"{type(dispatcher).__name__} given; kernels.combine=fused needs the rows of"
+            " kernels.permute=fused: set that, or kernels.combine=megatron"
+        )
+    left: list[Tensor | None] = []
+
+    def postprocess(rows_RD: Tensor, shared: Tensor | None) -> Tensor:
+        left[:] = [shared]
+        return rows_RD
+
+    layer.postprocess = postprocess
+    return lambda: (dispatcher.rows, left.pop())
 
 
 def _like(megatrons: Any, layer: MoELayer) -> RowDispatcher:

@@ -37,6 +37,10 @@ class Kernels:
     permute: Owner = "megatron"
     """fused: tokens go to the rows of their experts, padding included where FP8 on a GPU wants
     it, and come back (kernels/permute.py); sums of a token's rows are rounded once."""
+    combine: Owner = "megatron"
+    """fused: the operator of `dual_norm` begins with a token's rows as they come back, their sum
+    and that with the shared experts included (kernels/combine_dual_norm.py); needs `dual_norm` and
+    `permute`."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -69,6 +73,14 @@ def check_kernels(kernels: Kernels, *, recompute: Recompute, exchange: Exchange)
         raise ValueError(
             f"kernels.permute=fused with exchange.dispatcher={exchange.dispatcher} given; alltoall"
             " is allowed: set that, or kernels.permute=megatron"
+        )
+    wanted = (kernels.dual_norm, kernels.permute) == ("fused", "fused")
+    if kernels.combine == "fused" and (not wanted or "moe" in recompute.modules):
+        raise ValueError(
+            f"kernels.combine=fused with kernels.dual_norm={kernels.dual_norm},"
+            f" kernels.permute={kernels.permute} and recompute.modules={list(recompute.modules)}"
+            " given; both fused, and modules without moe, whose output would be rows instead of"
+            " tokens, are allowed: set them so, or kernels.combine=megatron"
         )
     taken_apart = [name for name in ("swiglu", "permute") if getattr(kernels, name) == "fused"]
     if taken_apart and exchange.overlap_shared_expert:

@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ from pretrain.model.transformer_config import transformer_config
 from tests.bench.provenance import parser, write_result
 
 NUM_SEQUENCES, SEQUENCE_TOKENS = 4, 256
-FUSED = {name: Kernels(**{name: "fused"}) for name in ("dual_norm", "router", "swiglu", "permute")}
+NAMES = ("dual_norm", "router", "swiglu", "permute")
+FUSED = {name: replace(Kernels(), **{name: "fused"}) for name in NAMES}
+FUSED["combine"] = Kernels(dual_norm="fused", permute="fused", combine="fused")
 WARM_ROUNDS = 3
 Step = Callable[[], None]
 
