@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from pretrain.model.exchange import Exchange
 from pretrain.model.recompute import Recompute
+from pretrain.model.spec import ModelSpec
 
 Owner = Literal["megatron", "fused"]
 
@@ -51,12 +52,25 @@ class Kernels:
                 )
 
 
-def check_kernels(kernels: Kernels, *, recompute: Recompute, exchange: Exchange) -> None:
-    """Refuse kernels that cannot go together with what is computed twice, or how tokens travel.
+def check_kernels(
+    kernels: Kernels, *, spec: ModelSpec, recompute: Recompute, exchange: Exchange
+) -> None:
+    """Refuse kernels that cannot go together with the other parts of a run.
+
+    Args:
+        kernels: what is asked for.
+        spec: the model's sizes.
+        recompute: what is computed twice.
+        exchange: how tokens travel.
 
     Raises:
         ValueError: names the keys.
     """
+    if kernels.dual_norm == "fused" and not spec.dual_norm:
+        raise ValueError(
+            "kernels.dual_norm=fused with model.dual_norm=false given; there is no second norm:"
+            " set kernels.dual_norm=separate"
+        )
     if kernels.dual_norm == "fused" and "layernorm" in recompute.modules:
         raise ValueError(
             f"kernels.dual_norm=fused with recompute.modules={list(recompute.modules)} given;"

@@ -225,6 +225,7 @@ def test_values_and_keys_that_cannot_be_are_named(tiny_run: MakeRun) -> None:
         (EACH["permute"], {"exchange": Exchange(dispatcher="allgather")}, "dispatcher=allgather"),
         (replace(ALL, dual_norm="separate"), {}, r"combine=fused with kernels\.dual_norm=separate"),
         (replace(ALL, permute="megatron"), {}, r"combine=fused with .*permute=megatron"),
+        (ALL, {"model": replace(tiny_run().model, dual_norm=False)}, r"model\.dual_norm=false"),
         (ALL, {"recompute": moe_again}, r"combine=fused with .*modules=\['moe'\]"),
     ):
         with pytest.raises(ValueError, match=message):
