@@ -17,12 +17,13 @@ from kernels.fp8 import BLOCK_SIZE, LARGEST, Quantised
 
 
 @triton.jit
-def quantise_row(x, LARGEST: tl.constexpr, LARGEST_SCALE: tl.constexpr, POWER_OF_TWO: tl.constexpr):
-    """Return x `[N]` fp32 scaled and clamped, and the scales and their reciprocals, `[N / 128]`.
+def quantise_blocks(
+    blocks, LARGEST: tl.constexpr, LARGEST_SCALE: tl.constexpr, POWER_OF_TWO: tl.constexpr
+):
+    """Return blocks `[N, 128]` fp32 scaled and clamped, and their scales and reciprocals, `[N]`.
 
-    N is a multiple of 128; what is beyond the row is 0. NaN counts for no scale and stays NaN.
+    NaN counts for no scale and stays NaN.
     """
-    blocks = tl.reshape(x, (x.shape[0] // 128, 128))
     is_nan = blocks != blocks
     amax = tl.max(tl.where(is_nan, 0.0, tl.abs(blocks)), 1)
     usable = (amax > 0.0) & (amax < float("inf"))
@@ -34,7 +35,19 @@ def quantise_row(x, LARGEST: tl.constexpr, LARGEST_SCALE: tl.constexpr, POWER_OF
         scale = exponent.to(tl.float32, bitcast=True)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     clamped = tl.minimum(tl.maximum(blocks * scale[:, None], -LARGEST), LARGEST)
-    return tl.reshape(tl.where(is_nan, float("nan"), clamped), x.shape), scale, inverse
+    return tl.where(is_nan, float("nan"), clamped), scale, inverse
+
+
+@triton.jit
+def quantise_row(x, LARGEST: tl.constexpr, LARGEST_SCALE: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """Return x `[N]` fp32 scaled and clamped, and the scales and their reciprocals, `[N / 128]`.
+
+    N is a multiple of 128; what is beyond the row is 0.
+    """
+    blocks = tl.reshape(x, (x.shape[0] // 128, 128))
+    quantised = quantise_blocks(blocks, LARGEST, LARGEST_SCALE, POWER_OF_TWO)
+    blocks, scale, inverse = quantised  # pyright: ignore[reportGeneralTypeIssues]
+    return tl.reshape(blocks, x.shape), scale, inverse
 
 
 def empty_quantised(x: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Quantised:

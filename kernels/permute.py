@@ -25,7 +25,7 @@ from kernels.fp8 import BLOCK_SIZE, Quantised, quantise_by_blocks
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowMap:
-    """Where each copy of each token stands; int64 throughout."""
+    """Where each copy of each token stands; tensors are int64 throughout."""
 
     token_of_row: Tensor
     """`[R]`, the token of each row; -1: the row is padding."""
@@ -37,6 +37,8 @@ class RowMap:
     """`[E]`, rows of each expert, padding included."""
     num_tokens: Tensor
     """`[E]`, those of them that are no padding."""
+    multiple: int
+    """What each of `num_rows` is a multiple of."""
 
 
 def row_map(chosen_TE: Tensor, *, num_chosen: int, multiple: int) -> RowMap:
@@ -80,6 +82,7 @@ def row_map(chosen_TE: Tensor, *, num_chosen: int, multiple: int) -> RowMap:
         experts_of_token=expert_TK.contiguous(),
         num_rows=num_rows_E,
         num_tokens=num_tokens_E,
+        multiple=multiple,
     )
 
 
@@ -128,6 +131,39 @@ def permute_quantised(
         _gathered(token.scale_inv, rows, padding=1),
         token.block,
     )
+
+
+def permute_quantised_along_tokens(
+    x_TD: Tensor, rows: RowMap, *, dtype: torch.dtype, power_of_two_scales: bool
+) -> Quantised:
+    """Return the copy of `permute`'s rows for the first product's dW, `[D, R]` in FP8.
+
+    That product sums over an expert's rows, so a scale belongs to 128 rows and a column: the
+    transpose of `quantise_by_blocks(rows, (128, 1))`. Other rows make other scales, so here every
+    copy of a token is quantised for itself. Not differentiable, as `permute_quantised`.
+
+    Args:
+        x_TD: `[T, D]` fp32 or bf16.
+        rows: of the same tokens, each expert's a multiple of 128.
+        dtype: float8_e4m3fn or float8_e5m2.
+        power_of_two_scales: round scales down to powers of two.
+
+    Raises:
+        ValueError: as `permute`; if rows of two experts would share a scale.
+
+    Source: kernels/fp8.py for scales and bytes.
+    """
+    _check(x_TD, len(rows.rows_of_token), "tokens")
+    if rows.multiple % BLOCK_SIZE:
+        raise ValueError(
+            f"a row map of multiple={rows.multiple} given, a multiple of {BLOCK_SIZE} is allowed:"
+            " rows of two experts would share a scale"
+        )
+    how: dict[str, Any] = {"dtype": dtype, "power_of_two_scales": power_of_two_scales}
+    if x_TD.device.type != "cpu":
+        return triton_side("permute").quantised_along_tokens(x_TD.contiguous(), rows, **how)
+    turned_DR = _gathered(x_TD, rows, padding=0).t().contiguous()
+    return quantise_by_blocks(turned_DR, (1, BLOCK_SIZE), **how)
 
 
 def unpermute(x_RD: Tensor, rows: RowMap) -> Tensor:

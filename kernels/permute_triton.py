@@ -8,7 +8,8 @@ its rows and writes their sum. So every place has one writer, nobody reads what 
 same launch, and the order of programs changes nothing; sums run by rising row inside a program.
 
 Bytes a token in bf16, D model, K chosen: copying 2 D (1 + K), where a gather that is driven by rows
-reads 2 D K; adding up 2 D (K + 1). In FP8 copying is D (2 + K).
+reads 2 D K; adding up 2 D (K + 1). In FP8 copying is D (2 + K). Along tokens a program owns 128
+rows and 128 columns, alone as well: it gathers, 3 D K bytes a token.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fp8 import Quantised
-from kernels.fp8_triton import constants, empty_quantised, quantise_row
+from kernels.fp8_triton import constants, empty_quantised, quantise_blocks, quantise_row
 from kernels.permute import RowMap
 
 BLOCK_SIZE = 1024
@@ -79,6 +80,29 @@ def copy_quantised_kernel(
 
 
 @triton.jit
+def columns_quantised_kernel(
+    x, token_of_row, out, scale, inverse, num_rows, size,
+    LARGEST: tl.constexpr, LARGEST_SCALE: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+):  # fmt: skip
+    """Write out `[size, R]` in FP8, scale, inverse `[size, R / 128]`; R is a multiple of 128."""
+    rows = tl.program_id(0).to(tl.int64) * 128 + tl.arange(0, 128)
+    columns = tl.program_id(1) * 128 + tl.arange(0, 128)
+    token = tl.load(token_of_row + rows)[:, None]
+    there = (token >= 0) & (columns[None, :] < size)
+    value = tl.load(x + token * size + columns[None, :], mask=there, other=0.0)
+    turned = tl.trans(value.to(tl.float32))
+    quantised = quantise_blocks(turned, LARGEST, LARGEST_SCALE, POWER_OF_TWO)
+    turned, s, i = quantised  # pyright: ignore[reportGeneralTypeIssues]
+    column = columns[:, None]
+    at = column.to(tl.int64) * num_rows + rows[None, :]
+    there = (column < size) & (rows[None, :] < num_rows)
+    tl.store(out + at, turned.to(out.dtype.element_ty), mask=there)
+    at = columns * (num_rows // 128) + tl.program_id(0)
+    tl.store(scale + at, s, mask=columns < size)
+    tl.store(inverse + at, i, mask=columns < size)
+
+
+@triton.jit
 def add_kernel(x, row, out, size, K: tl.constexpr, BLOCK: tl.constexpr):
     """Write out `[T, size]`, the sums of x `[R, size]` over row `[T, K]`."""
     token = tl.program_id(0).to(tl.int64)
@@ -118,6 +142,21 @@ def quantised(
         out.data, out.scale, out.scale_inv, num_tokens, size,
         **options,
     )  # fmt: skip
+    return out
+
+
+def quantised_along_tokens(
+    x_TD: Tensor, rows: RowMap, *, dtype: torch.dtype, power_of_two_scales: bool
+) -> Quantised:
+    """Return the tokens in their rows, turned, `[D, R]` in FP8 by blocks of 1 x 128 rows."""
+    num_rows, size = len(rows.token_of_row), x_TD.shape[1]
+    out = empty_quantised(x_TD, (size, num_rows), dtype)
+    options = constants(x_TD, dtype, power_of_two_scales=power_of_two_scales)
+    options |= {"num_warps": 8, "enable_fp_fusion": False}
+    if num_rows:
+        columns_quantised_kernel[(num_rows // 128, triton.cdiv(size, 128))](
+            x_TD, rows.token_of_row, *out[:3], num_rows, size, **options
+        )
     return out
 
 

@@ -74,6 +74,41 @@ def swiglu_quantised(
     )
 
 
+def swiglu_quantised_both(
+    hidden_T2F: Tensor, *, weight_T: Tensor, dtype: torch.dtype, power_of_two_scales: bool
+) -> tuple[Quantised, Quantised]:
+    """Return what `swiglu_quantised` returns, and the copy for the second product's dW.
+
+    That product sums over tokens, so it wants blocks of 128 tokens and a column, quantised from the
+    original values, and lying along the tokens: the transpose of `quantise_by_blocks(a, (128, 1))`.
+    Blocks begin at the first row: the rows of each expert must be a multiple of 128
+    (kernels/permute.py), or values of two experts share a scale.
+
+    Args:
+        hidden_T2F: `[T, 2F]` fp32 or bf16.
+        weight_T: `[T]` fp32.
+        dtype: float8_e4m3fn or float8_e5m2.
+        power_of_two_scales: round scales down to powers of two.
+
+    Returns:
+        `[T, F]` by blocks of 1 x 128 columns, and `[F, T]` by blocks of 1 x 128 tokens.
+
+    Raises:
+        ValueError: as `swiglu`.
+
+    Source: kernels/fp8.py for scales and bytes.
+    """
+    _check(hidden_T2F, weight_T)
+    how: dict[str, Any] = {"dtype": dtype, "power_of_two_scales": power_of_two_scales}
+    if hidden_T2F.device.type != "cpu":
+        return triton_side("swiglu").quantised_both(hidden_T2F.contiguous(), weight_T, **how)
+    a_TF = _forward(hidden_T2F, weight_T)
+    return (
+        quantise_by_blocks(a_TF, (1, BLOCK_SIZE), **how),
+        quantise_by_blocks(a_TF.t().contiguous(), (1, BLOCK_SIZE), **how),
+    )
+
+
 def swiglu_backward(
     grad_TF: Tensor, hidden_T2F: Tensor, *, weight_T: Tensor
 ) -> tuple[Tensor, Tensor]:

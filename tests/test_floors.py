@@ -36,7 +36,8 @@ FLOORS = {
 MEGATRON = """
     parallel/device.py parallel/groups.py parallel/schedule.py parallel/gradients.py
     parallel/reduce.py parallel/seeds.py parallel/context.py
-    pretrain/model/assemble.py pretrain/model/attention.py pretrain/model/dual_norm_layer.py
+    pretrain/model/activation.py pretrain/model/assemble.py pretrain/model/attention.py
+    pretrain/model/dispatcher.py pretrain/model/dual_norm_layer.py
     pretrain/model/expert_load.py pretrain/model/experts.py pretrain/model/extra_losses.py
     pretrain/model/fp8_histories.py pretrain/model/fp8_modules.py pretrain/model/gauges.py
     pretrain/model/head.py

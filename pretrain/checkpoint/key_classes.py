@@ -70,7 +70,7 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
         "optimizer": "overlap bucket_parameters",
         "precision": "shadow_interval_steps",
         "recompute": "kind modules method num_layers loss_chunk_tokens",
-        "kernels": "dual_norm",
+        "kernels": "dual_norm router swiglu permute combine",
         "recheck": "max_left_out memory_interval_steps replicas_interval_steps"
         " sample_interval_steps",
         "recovery": "policy max_skips margin_steps max_skipped_batches slow_batches max_rewinds"

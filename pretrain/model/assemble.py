@@ -27,8 +27,10 @@ from parallel.context import put_right_megatron
 from parallel.device import Device
 from parallel.layout import Layout
 from parallel.reduce import max_over_scale_ranks
+from pretrain.model.activation import fuse_swiglu
 from pretrain.model.attention import CoreAttention
-from pretrain.model.dual_norm_layer import DualNormLayer, fuse_dual_norms
+from pretrain.model.dispatcher import fuse_permutation
+from pretrain.model.dual_norm_layer import DualNormLayer, fuse_combines, fuse_dual_norms
 from pretrain.model.experts import Experts, mark_expert_parameters
 from pretrain.model.fp8_histories import Fp8Histories
 from pretrain.model.fp8_modules import emulate_fp8
@@ -36,7 +38,7 @@ from pretrain.model.head import ChunkedLossModel
 from pretrain.model.kernels import Kernels
 from pretrain.model.norm import LATENT_NORM_EPS, RMSNorm
 from pretrain.model.precision import Precision
-from pretrain.model.router import ScaledAuxLossRouter
+from pretrain.model.router import ScaledAuxLossRouter, fuse_routers
 from pretrain.model.spec import ModelSpec
 
 
@@ -93,13 +95,26 @@ def build_chunks(
     ]
     for chunk in chunks:
         mark_expert_parameters(chunk, layout)
-        if kernels is not None and kernels.dual_norm == "fused":
-            fuse_dual_norms(chunk)
+        _use_kernels(chunk, kernels or Kernels())
         if precision is not None and precision.is_emulated:
             products = list(emulate_fp8(chunk, precision=precision, spec=spec).values())
             if products and precision.is_delayed:
                 Fp8Histories(chunk, products, reduce=max_over_scale_ranks)
     return chunks
+
+
+def _use_kernels(chunk: GPTModel, kernels: Kernels) -> None:
+    """Put the chosen kernels of ours into a built chunk: the one place where that is done."""
+    if kernels.dual_norm == "fused":
+        fuse_dual_norms(chunk)
+    if kernels.router == "fused":
+        fuse_routers(chunk)
+    if kernels.swiglu == "fused":
+        fuse_swiglu(chunk)
+    if kernels.permute == "fused":
+        fuse_permutation(chunk)
+    if kernels.combine == "fused":
+        fuse_combines(chunk)
 
 
 def build_chunk(

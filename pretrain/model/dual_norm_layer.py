@@ -11,10 +11,14 @@ tensor that it returns, and the next norm takes it from there. Whatever makes an
 one (a pipeline stage, a recomputed chunk) loses it, and the next norm computes it: the numbers are
 the same. What came without its gradient is never taken.
 
+With `fuse_combine` besides, the MoE block hands over the experts' rows as they came back from the
+exchange, and the operator adds each token's up itself (kernels/combine_dual_norm.py).
+
 Source: report section 2 (dual normalization); transformers 5.23 AXK1DecoderLayer.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,7 +26,10 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from kernels.dual_norm import dual_norm
+from kernels.combine_dual_norm import combine_dual_norm
+from kernels.dual_norm import DualNorm, dual_norm
+from kernels.permute import RowMap, unpermute
+from pretrain.model.dispatcher import leave_rows
 
 _READY = "_normalised_for"
 
@@ -45,9 +52,10 @@ class DualNormLayer(TransformerLayer):
             hidden_size=self.config.hidden_size,
             eps=self.config.layernorm_epsilon,
         )
-        self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None
-        """Shown what the post norm reads and the stream before and after, where both norms are one
-        operator."""
+        self.watch: Callable[[Callable[[], Tensor], Tensor, Tensor], None] | None = None
+        """Shown what the post norm reads, which is computed if asked for, and the stream before and
+        after, where both norms are one operator."""
+        self._take_rows: Callable[[], tuple[RowMap, Tensor | None]] | None = None
         self._next_norm: tuple[Any, ...] | None = None  # a tuple: it is another module's child
         self._ready: Tensor | None = None
 
@@ -59,6 +67,15 @@ class DualNormLayer(TransformerLayer):
         """
         self._next_norm = (next_norm,)
         self.mlp_bda: Any = lambda *_: self._add_normalised
+
+    def fuse_combine(self) -> None:
+        """Begin that operator with the rows of the experts from now on; `fuse` comes first.
+
+        Raises:
+            ValueError: if the layer's tokens do not travel in rows of ours.
+        """
+        assert self._next_norm is not None
+        self._take_rows = leave_rows(self.mlp)
 
     def _forward_post_mlp(
         self, mlp_output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor
@@ -82,18 +99,48 @@ class DualNormLayer(TransformerLayer):
         assert self._next_norm is not None
         (next_norm,) = self._next_norm
         post_norm: Any = self.post_mlp_layernorm
+        words = {
+            "post_weight_D": post_norm.weight,
+            "next_weight_D": None if next_norm is None else next_norm.weight,
+            "eps": self.config.layernorm_epsilon,
+        }
         output, _ = output_with_bias
-        made = dual_norm(
-            output,
-            residual,
-            post_weight_D=post_norm.weight,
-            next_weight_D=None if next_norm is None else next_norm.weight,
-            eps=self.config.layernorm_epsilon,
-        )
+        if self._take_rows is None:
+            read, made = partial(_itself, output), dual_norm(output, residual, **words)
+        else:
+            rows, shared = self._take_rows()
+            read = partial(_added_up, output, rows, shared)
+            made = _combined(output, residual, rows, shared, words)
         if self.watch is not None:
-            self.watch(output, residual, made.h)
+            self.watch(read, residual, made.h)
         self._ready = made.y
         return made.h
+
+
+def _itself(output: Tensor) -> Tensor:
+    return output
+
+
+def _combined(
+    rows_RD: Tensor, residual: Tensor, rows: RowMap, shared: Tensor | None, words: dict[str, Any]
+) -> DualNorm:
+    """Return the dual norm of the sum of each token's rows, in the shape of the stream."""
+    made = combine_dual_norm(
+        rows_RD,
+        residual.flatten(0, -2),
+        row_id=rows.rows_of_token.int(),  # no -1 among them: no token is dropped
+        shared=None if shared is None else shared.flatten(0, -2),
+        **words,
+    )
+    y = None if made.y is None else made.y.view(residual.shape)
+    return made._replace(h=made.h.view(residual.shape), y=y)
+
+
+def _added_up(rows_RD: Tensor, rows: RowMap, shared: Tensor | None) -> Tensor:
+    """Return what the operator adds up inside, for whoever watches it."""
+    with torch.no_grad():
+        routed_TD = unpermute(rows_RD.detach(), rows)
+        return routed_TD if shared is None else routed_TD + shared.detach().view(routed_TD.shape)
 
 
 def fuse_dual_norms(chunk: Any) -> None:
@@ -112,6 +159,20 @@ def fuse_dual_norms(chunk: Any) -> None:
     for layer in chunk.modules():  # MTP's: its input comes from a projection, not from a layer
         if isinstance(layer, DualNormLayer) and layer not in layers:
             layer.fuse(None)
+
+
+def fuse_combines(chunk: Any) -> None:
+    """Have the end of each layer with two norms begin with the rows of the experts.
+
+    Args:
+        chunk: a model chunk after `fuse_dual_norms` and dispatcher.py's `fuse_permutation`.
+
+    Raises:
+        ValueError: if a layer has no rows of ours.
+    """
+    for layer in chunk.modules():
+        if isinstance(layer, DualNormLayer):
+            layer.fuse_combine()
 
 
 def _taking_what_is_ready(norm: Any) -> Callable[[Tensor], Tensor]:

@@ -141,9 +141,9 @@ class Gauges:
     def _post_norm_watch(self, layer: int, module: DualNormLayer) -> Callable[..., None]:
         """Measure a norm that is no module of its own: kernels/dual_norm.py."""
 
-        def see(output: Tensor, stream: Tensor, new_stream: Tensor) -> None:
+        def see(output: Callable[[], Tensor], stream: Tensor, new_stream: Tensor) -> None:
             if self._counts(module):
-                self._add(layer, 3, output)
+                self._add(layer, 3, output())
                 self._add(layer, 4, new_stream.detach() - stream.detach())
 
         return see

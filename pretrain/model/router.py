@@ -18,6 +18,9 @@ of the micro-batches seen so far, so it depends on how many there are and on the
 of the whole batch are not known before its last micro-batch has been routed, and the loss of the
 first needs them; so the batch is routed once before the step (`counting_batch`), without gradients.
 
+With `fuse_routers` scores, choice, weights and what the losses are about come out of one pass of
+kernels/router.py; the losses themselves, their sums over ranks and the bias stay as they are.
+
 T tokens of a rank, E experts, K chosen.
 """
 
@@ -33,6 +36,8 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from kernels.router import Choice, Routing, route
+
 
 class ScaledAuxLossRouter(TopKRouter):
     """A top-k router whose auxiliary losses depend neither on layout nor on micro-batch."""
@@ -41,16 +46,39 @@ class ScaledAuxLossRouter(TopKRouter):
     """Whether forward passes only count what the global batch chooses."""
     watch: Callable[[Tensor], None] | None = None
     """Shown the logits `[..., E]` of each pass (gauges.py)."""
+    choice: Choice | None = None
+    """How kernels/router.py is to choose; None: megatron-core routes."""
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return weights and choices `[T, E]`; while counting, count the choices besides."""
+        routed = None if self.choice is None else self._routed(logits, self.choice)
         if self.is_counting:
-            chosen_TE, _ = self._choices_and_scores(logits)
+            chosen_TE = routed.best if routed else self._choices_and_scores(logits)[0]
             counts_E: Any = self.global_tokens_per_expert
             counts_E += chosen_TE.sum(0)
         if self.watch is not None:
             self.watch(logits)
-        return super().routing(logits, padding_mask)
+        if routed is None:
+            return super().routing(logits, padding_mask)
+        assert padding_mask is None, "every token of a window is a token"
+        weights_TE = routed.weights
+        if self.training and torch.is_grad_enabled():
+            weights_TE = self._with_losses(routed, *logits.shape[:2])
+        self._apply_expert_bias(routed.chosen)
+        return weights_TE, routed.chosen
+
+    def _routed(self, logits: Tensor, choice: Choice) -> Routing:
+        logits_TE = logits.flatten(0, -2)
+        bias: Any = self.expert_bias
+        bias_E = logits.new_zeros(choice.num_experts) if bias is None else bias
+        return route(logits_TE, bias_E=bias_E, choice=choice)
+
+    def _with_losses(self, routed: Routing, num_positions: int, num_sequences: int) -> Tensor:
+        """Return the weights with the losses attached that there are (each adds none at 0)."""
+        about = (routed.shares, routed.best)
+        weights_TE = self._apply_aux_loss(routed.weights, *about)
+        weights_TE = self._apply_seq_aux_loss(weights_TE, *about, num_positions, num_sequences)
+        return self._apply_global_aux_loss(weights_TE, *about)
 
     def _choices_and_scores(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the loss is about: the K best experts of all, before groups and bias."""
@@ -114,6 +142,43 @@ class ScaledAuxLossRouter(TopKRouter):
             valid_token_count=num_tokens,
             **kwargs,
         )
+
+
+def fuse_routers(chunk: torch.nn.Module) -> None:
+    """Have the routers of `chunk` route in kernels/router.py.
+
+    Args:
+        chunk: a model chunk as it was built, not wrapped.
+
+    Raises:
+        ValueError: if a router does what the kernel does not.
+    """
+    for router in chunk.modules():
+        if isinstance(router, ScaledAuxLossRouter):
+            router.choice = _choice_of(router.config)
+
+
+def _choice_of(config: Any) -> Choice:
+    wrong = {
+        "moe_router_score_function": config.moe_router_score_function != "sigmoid",
+        "moe_router_dtype": config.moe_router_dtype != "fp32",
+        "moe_router_load_balancing_type": config.moe_router_load_balancing_type == "sinkhorn",
+        "moe_expert_capacity_factor": config.moe_expert_capacity_factor is not None,
+        "moe_z_loss_coeff": config.moe_z_loss_coeff is not None,
+        "moe_enable_routing_replay": config.moe_enable_routing_replay,
+    }
+    if found := [key for key, is_wrong in wrong.items() if is_wrong]:
+        raise ValueError(
+            f"{found[0]}={getattr(config, found[0])} given; kernels.router=fused scores by sigmoid"
+            " in fp32, drops no token and has no z-loss: set kernels.router=megatron"
+        )
+    return Choice(
+        num_experts=config.num_moe_experts,
+        num_chosen=config.moe_router_topk,
+        num_groups=config.moe_router_num_groups or 1,
+        num_chosen_groups=config.moe_router_group_topk or 1,
+        scale=config.moe_router_topk_scaling_factor or 1.0,
+    )
 
 
 def router_scores(router: ScaledAuxLossRouter, logits: Tensor) -> Tensor:

@@ -326,8 +326,10 @@ class Run:
         parts = {"spec": self.model, "layout": self.layout, "precision": self.precision}
         check_precision(self.precision, spec=self.model, layout=self.layout)
         check_recompute(self.recompute, **parts)
-        check_kernels(self.kernels, self.recompute)
         check_exchange(self.exchange, recompute=self.recompute, **parts)
+        check_kernels(
+            self.kernels, spec=self.model, recompute=self.recompute, exchange=self.exchange
+        )
         if self.cluster is not None and self.cluster.num_ranks != self.layout.num_ranks:
             raise ValueError(
                 f"layout.num_ranks={self.layout.num_ranks} given, but"

@@ -85,6 +85,7 @@ def swiglu() -> None:
     out = swiglu_triton.forward(hidden, empty(NUM_TOKENS))
     swiglu_triton.backward(out, hidden, empty(NUM_TOKENS))
     swiglu_triton.quantised(hidden, empty(NUM_TOKENS), dtype=E4M3, power_of_two_scales=True)
+    swiglu_triton.quantised_both(hidden, empty(NUM_TOKENS), dtype=E4M3, power_of_two_scales=True)
 
 
 def permute() -> None:
@@ -96,9 +97,11 @@ def permute() -> None:
         experts_of_token=empty(NUM_TOKENS, 8, dtype=torch.int64),
         num_rows=empty(24, dtype=torch.int64),
         num_tokens=empty(24, dtype=torch.int64),
+        multiple=128,
     )
     permute_triton.added_up(permute_triton.copied(stream(), rows), rows)
     permute_triton.quantised(stream(), rows, dtype=E4M3, power_of_two_scales=True)
+    permute_triton.quantised_along_tokens(stream(), rows, dtype=E4M3, power_of_two_scales=True)
 
 
 def router() -> None:

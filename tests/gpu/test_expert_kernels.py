@@ -17,9 +17,15 @@ from torch import Tensor
 
 from kernels.cross_entropy import cross_entropy, summed_cross_entropy
 from kernels.fp8 import E4M3, E5M2, Quantised, quantise_by_blocks
-from kernels.permute import permute, permute_quantised, row_map, unpermute
+from kernels.permute import (
+    permute,
+    permute_quantised,
+    permute_quantised_along_tokens,
+    row_map,
+    unpermute,
+)
 from kernels.router import Choice, balance_loss, route
-from kernels.swiglu import swiglu, swiglu_quantised
+from kernels.swiglu import swiglu, swiglu_quantised, swiglu_quantised_both
 
 pytestmark = pytest.mark.gpu
 
@@ -157,10 +163,17 @@ def test_fp8_is_the_quantisation_of_the_same_result(
         swiglu_quantised(hidden_T2F, weight_T=weight_T, **how),
         quantise_by_blocks(a_TF, (1, 128), **how),
     )
+    along_columns, along_tokens = swiglu_quantised_both(hidden_T2F, weight_T=weight_T, **how)
+    assert_same_bytes(along_columns, quantise_by_blocks(a_TF, (1, 128), **how))
+    assert_same_bytes(along_tokens, quantise_by_blocks(a_TF, (128, 1), **how).t())
     chosen_TE = draw(500, 24, seed=2).to("cuda") > 1
     rows = row_map(chosen_TE, num_chosen=24, multiple=128)
     x_TD = draw(500, 7168, dtype=dtype).to("cuda")
     assert_same_bytes(
         permute_quantised(x_TD, rows, **how),
         quantise_by_blocks(permute(x_TD, rows), (1, 128), **how),
+    )
+    assert_same_bytes(
+        permute_quantised_along_tokens(x_TD, rows, **how),
+        quantise_by_blocks(permute(x_TD, rows), (128, 1), **how).t(),
     )

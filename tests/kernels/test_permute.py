@@ -14,6 +14,7 @@ from kernels.permute import (
     RowMap,
     permute,
     permute_quantised,
+    permute_quantised_along_tokens,
     permute_reference,
     permute_weights,
     row_map,
@@ -164,6 +165,33 @@ def test_triton_gives_these_bytes(
         assert_same_bytes(given, permute_quantised(x_TD, rows, **how))
 
 
+@KINDS
+@pytest.mark.parametrize(("num_tokens", "size", "num_experts", "num_chosen"), SIZES)
+def test_the_copy_along_tokens_has_the_bytes_of_all_rows_quantised_and_turned(
+    num_tokens: int, size: int, num_experts: int, num_chosen: int, dtype: torch.dtype
+) -> None:
+    x_TD, rows, x_RD = quantised_rows(num_tokens, size, num_experts, num_chosen, 128, dtype)
+    for fp8 in (E4M3, E5M2):
+        how: Any = {"dtype": fp8, "power_of_two_scales": True}
+        given = permute_quantised_along_tokens(x_TD, rows, **how)
+        assert_same_bytes(given, quantise_by_blocks(x_RD, (128, 1), **how).t())
+
+
+@pytest.mark.interpreted
+@KINDS
+@pytest.mark.parametrize(
+    ("num_tokens", "size", "num_experts", "num_chosen"), [(1, 3, 2, 1), (4, 130, 3, 2)]
+)
+def test_triton_gives_these_bytes_along_tokens(
+    num_tokens: int, size: int, num_experts: int, num_chosen: int, dtype: torch.dtype
+) -> None:
+    x_TD, rows, x_RD = quantised_rows(num_tokens, size, num_experts, num_chosen, 128, dtype)
+    for power_of_two_scales in (True, False):
+        how: Any = {"dtype": E4M3, "power_of_two_scales": power_of_two_scales}
+        given = triton_side("permute").quantised_along_tokens(x_TD, rows, **how)
+        assert_same_bytes(given, quantise_by_blocks(x_RD, (128, 1), **how).t())
+
+
 def test_without_padding_it_is_megatrons_permutation() -> None:
     chosen_TE = choose(33, 6, 4)
     rows = row_map(chosen_TE, num_chosen=4, multiple=1)
@@ -197,6 +225,12 @@ def test_weights_stand_in_their_rows_and_their_gradients_come_back() -> None:
         (lambda rows: unpermute(torch.ones(5, 2), rows), "12 rows of the row map"),
         (lambda rows: permute(torch.ones(3, 2).half(), rows), "torch.float16 given"),
         (lambda rows: permute_weights(torch.ones(4, 4), rows), "3 tokens of the row map"),
+        (
+            lambda rows: permute_quantised_along_tokens(
+                torch.ones(3, 2), rows, dtype=E4M3, power_of_two_scales=True
+            ),
+            "multiple=1 given, a multiple of 128",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(call: Callable[[RowMap], object], message: str) -> None:

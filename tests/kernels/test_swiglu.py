@@ -9,8 +9,8 @@ from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from torch import Tensor
 
 from kernels.backend import triton_side
-from kernels.fp8 import E4M3, E5M2, quantise_by_blocks
-from kernels.swiglu import swiglu, swiglu_quantised, swiglu_reference
+from kernels.fp8 import E4M3, E5M2, Quantised, quantise_by_blocks
+from kernels.swiglu import swiglu, swiglu_quantised, swiglu_quantised_both, swiglu_reference
 
 SIZES = [(1, 1), (2, 48), (33, 100), (0, 8), (5, 130)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -105,6 +105,49 @@ def test_fp8_bytes_and_scales_of_triton_are_the_plain_ones(
         assert torch.equal(given.scale, expected.scale)
         assert torch.equal(given.scale_inv, expected.scale_inv)
         assert given.block == expected.block
+
+
+def assert_same_bytes(given: Quantised, expected: Quantised) -> None:
+    assert torch.equal(given.data.view(torch.uint8), expected.data.view(torch.uint8))
+    assert torch.equal(given.scale, expected.scale)
+    assert torch.equal(given.scale_inv, expected.scale_inv)
+    assert given.block == expected.block
+
+
+def both_of(a_TF: Tensor, **how: Any) -> tuple[Quantised, Quantised]:
+    """Return an activation by blocks of 128 columns, and by blocks of 128 tokens, transposed."""
+    rows = quantise_by_blocks(a_TF, (1, 128), **how)
+    return rows, quantise_by_blocks(a_TF, (128, 1), **how).t()
+
+
+@pytest.mark.interpreted
+@KINDS
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, 1), (7, 100), (0, 8), (130, 140)])
+def test_fp8_bytes_of_both_copies_of_triton_are_the_reference_ones(
+    dtype: torch.dtype, num_tokens: int, size: int
+) -> None:
+    hidden_T2F, weight_T, _ = draw(num_tokens, size, dtype)
+    if num_tokens > 1:
+        hidden_T2F[:, 3] = 0  # a column without a scale
+        hidden_T2F[1, 0] = torch.nan
+    side = triton_side("swiglu")
+    for fp8, power_of_two_scales in ((E4M3, True), (E4M3, False), (E5M2, True)):
+        how: Any = {"dtype": fp8, "power_of_two_scales": power_of_two_scales}
+        given = side.quantised_both(hidden_T2F, weight_T, **how)
+        expected = both_of(side.forward(hidden_T2F, weight_T), **how)
+        for one, wanted in zip(given, expected, strict=True):
+            assert_same_bytes(one, wanted)
+
+
+@KINDS
+def test_plain_fp8_of_both_copies_is_the_reference(dtype: torch.dtype) -> None:
+    hidden_T2F, weight_T, _ = draw(130, 140, dtype)
+    how: Any = {"dtype": E4M3, "power_of_two_scales": True}
+    given = swiglu_quantised_both(hidden_T2F, weight_T=weight_T, **how)
+    expected = both_of(swiglu(hidden_T2F, weight_T=weight_T), **how)
+    for one, wanted in zip(given, expected, strict=True):
+        assert_same_bytes(one, wanted)
+        assert one.data.is_contiguous()
 
 
 def test_plain_fp8_is_the_activation_quantised() -> None:

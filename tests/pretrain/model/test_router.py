@@ -17,9 +17,11 @@ from parallel.spawn import RankPool
 from pretrain.model import assemble
 from pretrain.model.extra_losses import take_aux_loss
 from pretrain.model.load_balance import LoadBalance
+from pretrain.model.router import fuse_routers
 from pretrain.training.run import AdamW, Run
 from pretrain.training.verify import Curve, loss_curve, make_trainer
 from tests.conftest import TINY_MODEL
+from tests.pretrain.serving import twin
 
 MakeRun = Callable[..., Run]
 STRONG = LoadBalance(aux_loss_coefficient=10.0)
@@ -191,3 +193,62 @@ def test_megatrons_own_global_loss_sees_micro_batches(
     norms = [first_norm(tiny_run(load_balance=GLOBAL, micro=micro)) for micro in (1, 8)]
     # If this fails, megatron has mended it: counting_batch may go.
     assert norms[0] != pytest.approx(norms[1], rel=10 * TOLERANCE)
+
+
+# --- the router of ours ---------------------------------------------------------------------------
+
+
+def routing_of(router: Any, *, training: bool) -> list[Tensor]:
+    """Return weights and choices, gradients of input and weight, and what was counted."""
+    generator = torch.Generator().manual_seed(0)
+    x_SBD = torch.randn(24, 2, 64, generator=generator, requires_grad=True)
+    router.train(training)
+    if router.expert_bias is not None:
+        router.expert_bias.copy_(0.1 * torch.randn(16, generator=generator))
+        router.local_tokens_per_expert.zero_()
+    if router.global_tokens_per_expert is not None:
+        router.global_tokens_per_expert.fill_(3.0)
+    weights_TE, chosen_TE = router(x_SBD)
+    grad_TE = torch.randn(48, 16, generator=generator)
+    gradients = torch.autograd.grad(weights_TE, (x_SBD, router.weight), grad_TE)
+    counts = [] if router.expert_bias is None else [router.local_tokens_per_expert.clone()]
+    return [weights_TE.detach(), chosen_TE, *gradients, *counts]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["sequence_aux", "global_aux", "bias"])
+@pytest.mark.parametrize("num_expert_groups", [4, 1])
+@pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning")
+def test_the_kernel_routes_as_megatron_to_the_bit(
+    num_expert_groups: int, kind: Any, training: bool, one_rank: object
+) -> None:
+    rate = 1e-3 if kind == "bias" else 0.0
+    balance = LoadBalance(kind=kind, aux_loss_coefficient=10.0, bias_update_rate=rate)
+    groups_of_token = 2 if num_expert_groups > 1 else 1
+    spec = twin.tiny_spec(num_expert_groups=num_expert_groups, num_groups_per_token=groups_of_token)
+    model = twin.build_ours(spec, balance=balance)
+    router = model.decoder.layers[2].mlp.router
+    expected = routing_of(router, training=training)
+    fuse_routers(model)
+    assert router.choice is not None
+    found = routing_of(router, training=training)
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("moe_router_score_function", "softmax"),
+        ("moe_z_loss_coeff", 1e-3),
+        ("moe_expert_capacity_factor", 1.0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:MLP requires ffn_hidden_size:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Warning. tp_group is None:DeprecationWarning")
+def test_the_kernel_refuses_what_it_does_not_do(key: str, value: object, one_rank: object) -> None:
+    model = twin.build_ours(twin.tiny_spec())
+    setattr(model.config, key, value)
+    with pytest.raises(ValueError, match=rf"{key}={value}.*kernels.router=megatron"):
+        fuse_routers(model)
