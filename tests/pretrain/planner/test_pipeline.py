@@ -104,7 +104,13 @@ def test_passes_come_after_what_they_need_and_never_two_at_once(
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     ("pp", "vp", "m", "overlaps"),
-    [(8, 1, 240, False), (4, 2, 80, False), (4, 4, 96, True), (8, 2, 130, True)],
+    [
+        (8, 1, 240, False),
+        (16, 1, 160, False),
+        (4, 2, 80, False),
+        (4, 4, 96, True),
+        (8, 2, 130, True),
+    ],
 )
 def test_fewer_micro_batches_foretell_more(
     pp: int, vp: int, m: int, overlaps: bool, seed: int
