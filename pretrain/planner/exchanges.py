@@ -14,9 +14,7 @@ from pretrain.planner.hardware import Hardware
 from pretrain.planner.workload import Workload
 
 
-def group_bytes_per_s(
-    workload: Workload, hardware: Hardware, *, size: int, stride: int
-) -> float:
+def group_bytes_per_s(workload: Workload, hardware: Hardware, *, size: int, stride: int) -> float:
     """Return the bandwidth of a collective for each member.
 
     Args:
@@ -152,9 +150,7 @@ def gather_s(workload: Workload, hardware: Hardware, *, parameters: float, exper
     expert_shards = max(1, shards // (layout.ep * layout.etp))
     if expert_shards == 1:
         return whole
-    speed = group_bytes_per_s(
-        workload, hardware, size=expert_shards, stride=layout.ep * layout.etp
-    )
+    speed = group_bytes_per_s(workload, hardware, size=expert_shards, stride=layout.ep * layout.etp)
     return whole + ring_s(expert_shards, moved_bytes=weight * experts, bytes_per_s=speed)
 
 

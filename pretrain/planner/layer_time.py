@@ -161,9 +161,7 @@ def _with_exchanges(
     return found[0], found[1]
 
 
-def _recomputed(
-    workload: Workload, forward: Parts, *, is_moe: bool, hardware: Hardware
-) -> Parts:
+def _recomputed(workload: Workload, forward: Parts, *, is_moe: bool, hardware: Hardware) -> Parts:
     """Return what of the forward pass is done again before the backward one."""
     recompute = workload.recompute
     if recompute.kind == "none":
@@ -282,7 +280,10 @@ def slots_of(workload: Workload, hardware: Hardware) -> Mapping[str, Slot]:
     """
     architecture = workload.architecture
     slots = {EMBEDDING: embedding_slot(workload, hardware), LOSS: head_slot(workload, hardware)}
-    for is_moe, layers in ((False, architecture.num_dense_layers), (True, architecture.num_moe_layers)):
+    for is_moe, layers in (
+        (False, architecture.num_dense_layers),
+        (True, architecture.num_moe_layers),
+    ):
         for windowed in (False, True):
             if layers and (not windowed or architecture.num_windowed_layers):
                 slots[kind_of(is_moe=is_moe, windowed=windowed)] = layer_slot(
