@@ -16,9 +16,16 @@ CAST_BYTES |= {"mxfp8": 4, "nvfp4": 6}
 """Bytes moved to cast one bf16 value: read (twice if the scale needs the largest first), and
 written by rows and by columns."""
 EAGER_NORM, EAGER_ROTARY, EAGER_ACTIVATION = 3.4, 5.0, 1.7
-"""Bytes of torch's eager operators over those of fused ones, counted forward: a norm casts to fp32,
-squares, scales and casts back, 28 bytes a value and not 4 (with residual sums 68 and not 20); rotary
-positions are complex products in fp32, 20 and not 4; SwiGLU is two operators, 10 and not 6."""
+"""Bytes of torch's eager operators over those of fused ones, counted forward: a norm casts to
+fp32, squares, scales and casts back, 28 bytes a value and not 4 (with residual sums 68 and not 20);
+rotary positions are complex products in fp32, 20 and not 4; SwiGLU is two operators, 10 and not 6.
+"""
+COMPILED_SAVING = 2
+"""Bytes a cast saves where torch.compile finds the largest value while it makes the tensor."""
+MEGATRON_BIAS_BYTES = (28, 36)
+"""Bytes for each output value of an expert with biases, forward and backward, in megatron-core
+0.16.1 (transformer/moe/experts.py, _apply_bias): bias times probability in fp32, sum, concatenation
+and cast are an operator each."""
 
 DENSE_LAUNCHES = (30, 55)
 """Kernels of attention and a dense FFN, forward and backward (megatron-core 0.16.1)."""
@@ -69,9 +76,9 @@ def bias_bytes(workload: Workload) -> tuple[float, float]:
     architecture = workload.architecture
     if not architecture.ffn_bias:
         return 0.0, 0.0
-    width = 2 * architecture.expert_ffn_size / workload.layout.etp + architecture.hidden_size
-    values = expert_tokens(workload) * width
-    return 4 * values, 2 * values
+    values = expert_tokens(workload) * architecture.hidden_size
+    forward, backward = MEGATRON_BIAS_BYTES if workload.stack == "megatron" else (4, 2)
+    return forward * values, backward * values
 
 
 def routing_bytes(workload: Workload) -> tuple[float, float]:
@@ -98,6 +105,8 @@ def cast_bytes(workload: Workload, products: Sequence[Product]) -> tuple[float, 
     """Return bytes of casts: inputs in the forward pass, gradients of outputs in the backward."""
     low = [product for product in products if product.is_low]
     each = CAST_BYTES[workload.recipe]
+    if each and workload.stack == "fsdp_compiled":
+        each -= COMPILED_SAVING
     inputs = sum(product.input_values for product in low)
     outputs = sum(product.output_values for product in low)
     return each * inputs, each * outputs
