@@ -15,8 +15,17 @@ CAST_BYTES = {"none": 0, "delayed": 4, "tensorwise": 6, "rowwise": 8, "blockwise
 CAST_BYTES |= {"mxfp8": 4, "nvfp4": 6}
 """Bytes moved to cast one bf16 value: read (twice if the scale needs the largest first), and
 written by rows and by columns."""
-EAGER_PASSES = 1.6
-"""Passes over memory of operators that nothing fuses over those of fused ones."""
+EAGER_NORM, EAGER_ROTARY, EAGER_ACTIVATION = 3.4, 5.0, 1.7
+"""Bytes of torch's eager operators over those of fused ones, counted forward: a norm casts to
+fp32, squares, scales and casts back, 28 bytes a value and not 4 (with residual sums 68 and not 20);
+rotary positions are complex products in fp32, 20 and not 4; SwiGLU is two operators, 10 and not 6.
+"""
+COMPILED_SAVING = 2
+"""Bytes a cast saves where torch.compile finds the largest value while it makes the tensor."""
+MEGATRON_BIAS_BYTES = (28, 36)
+"""Bytes for each output value of an expert with biases, forward and backward, in megatron-core
+0.16.1 (transformer/moe/experts.py, _apply_bias): bias times probability in fp32, sum, concatenation
+and cast are an operator each."""
 
 DENSE_LAUNCHES = (30, 55)
 """Kernels of attention and a dense FFN, forward and backward (megatron-core 0.16.1)."""
@@ -35,6 +44,7 @@ def norm_bytes(workload: Workload) -> tuple[float, float]:
     architecture = workload.architecture
     row = 2 * architecture.hidden_size * workload.micro_batch_tokens / workload.layout.tp
     halves = 2.4 if architecture.post_ffn_norm else 2.0
+    halves *= EAGER_NORM if workload.stack == "fsdp_eager" else 1.0
     return 5 * halves * row, 7 * halves * row
 
 
@@ -49,14 +59,26 @@ def rotary_bytes(workload: Workload) -> tuple[float, float]:
         # rotation, and putting keys together from their shared and their own components
         values = attention.num_heads * (2 * attention.score_size + attention.v_head_size)
         passes = 1.0
+    passes *= EAGER_ROTARY if workload.stack == "fsdp_eager" else 1.0
     moved = 4 * passes * values * tokens
     return moved, moved
 
 
 def activation_bytes(workload: Workload, *, rows: float, inner_size: float) -> tuple[float, float]:
     """Return bytes of SwiGLU: 2 values in and 1 out; backward 3 in and 2 out."""
-    del workload
-    return 6 * rows * inner_size, 10 * rows * inner_size
+    values = rows * inner_size
+    values *= EAGER_ACTIVATION if workload.stack == "fsdp_eager" else 1.0
+    return 6 * values, 10 * values
+
+
+def bias_bytes(workload: Workload) -> tuple[float, float]:
+    """Return bytes of adding biases to the experts' outputs, and of summing their gradients."""
+    architecture = workload.architecture
+    if not architecture.ffn_bias:
+        return 0.0, 0.0
+    values = expert_tokens(workload) * architecture.hidden_size
+    forward, backward = MEGATRON_BIAS_BYTES if workload.stack == "megatron" else (4, 2)
+    return forward * values, backward * values
 
 
 def routing_bytes(workload: Workload) -> tuple[float, float]:
@@ -83,14 +105,11 @@ def cast_bytes(workload: Workload, products: Sequence[Product]) -> tuple[float, 
     """Return bytes of casts: inputs in the forward pass, gradients of outputs in the backward."""
     low = [product for product in products if product.is_low]
     each = CAST_BYTES[workload.recipe]
+    if each and workload.stack == "fsdp_compiled":
+        each -= COMPILED_SAVING
     inputs = sum(product.input_values for product in low)
     outputs = sum(product.output_values for product in low)
     return each * inputs, each * outputs
-
-
-def passes(workload: Workload) -> float:
-    """Return by how much unfused operators move more bytes than fused ones."""
-    return EAGER_PASSES if workload.stack == "fsdp_eager" else 1.0
 
 
 def launches(workload: Workload, *, is_moe: bool) -> tuple[int, int]:

@@ -56,8 +56,9 @@ class Constants:
     """Length of a dimension at which a product is half as fast, the others being endless."""
     grouped: float = 0.85
     """Speed of products of many experts over that of one product of the same sizes."""
-    attention: float = 0.60
-    """Share of the bf16 peak that attention reaches with endlessly long heads."""
+    attention: float = 0.70
+    """Share of the bf16 peak that attention reaches with endlessly long heads; the prior value is
+    FlashAttention 3's, causal, heads of 128, 8K to 16K (arXiv 2407.08608): 0.56 with such heads."""
     memory: float = 0.75
     """Share of the memory's peak that elementwise operators and norms reach."""
     nvlink: float = 0.70

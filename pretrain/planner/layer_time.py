@@ -6,7 +6,7 @@ the host adds where a GPU would have been done sooner than kernels are launched.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from parallel.stages import EMBEDDING, LAYER, LOSS, MTP
 from pretrain.planner import elementwise as counted
@@ -50,15 +50,28 @@ class Parts:
     @property
     def total_s(self) -> float:
         """Sum of all parts."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return (
+            self.products_s
+            + self.attention_s
+            + self.memory_s
+            + self.tensor_exchange_s
+            + self.context_exchange_s
+            + self.expert_exchange_s
+            + self.weight_exchange_s
+            + self.host_s
+        )
 
     def plus(self, other: "Parts", *, times: float = 1.0) -> "Parts":
-        """Return these parts and `times` others."""
+        """Return these parts and `times` others; written out, since a fit calls it most."""
         return Parts(
-            **{
-                field.name: getattr(self, field.name) + times * getattr(other, field.name)
-                for field in fields(self)
-            }
+            products_s=self.products_s + times * other.products_s,
+            attention_s=self.attention_s + times * other.attention_s,
+            memory_s=self.memory_s + times * other.memory_s,
+            tensor_exchange_s=self.tensor_exchange_s + times * other.tensor_exchange_s,
+            context_exchange_s=self.context_exchange_s + times * other.context_exchange_s,
+            expert_exchange_s=self.expert_exchange_s + times * other.expert_exchange_s,
+            weight_exchange_s=self.weight_exchange_s + times * other.weight_exchange_s,
+            host_s=self.host_s + times * other.host_s,
         )
 
 
@@ -106,7 +119,7 @@ def _computed(
         inner = architecture.expert_ffn_size / workload.layout.etp
         rows = expert_tokens(workload)
         moved.append(counted.activation_bytes(workload, rows=rows, inner_size=inner))
-        moved.append(counted.routing_bytes(workload))
+        moved += [counted.routing_bytes(workload), counted.bias_bytes(workload)]
         shared = architecture.shared_ffn_size
     else:
         shared = architecture.dense_ffn_size
@@ -117,7 +130,6 @@ def _computed(
     product_s = total_s(products, workload=workload, hardware=hardware)
     core_s = attention_core_s(workload, hardware=hardware, windowed=windowed)
     speed = hardware.gpu.memory_bytes_per_s * hardware.constants.memory
-    speed /= counted.passes(workload)
     forward, backward = (sum(item[idx] for item in moved) / speed for idx in (0, 1))
     return (
         Parts(products_s=product_s, attention_s=core_s, memory_s=forward),
@@ -137,6 +149,8 @@ def _with_exchanges(
     tensor_s = exchanges.tensor_s(workload, hardware)
     context_s = exchanges.context_s(workload, hardware)
     expert_s = 2 * exchanges.expert_s(workload, hardware) if is_moe else 0.0
+    # megatron runs one micro-batch's forward pass beside another's backward pass
+    beside_s = (forward.total_s + backward.total_s) / 2
     found: list[Parts] = []
     # backward: tp gathers the inputs once more for the weights' gradients, cp sends gradients too
     for computed, tensor_times, context_times in ((forward, 2, 1), (backward, 3, 2)):
@@ -148,7 +162,7 @@ def _with_exchanges(
         )
         over_ep = expert_s
         if workload.overlap_experts:
-            over_ep = exchanges.visible_s(expert_s, beside_s=computed.total_s, hardware=hardware)
+            over_ep = exchanges.visible_s(expert_s, beside_s=beside_s, hardware=hardware)
         found.append(
             computed.plus(
                 Parts(
@@ -323,18 +337,21 @@ def stage_slot(workload: Workload, slots: Mapping[str, Slot], *, stage: int) -> 
     dense.
     """
     architecture = workload.architecture
-    layer = workload.first_layer(stage)
+    letters = workload.stages[stage]
+    num_layers = letters.count(LAYER)
+    dense_left = architecture.num_dense_layers - workload.first_layer(stage)
+    num_dense = max(0, min(num_layers, dense_left))
     share = architecture.num_windowed_layers / architecture.num_layers
-    forward, backward = Parts(), Parts()
-    for letter in workload.stages[stage]:
-        weights = {letter: 1.0}
-        if letter == LAYER:
-            is_moe = layer >= architecture.num_dense_layers
-            weights = {kind_of(is_moe=is_moe, windowed=False): 1 - share}
+    counts: dict[str, float] = {
+        letter: letters.count(letter) for letter in (EMBEDDING, MTP, LOSS) if letter in letters
+    }
+    for is_moe, layers in ((False, num_dense), (True, num_layers - num_dense)):
+        if layers:
+            counts[kind_of(is_moe=is_moe, windowed=False)] = (1 - share) * layers
             if share:
-                weights[kind_of(is_moe=is_moe, windowed=True)] = share
-            layer += 1
-        for kind, weight in weights.items():
-            forward = forward.plus(slots[kind].forward, times=weight)
-            backward = backward.plus(slots[kind].backward, times=weight)
+                counts[kind_of(is_moe=is_moe, windowed=True)] = share * layers
+    forward, backward = Parts(), Parts()
+    for kind, times in counts.items():
+        forward = forward.plus(slots[kind].forward, times=times)
+        backward = backward.plus(slots[kind].backward, times=times)
     return Slot(forward=forward, backward=backward)

@@ -15,6 +15,9 @@ ATTENTION_HALF_HEAD = 32
 """Head size at which attention is half as fast; flash attention's own tables, 64 against 128."""
 ATTENTION_BACKWARD = 2.5
 """Products of the backward pass over those of the forward one: five against two."""
+TORCH_ATTENTION = 0.57
+"""Speed of FlashAttention 2 over that of FlashAttention 3, which is 1.5 to 2.0 times as fast
+(arXiv 2407.08608): the middle."""
 WINDOW_BLOCK_TOKENS = 128
 """Keys a windowed query reads beyond its window: whole blocks."""
 
@@ -135,6 +138,8 @@ def attention_core_s(workload: Workload, *, hardware: Hardware, windowed: bool) 
     flop = 2 * keys * tokens * attention.num_heads / workload.layout.tp * sizes
     mean = sizes / 2
     reached = hardware.constants.attention * mean / (mean + ATTENTION_HALF_HEAD)
+    if workload.attention_kernel == "torch":
+        reached *= TORCH_ATTENTION
     return flop / (hardware.gpu.bf16_flop_per_s * reached * hardware.constants.clock)
 
 

@@ -14,6 +14,7 @@ from parallel.layout import Layout
 from pretrain.planner.architecture import Architecture
 from pretrain.planner.hardware import gpu_of
 from pretrain.planner.known_models import KNOWN_MODELS
+from pretrain.planner.recipes import RecipeWords, recipe_of
 from pretrain.planner.workload import (
     Dispatcher,
     Format,
@@ -39,7 +40,7 @@ COLUMNS = (
 """Columns that are read; `layers` cuts a model to its first layers."""
 
 
-class NotDescribed(ValueError):
+class UndescribedError(ValueError):
     """A row does not say enough, or says what the planner does not know; the message is why."""
 
 
@@ -64,14 +65,14 @@ def workload_of(row: Mapping[str, str]) -> Workload:
     """Return the step that a row describes.
 
     Raises:
-        NotDescribed: with the reason.
+        UndescribedError: with the reason.
     """
     try:
         return _workload(row)
-    except NotDescribed:
+    except UndescribedError:
         raise
     except ValueError as error:
-        raise NotDescribed(str(error)) from error
+        raise UndescribedError(str(error)) from error
 
 
 def _workload(row: Mapping[str, str]) -> Workload:
@@ -82,6 +83,9 @@ def _workload(row: Mapping[str, str]) -> Workload:
     sequence = _integer(row, "seq_len")
     micro, total = _batch(row, layout)
     stack = _stack(row)
+    recipe_words = recipe_of(row)
+    layout = _with_experts(layout, recipe_words)
+    recompute = row["recompute"] or recipe_words.recompute
     return Workload(
         architecture=architecture,
         layout=layout,
@@ -91,12 +95,13 @@ def _workload(row: Mapping[str, str]) -> Workload:
         sequence_tokens=sequence,
         number_format=number_format,
         recipe=recipe,
-        recompute=_recompute(row["recompute"]),
+        recompute=_recompute(recompute),
         dispatcher=_dispatcher(row, layout, gpus_per_node=gpu.gpus_per_node),
-        optimizer=OptimizerState(),
+        optimizer=OptimizerState(gradient_bytes=recipe_words.gradient_bytes),
         fsdp_shards=shards,
-        overlap_experts="EP overlap" in row["notes"] or "A2A overlap" in row["notes"],
-        overlap_tensor_parallel=stack == "megatron" or "async TP" in row["notes"],
+        overlap_experts="EP overlap" in row["notes"] or recipe_words.overlap_experts,
+        overlap_tensor_parallel=recipe_words.overlap_tensor_parallel or "async TP" in row["notes"],
+        attention_kernel=recipe_words.attention_kernel,
         expert_imbalance=NATURAL_IMBALANCE if "natural" in row["routing_balance"] else 1.0,
         stack=stack,
         gpu=gpu.name,
@@ -104,10 +109,16 @@ def _workload(row: Mapping[str, str]) -> Workload:
     )
 
 
+def _with_experts(layout: Layout, recipe: RecipeWords) -> Layout:
+    if layout.ep == 1 and recipe.experts_over_all_ranks:
+        return replace(layout, ep=layout.num_ranks)
+    return layout
+
+
 def _architecture(row: Mapping[str, str]) -> Architecture:
     name = row["model"]
     if name not in KNOWN_MODELS:
-        raise NotDescribed(f"model={name}: its sizes are not known (planner/known_models.py)")
+        raise UndescribedError(f"model={name}: its sizes are not known (planner/known_models.py)")
     model = KNOWN_MODELS[name]
     if not row["layers"] or int(row["layers"]) == model.num_layers:
         return model
@@ -122,7 +133,7 @@ def _integer(row: Mapping[str, str], key: str, *, default: int | None = None) ->
     if not text and default is not None:
         return default
     if not re.fullmatch(r"[0-9]+", text) or int(text) == 0:
-        raise NotDescribed(f"{key}={text or 'nothing'}: a whole number above 0 is needed")
+        raise UndescribedError(f"{key}={text or 'nothing'}: a whole number above 0 is needed")
     return int(text)
 
 
@@ -131,14 +142,14 @@ def _layout(row: Mapping[str, str]) -> tuple[Layout, int]:
     ranks = _integer(row, "num_gpus")
     shards = int(row["fsdp"] or 0)
     if not row["tp"] and shards != ranks:
-        raise NotDescribed("tp is not stated")
+        raise UndescribedError("tp is not stated")
     tp, cp = _integer(row, "tp", default=1), _integer(row, "cp", default=1)
     fills = shards * tp * cp >= ranks
     if not row["pp"] and not fills:
-        raise NotDescribed("pp is not stated")
+        raise UndescribedError("pp is not stated")
     pp = _integer(row, "pp", default=1)
     if pp > 1 and not row["vp"] and "1F1B" not in row["notes"]:
-        raise NotDescribed("vp is not stated although pp is above 1")
+        raise UndescribedError("vp is not stated although pp is above 1")
     layout = Layout(
         num_ranks=ranks,
         tp=tp,
@@ -178,7 +189,7 @@ def _precision(text: str) -> tuple[Format, Recipe]:
         "NVFP4": ("nvfp4", "nvfp4"),
     }
     if word not in known:
-        raise NotDescribed(f"precision={text or 'nothing'}: {', '.join(known)} are known")
+        raise UndescribedError(f"precision={text or 'nothing'}: {', '.join(known)} are known")
     return known[word]
 
 
@@ -192,7 +203,7 @@ def _recompute(text: str) -> Recomputed:
     known = ("core_attn", "mla_up_proj", "layernorm", "mlp", "moe", "moe_act", "shared_experts")
     modules = [word.strip() for word in text.removeprefix("selective:").split(",")]
     if not text.startswith("selective:") or any(word not in known for word in modules):
-        raise NotDescribed(f"recompute={text}: not understood")
+        raise UndescribedError(f"recompute={text}: not understood")
     return Recomputed(kind="selective", modules=tuple(word for word in known if word in modules))
 
 
@@ -217,7 +228,7 @@ def tokens_per_s(row: Mapping[str, str], workload: Workload) -> float:
     Where only TFLOP/s are stated they are divided by the FLOP of a token, counted as NVIDIA does.
 
     Raises:
-        NotDescribed: if neither is stated.
+        UndescribedError: if neither is stated.
     """
     if row.get("tokens_per_s_per_gpu"):
         return float(row["tokens_per_s_per_gpu"])
@@ -226,20 +237,21 @@ def tokens_per_s(row: Mapping[str, str], workload: Workload) -> float:
     if row.get("model_tflops_per_gpu"):
         flop = workload.architecture.flop_per_token(sequence_tokens=workload.sequence_tokens)
         return float(row["model_tflops_per_gpu"]) * 1e12 / flop
-    raise NotDescribed("neither tokens/s nor TFLOP/s nor a step time is stated")
+    raise UndescribedError("neither tokens/s nor TFLOP/s nor a step time is stated")
 
 
-def configuration(row: Mapping[str, str]) -> tuple[str, ...]:
-    """Return what makes rows of different releases the same run."""
-    own = ("stack", "model", "gpu", "num_gpus", "seq_len", "mbs", "gbs", "tp", "pp", "vp", "cp")
-    more = ("ep", "fsdp", "recompute", "dispatcher", "notes")
-    balance = "forced" if row["routing_balance"].startswith("forced-") else row["routing_balance"]
+def configuration(row: Mapping[str, str]) -> tuple[object, ...]:
+    """Return what makes rows of different releases the same run.
+
+    The step itself, the stack, and how tokens were routed: `forced-balance` alone, `dropless` or
+    with a fake gate is one thing, dropped tokens another. A row that describes no step is its own.
+    """
+    routing = row["routing_balance"]
+    routing = "balanced" if routing.startswith("forced-") else routing
     try:
-        number_format = "/".join(_precision(row["precision"]))
-    except NotDescribed:
-        number_format = row["precision"]
-    eager = "eager" if "eager" in row["precision"] else ""
-    return (*(row[key] for key in own + more), balance, number_format, eager)
+        return (workload_of(row), row["stack"], row["gpu"], routing)
+    except UndescribedError:
+        return (row["id"],)
 
 
 def newest(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
@@ -255,7 +267,7 @@ def oldest(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
 def _of_each(rows: Iterable[Mapping[str, str]], *, newest_first: bool) -> list[Mapping[str, str]]:
     given: Sequence[Mapping[str, str]] = list(rows)
     ordered = sorted(given, key=lambda row: row["stack_version"], reverse=newest_first)
-    kept: dict[tuple[str, ...], str] = {}
+    kept: dict[tuple[object, ...], str] = {}
     for row in ordered:
         kept.setdefault(configuration(row), row["id"])
     return [row for row in given if row["id"] in kept.values()]

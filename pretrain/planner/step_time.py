@@ -69,12 +69,16 @@ class StepTime:
         }
 
 
-def predict_step(workload: Workload, hardware: Hardware) -> StepTime:
+def predict_step(
+    workload: Workload, hardware: Hardware, *, bubble_share: float | None = None
+) -> StepTime:
     """Return how long a step takes.
 
     Args:
         workload: the step.
         hardware: the GPU and its constants.
+        bubble_share: waiting for other stages over the slowest stage's passes, if it is known from
+            a prediction with nearly the same times; None: the pipeline is simulated.
 
     Raises:
         ValueError: if megatron-core could not run the pipeline, such as too few micro-batches.
@@ -84,9 +88,12 @@ def predict_step(workload: Workload, hardware: Hardware) -> StepTime:
     ranks = [_added(stages[rank::pp]) for rank in range(pp)]
     slowest = max(range(pp), key=lambda rank: ranks[rank].total_s)
     busy = Parts().plus(ranks[slowest], times=micro_batches)
-    bubble_s = 0.0
-    if pp > 1:
+    if pp == 1:
+        bubble_s = 0.0
+    elif bubble_share is None:
         bubble_s = _pipeline_s(workload, hardware, stages) - busy.total_s
+    else:
+        bubble_s = bubble_share * busy.total_s
     parameters, experts = resident_parameters(workload, slowest)
     return StepTime(
         workload=workload,
@@ -105,9 +112,10 @@ def _stage_times(workload: Workload, hardware: Hardware) -> list[Slot]:
     slots = slots_of(workload, hardware)
     same: dict[tuple[str, int], Slot] = {}
     found: list[Slot] = []
-    dense = workload.architecture.num_dense_layers
+    dense_left = workload.architecture.num_dense_layers
     for stage, letters in enumerate(workload.stages):
-        num_dense = max(0, min(letters.count(LAYER), dense - workload.first_layer(stage)))
+        num_dense = min(letters.count(LAYER), dense_left)
+        dense_left -= num_dense
         key = (letters, num_dense)
         if key not in same:
             same[key] = stage_slot(workload, slots, stage=stage)
@@ -117,8 +125,9 @@ def _stage_times(workload: Workload, hardware: Hardware) -> list[Slot]:
 
 def _added(slots: list[Slot]) -> Parts:
     total = Parts()
-    for slot in slots:
-        total = total.plus(slot.forward).plus(slot.backward)
+    for slot in set(slots):
+        times = slots.count(slot)
+        total = total.plus(slot.forward, times=times).plus(slot.backward, times=times)
     return total
 
 

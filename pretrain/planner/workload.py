@@ -102,6 +102,9 @@ class Workload:
     """Whether tokens travel to experts beside another micro-batch's computation."""
     overlap_tensor_parallel: bool = True
     """Whether exchanges of tensor parallelism are cut up and run beside their products."""
+    attention_kernel: Literal["tuned", "torch"] = "tuned"
+    """tuned: cuDNN's or FlashAttention 3, which Transformer Engine calls; torch: FlashAttention 2,
+    which torch's scaled_dot_product_attention calls."""
     fused_loss: bool = True
     """Whether loss and its gradient are one kernel (no fp32 copy of the logits is kept)."""
     expert_imbalance: float = 1.0
