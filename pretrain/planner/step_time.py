@@ -145,9 +145,14 @@ def pipeline_shape(workload: Workload) -> PipelineShape:
     )
 
 
-def _pipeline_s(workload: Workload, hardware: Hardware, stages: list[Slot]) -> float:
+def pass_times(workload: Workload, hardware: Hardware) -> PassTimes:
+    """Return the seconds of each stage's and chunk's passes and of a hop, to be simulated."""
+    return _pass_times(workload, hardware, _stage_times(workload, hardware))
+
+
+def _pass_times(workload: Workload, hardware: Hardware, stages: list[Slot]) -> PassTimes:
     pp = workload.layout.pp
-    times = PassTimes(
+    return PassTimes(
         forward_s=tuple(
             tuple(slot.forward.total_s for slot in stages[rank::pp]) for rank in range(pp)
         ),
@@ -156,6 +161,10 @@ def _pipeline_s(workload: Workload, hardware: Hardware, stages: list[Slot]) -> f
         ),
         hop_s=exchanges.hop_s(workload, hardware),
     )
+
+
+def _pipeline_s(workload: Workload, hardware: Hardware, stages: list[Slot]) -> float:
+    times = _pass_times(workload, hardware, stages)
     return pipeline_seconds(pipeline_shape(workload), times=times)
 
 
