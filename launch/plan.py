@@ -1,8 +1,11 @@
 """Plan a run before there is one, without a GPU.
 
-    python launch/plan.py +cluster=h200_1536                            # how much time would train
-    python launch/plan.py +cluster=h200_1536 json=runs/goodput.json     # the figures as JSON, too
-    python launch/plan.py +cluster=h200_1536 checkpoints.interval_steps=20 goodput.init_s=60
+    python launch/plan.py +cluster=h200_1536                          # time and memory of a step
+    python launch/plan.py +cluster=h200_1536 figures=runs/plan output=runs/plan.json
+    python launch/plan.py +cluster=h200_1536 action=search            # the best layouts
+    python launch/plan.py +cluster=h200_1536 action=run               # days, GPU-hours, energy
+    python launch/plan.py +cluster=h200_1536 action=goodput           # how much time would train
+    python launch/plan.py action=predict rows=FILE.csv output=NEW.csv # steps of a table
 
 Takes the words of launch/pretrain.py, and those of conf/plan.yaml. Exit codes: 0 printed, 2 wrong
 configuration.
@@ -20,7 +23,7 @@ from pretrain.training.plan import Plan, make_plan
 from pretrain.training.run import Run
 from pretrain.training.start import USER_ERRORS
 
-OWN = ("action", "goodput", "json")
+OWN = ("action", "output", "rows", "figures", "assumed", "search", "campaign", "goodput")
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="plan")

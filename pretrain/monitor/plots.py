@@ -13,6 +13,7 @@ style of the process changes.
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,6 +30,7 @@ _Numbers = NDArray[np.float64]
 _BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 _PURPLE, _SKY, _BLACK, _GREY = "#CC79A7", "#56B4E9", "#222222", "#8A8A8A"
 _DOMAIN_COLOURS = (_ORANGE, _GREEN, _SKY, _PURPLE, _RED, _BLUE)
+_BAR_COLOURS = (_BLUE, _ORANGE, _GREEN, _SKY, _PURPLE, _RED, "#F0E442", _GREY, _BLACK)
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _MAX_POINTS = 4000
 _MIN_POINTS_TO_SMOOTH = 30
@@ -70,11 +72,7 @@ def plot_run(
     _draw_gradient(gradient_axes, records)
     for axes in (loss_axes, bits_axes, load_axes, gradient_axes):
         _finish_panel(axes, records, resume_label="resume" if axes is loss_axes else None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("wb") as file:
-        canvas.print_png(file)
-    os.replace(draft, path)
+    _publish(canvas, path)
 
 
 def read_series(records: Sequence[Record], name: str) -> tuple[_Numbers, _Numbers]:
@@ -342,3 +340,60 @@ def _find_parts(records: Sequence[Record], start: str, end: str) -> list[str]:
 
 def _escape(text: str) -> str:
     return text.replace("$", r"\$")  # matplotlib would set what stands between as mathematics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BarPanel:
+    """Rows of coloured bars, for instance passes of pipeline stages or parts of their memory."""
+
+    title: str
+    unit: str
+    """Of the axis along the bars."""
+    rows: Sequence[Mapping[str, Sequence[tuple[float, float]]]]
+    """Of each row from the top, kind of bar -> (start, length) of each."""
+    limit: float | None = None
+    """Where a line is drawn; None: nowhere."""
+
+
+def plot_bars(panels: Sequence[BarPanel], path: Path, *, title: str) -> None:
+    """Write a PNG with one panel of bars below the other; it appears whole or not at all.
+
+    Args:
+        panels: at least one; kinds of bars have colours in the order in which they come.
+        path: the PNG; its folder is created if missing.
+        title: heading.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    heights = [max(2.2, 0.28 * len(panel.rows) + 1.2) for panel in panels]
+    figure = Figure(figsize=(14, sum(heights) + 0.6), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    figure.suptitle(_escape(title), fontsize=15, fontweight="bold")
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
+    for panel, axes in zip(panels, grid[:, 0], strict=True):
+        kinds = list(dict.fromkeys(kind for row in panel.rows for kind in row))
+        for idx, kind in enumerate(kinds):
+            label: str | None = _escape(kind)
+            for place, row in enumerate(panel.rows):
+                colour = _BAR_COLOURS[idx % len(_BAR_COLOURS)]
+                bars = list(row.get(kind, ()))
+                axes.broken_barh(bars, (place - 0.42, 0.84), facecolors=colour, label=label)
+                label = None
+        if panel.limit is not None:
+            axes.axvline(panel.limit, color=_RED, linewidth=1.6)
+        axes.set_title(_escape(panel.title))
+        axes.set_xlabel(panel.unit)
+        axes.set_yticks(range(len(panel.rows)), [f"stage {idx}" for idx in range(len(panel.rows))])
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+    _publish(canvas, path)
+
+
+def _publish(canvas: FigureCanvasAgg, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("wb") as file:
+        canvas.print_png(file)
+    os.replace(draft, path)

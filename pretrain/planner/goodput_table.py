@@ -3,9 +3,9 @@
 Aligned plain text. It computes nothing but units.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pretrain.planner.aligned import aligned
 from pretrain.planner.scale import State, Times
 from pretrain.planner.simulation import Outcome
 
@@ -75,11 +75,11 @@ def as_text(report: Report) -> str:
             *head,
             "",
             "where the seconds come from",
-            _aligned(parts),
+            aligned(parts),
             "",
             f"effective training time ratio of {report.days:g} days, {report.num_runs} simulated"
             " runs",
-            _aligned(ettr_rows(report)),
+            aligned(ettr_rows(report)),
             "",
             *(f"  {row.name}: {row.source}" for row in report.rows),
         ]
@@ -121,20 +121,3 @@ def ettr_rows(report: Report) -> list[tuple[str, ...]]:
 
 def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.1f} min"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Return rows in columns, the first to the left, numbers to the right."""
-    widths = [max(len(row[idx]) for row in rows) for idx in range(len(rows[0]))]
-    return "\n".join(
-        "  "
-        + "  ".join(
-            f"{cell:<{width}}" if idx == 0 or not _is_number(rows[1][idx]) else f"{cell:>{width}}"
-            for idx, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit()

@@ -119,7 +119,7 @@ def _judge(run: Run, *, stage: Stage, num_nodes: int | None, cp: int) -> Verdict
             run,
             cluster=cluster,
             layout=replace(run.layout, num_ranks=num_ranks, cp=cp),
-            curriculum=_alone(run, stage),
+            curriculum=alone(run, stage),
             lr_schedule=replace(run.lr_schedule, warmup_tokens=0, decay_tokens=0),
         )
     except ValueError as error:
@@ -138,7 +138,7 @@ def _judge(run: Run, *, stage: Stage, num_nodes: int | None, cp: int) -> Verdict
     )
 
 
-def _alone(run: Run, stage: Stage) -> Curriculum:
+def alone(run: Run, stage: Stage) -> Curriculum:
     """Return a curriculum of this stage alone; one of the run's own sizes keeps its ramp."""
     sizes = (stage.sequence_tokens, stage.global_sequences)
     for name, own in run.curriculum.stages.items():

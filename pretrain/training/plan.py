@@ -1,139 +1,378 @@
-"""How much of this run's time would train the model?
+"""What does launch/plan.py say of this run: one step, the best layouts, the whole run, its goodput?
 
-Brings together what the planner may not know: the run's model, batch and checkpoints, and what was
-measured. No torch.
+Each action gives text for a person and a record for a file. No torch.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from parallel.layout import Layout
+from pretrain.monitor.plots import BarPanel, plot_bars
 from pretrain.monitor.provenance import provenance
-from pretrain.planner.failure_rates import RATES, FailureRate
-from pretrain.planner.goodput import Costs, best_interval_s, expected_ettr, young_interval_s
-from pretrain.planner.goodput_table import Report, Row, as_text
-from pretrain.planner.scale import Goodput, Times, state_of, step_time_s, times_of
-from pretrain.planner.simulation import simulate
+from pretrain.planner.campaign import Campaign
+from pretrain.planner.goodput_table import as_text
+from pretrain.planner.pipeline import Timeline, simulate_pipeline
+from pretrain.planner.plan_tables import (
+    memory_table,
+    refusals_text,
+    search_table,
+    seconds_table,
+    whole_run_text,
+)
+from pretrain.planner.scale import Goodput
+from pretrain.planner.search import Found, SearchResult, SearchSpace, pareto
+from pretrain.planner.step_time import pass_times, pipeline_shape
+from pretrain.planner.timeline_page import timeline_page
+from pretrain.training.forecasts import Assumed, Forecast, Forecaster, Memory
+from pretrain.training.goodput import goodput_report, report_as_json
+from pretrain.training.row_predictions import as_text as as_rows_text
+from pretrain.training.row_predictions import predict_rows
 from pretrain.training.run import Run
+from pretrain.training.workloads import StepSize, step_sizes
+
+REPORT_LAYOUTS: Mapping[str, Mapping[str, int]] = {
+    "report, first": {"tp": 1, "pp": 8, "vp": 1, "ep": 32, "etp": 1},
+    "report, final": {"tp": 1, "pp": 16, "vp": 1, "ep": 8, "etp": 1},
+}
+"""The layouts that the report names; what it is silent about is 1. Source: report,
+infrastructure."""
+_MAX_REASONS = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What launch/plan.py does with a run."""
+    """What launch/plan.py does with a run.
 
-    action: Literal["goodput"]
-    """goodput: how much of the time trains the model."""
+    Raises:
+        ValueError: if figures are asked for that the action does not draw.
+    """
+
+    action: Literal["plan", "search", "run", "goodput", "predict"]
+    """plan: time and memory of a step; search: the best layouts; run: the whole run; goodput: how
+    much of the time trains the model; predict: time and memory of the steps in `rows`."""
+    output: Path | None
+    """File that gets the same figures as JSON, or with action=predict the rows as CSV; null:
+    none."""
+    rows: Path | None
+    """CSV with the columns of measured_runs.csv; action=predict reads it."""
+    figures: Path | None
+    """Folder that gets a plan's timeline and memory as PNG and HTML; null: none."""
+    assumed: Assumed
+    search: SearchSpace
+    campaign: Campaign
     goodput: Goodput
-    """What it assumes."""
-    json: Path | None
-    """File that gets the same figures; null: none."""
+
+    def __post_init__(self) -> None:
+        if self.figures is not None and self.action != "plan":
+            raise ValueError(
+                f"figures={self.figures} with action={self.action} given; action=plan is allowed:"
+                " it alone draws"
+            )
+        if (self.rows is not None) != (self.action == "predict"):
+            raise ValueError(
+                f"rows={self.rows} with action={self.action} given; a CSV file with"
+                " action=predict, and none with the others, is allowed"
+            )
 
 
 def make_plan(run: Run, plan: Plan) -> str:
-    """Return the text of a plan, and write its JSON if asked for.
+    """Return the text of a plan, and write its files if asked for.
 
     Raises:
-        ValueError: if what was measured cannot be read, or the run's saves cannot be planned.
-        OSError: if the JSON cannot be written.
+        ValueError: if the run cannot be planned so.
+        OSError: if a file cannot be written.
     """
-    report = goodput_report(run, plan.goodput)
-    if plan.json is not None:
-        plan.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {**provenance(), **report_as_json(report)}
-        plan.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return as_text(report)
+    if plan.action == "predict":
+        return _predict(plan)
+    make = {"plan": _step, "search": _search, "run": _whole_run, "goodput": _goodput}[plan.action]
+    text, record = make(run, plan)
+    if plan.output is not None:
+        plan.output.parent.mkdir(parents=True, exist_ok=True)
+        whole = {**provenance(), **record}
+        plan.output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        text += f"\n\nwritten: {plan.output}"
+    return text
 
 
-def goodput_report(run: Run, goodput: Goodput) -> Report:
-    """Return how much of a run's time would train the model, under each rate of failures.
-
-    Raises:
-        ValueError: as `make_plan`.
-    """
-    batch_tokens = max(
-        segment.global_sequences * segment.window_tokens for segment in run.timetable.segments
-    )
-    ranks = run.layout.num_ranks
-    state = state_of(run.model, is_low=run.precision.is_low, layout=run.layout)
-    local = run.checkpoints.local
-    times = times_of(
-        goodput,
-        state=state,
-        measured={} if goodput.measured is None else read_measured(goodput.measured),
-        interval_steps=run.checkpoints.interval_steps,
-        local_interval_steps=None if local.folder is None else local.interval_steps,
-        batch_tokens=batch_tokens,
-    )
-    return Report(
-        state=state,
-        times=times,
-        step_time_s=step_time_s(goodput, batch_tokens=batch_tokens),
-        batch_tokens=batch_tokens,
-        interval_steps=run.checkpoints.interval_steps,
-        rows=tuple(
-            _row(name, rate, times=times, goodput=goodput, num_ranks=ranks)
-            for name, rate in RATES.items()
-        ),
-        days=goodput.days,
-        num_runs=goodput.num_runs,
-        node_loss_share=goodput.node_loss_share,
-    )
-
-
-def _row(name: str, rate: FailureRate, *, times: Times, goodput: Goodput, num_ranks: int) -> Row:
-    mtbf_s, costs = rate.mtbf_s(num_ranks), times.costs
-    blocking_s = costs.blocking_s
-    best_s = best_interval_s(blocking_s=blocking_s, mtbf_s=mtbf_s)
-    waiting = Costs(
-        blocking_s=blocking_s + times.persist_s,
-        detection_s=costs.detection_s,
-        restart_s=costs.restart_s,
-    )
-    scenario = times.scenario(mtbf_s=mtbf_s, node_loss_share=goodput.node_loss_share)
-    return Row(
-        name=name,
-        source=rate.source,
-        mtbf_s=mtbf_s,
-        closed_form=expected_ettr(times.interval_s, costs=costs, mtbf_s=mtbf_s),
-        simulated=simulate(
-            scenario, num_runs=goodput.num_runs, days=goodput.days, seed=goodput.seed
-        ),
-        waiting=expected_ettr(times.interval_s, costs=waiting, mtbf_s=mtbf_s),
-        best_interval_s=best_s,
-        young_interval_s=young_interval_s(blocking_s=blocking_s, mtbf_s=mtbf_s),
-        best_closed_form=expected_ettr(max(best_s, times.persist_s), costs=costs, mtbf_s=mtbf_s),
-    )
-
-
-def read_measured(path: Path) -> Mapping[str, float]:
-    """Return what a file says was measured: its keys in seconds that hold numbers.
-
-    Raises:
-        ValueError: if the file is missing, no JSON object, or says nothing of the kind.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found = {key: float(value) for key, value in record["measured"].items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+def _predict(plan: Plan) -> str:
+    if plan.rows is None or plan.output is None:
+        raise ValueError(f"output={plan.output} given; action=predict needs a CSV file to write")
+    if plan.output.resolve() == plan.rows.resolve():
         raise ValueError(
-            f"goodput.measured={path} given; a JSON object whose key `measured` holds seconds by"
-            f" name is allowed: {error}"
-        ) from error
-    if bad := {key: value for key, value in found.items() if not 0 <= value < float("inf")}:
-        raise ValueError(f"goodput.measured={path}: {bad} given, 0 or more seconds are allowed")
-    return found
+            f"output={plan.output} given; another file than rows={plan.rows} is allowed"
+        )
+    predictions = predict_rows(plan.rows)
+    predictions.write(plan.output)
+    return f"{as_rows_text(predictions)}\n\nwritten: {plan.output}"
 
 
-def report_as_json(report: Report) -> dict[str, Any]:
-    """Return the figures of a report as JSON values, those that follow from others included."""
+def _goodput(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
+    report = goodput_report(run, plan.goodput)
+    return as_text(report), report_as_json(report)
+
+
+# --- one step -------------------------------------------------------------------------------------
+
+
+def _step(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
+    forecaster = Forecaster(run, plan.assumed)
+    forecasts: list[tuple[StepSize, Forecast]] = []
+    lines: list[str] = []
+    for size in step_sizes(run):
+        cp = plan.campaign.cp(size.window_tokens, otherwise=run.layout.cp)
+        layout = replace(run.layout, cp=cp)
+        workload = forecaster.workload(size, layout=layout, recompute=run.recompute)
+        forecast = forecaster.forecast(workload)
+        forecasts.append((size, forecast))
+        lines += [*_step_lines(size, forecast), ""]
+    if plan.figures is not None:
+        lines += [*_draw(forecasts, plan.figures, title=run.name, forecaster=forecaster), ""]
+    lines.append("next: python launch/plan.py <the same words> action=search")
+    return "\n".join(lines), {"steps": [_step_record(*pair) for pair in forecasts]}
+
+
+def _step_lines(size: StepSize, forecast: Forecast) -> Iterator[str]:
+    step = forecast.step
+    workload = step.workload
+    yield (
+        f"{size.global_sequences:,} sequences of {size.window_tokens:,} tokens on"
+        f" {workload.gpu}s: {workload.layout}"
+    )
+    yield (
+        f"  step     {forecast.step_s.value:.2f} s ({forecast.step_s.low:.2f} to"
+        f" {forecast.step_s.high:.2f}), {step.tokens_per_s:,.0f} tokens/s and"
+        f" {step.model_flop_per_s / 1e12:.1f} TFLOP/s on each GPU (causal, MTP counted)"
+    )
+    if forecast.memory:
+        verdict = "fits" if forecast.fits else "does NOT fit"
+        yield (
+            f"  memory   {forecast.peak_bytes / 1e9:.1f} GB of {forecast.capacity_bytes / 1e9:.1f}"
+            f" GB on the fullest stage: {verdict}"
+        )
+    else:
+        yield "  memory   not predicted"
+    for reason in step.outside:
+        yield f"  outside  {reason}"
+    yield ""
+    yield seconds_table(step.named_parts(), total_s=step.total_s)
+    if forecast.memory:
+        yield ""
+        yield memory_table(forecast.memory, capacity_bytes=forecast.capacity_bytes)
+
+
+def _step_record(size: StepSize, forecast: Forecast) -> dict[str, Any]:
+    step = forecast.step
     return {
-        **asdict(report),
-        "gpu_hours_of_a_percent": report.gpu_hours_of_a_percent,
-        "state_bytes": report.state.total_bytes,
-        "blocking_s": report.times.blocking_s,
-        "persist_s": report.times.persist_s,
-        "detection_s": report.times.costs.detection_s,
-        "restart_s": report.times.restart_s,
+        "window_tokens": size.window_tokens,
+        "global_sequences": size.global_sequences,
+        "layout": asdict(step.workload.layout),
+        "gpu": step.workload.gpu,
+        "step_s": asdict(forecast.step_s),
+        "tokens_per_s_per_gpu": step.tokens_per_s,
+        "model_flop_per_s_per_gpu": step.model_flop_per_s,
+        "parts_s": step.named_parts(),
+        "outside": list(step.outside),
+        "memory_bytes": [dict(stage) for stage in forecast.memory],
+        "peak_bytes": forecast.peak_bytes if forecast.memory else None,
+        "capacity_bytes": forecast.capacity_bytes,
+        "fits": forecast.fits,
     }
+
+
+def _draw(
+    forecasts: list[tuple[StepSize, Forecast]],
+    folder: Path,
+    *,
+    title: str,
+    forecaster: Forecaster,
+) -> Iterator[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for size, forecast in forecasts:
+        workload = forecast.step.workload
+        timeline = simulate_pipeline(
+            pipeline_shape(workload), times=pass_times(workload, forecaster.hardware)
+        )
+        heading = f"{title}: {size.window_tokens:,} tokens, {workload.layout}"
+        stem = folder / f"timeline_{size.window_tokens}"
+        picture, page = stem.with_suffix(".png"), stem.with_suffix(".html")
+        capacity_bytes = forecast.capacity_bytes
+        panels = [
+            BarPanel(title="one step of the pipeline", unit="s", rows=_timeline_rows(timeline))
+        ]
+        if forecast.memory:
+            panels.append(
+                BarPanel(
+                    title="memory of a GPU",
+                    unit="GB",
+                    rows=_memory_rows(forecast.memory),
+                    limit=capacity_bytes / 1e9,
+                )
+            )
+        plot_bars(panels, picture, title=heading)
+        said = (
+            f"{forecast.step_s.value:.2f} s a step, of which the pipeline {timeline.seconds:.2f} s;"
+            f" {forecast.step.tokens_per_s:,.0f} tokens/s on each {workload.gpu}"
+        )
+        text = timeline_page(
+            timeline,
+            title=heading,
+            said=said,
+            memory=forecast.memory,
+            capacity_bytes=capacity_bytes,
+        )
+        page.write_text(text, encoding="utf-8")
+        yield f"drawn: {picture} {page}"
+
+
+def _timeline_rows(timeline: Timeline) -> list[dict[str, list[tuple[float, float]]]]:
+    rows: list[dict[str, list[tuple[float, float]]]] = [{} for _ in timeline.passes]
+    chunks = len(timeline.times.forward_s[0])
+    kinds = [
+        f"{kind}, chunk {chunk}" if chunks > 1 else kind
+        for kind in ("forward", "backward")
+        for chunk in range(chunks)
+    ]
+    for row in rows:
+        row.update({kind: [] for kind in kinds})
+    for stage, one, start_s, end_s in timeline.rows():
+        kind = kinds[one.chunk + (0 if one.is_forward else chunks)]
+        rows[stage][kind].append((start_s, end_s - start_s))
+    return rows
+
+
+def _memory_rows(memory: Memory) -> list[dict[str, list[tuple[float, float]]]]:
+    rows: list[dict[str, list[tuple[float, float]]]] = []
+    for stage in memory:
+        row: dict[str, list[tuple[float, float]]] = {}
+        begin = 0.0
+        for name, size in stage.items():
+            row[name] = [(begin / 1e9, size / 1e9)]
+            begin += size
+        rows.append(row)
+    return rows
+
+
+# --- search ---------------------------------------------------------------------------------------
+
+
+def _search(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
+    forecaster = Forecaster(run, plan.assumed)
+    sizes = {size.window_tokens: size for size in step_sizes(run)}
+    asked = plan.search.window_tokens or tuple(sizes)
+    if unknown := sorted(set(asked) - set(sizes)):
+        raise ValueError(
+            f"search.window_tokens={unknown[0]} given; {sorted(sizes)}, the curriculum's windows,"
+            " are allowed"
+        )
+    lines: list[str] = []
+    records: list[dict[str, Any]] = []
+    best: Found | None = None
+    for window in asked:
+        size = sizes[window]
+        result = forecaster.search(plan.search, size, num_ranks=run.layout.num_ranks)
+        named, missing = _named(run, plan, size, forecaster)
+        front = pareto(result.found)
+        lines += [*_search_lines(plan, size, result, front, named, missing), ""]
+        records.append(_search_record(size, result, front, named, missing))
+        best = best or (result.found[0] if result.found else None)
+    words = "" if best is None else f" {best.choice}".rpartition(" recompute=")[0]
+    lines.append(f"next: python launch/plan.py <the same words> action=plan{words}")
+    return "\n".join(lines), {"searches": records}
+
+
+def _named(
+    run: Run, plan: Plan, size: StepSize, forecaster: Forecaster
+) -> tuple[list[tuple[str, Found]], list[tuple[str, str]]]:
+    """Return the layouts that have names with their figures, and those that are out with why."""
+    cp = plan.campaign.cp(size.window_tokens, otherwise=run.layout.cp)
+    named: list[tuple[str, Found]] = []
+    missing: list[tuple[str, str]] = []
+    num_ranks = run.layout.num_ranks
+    for name, axes in {**REPORT_LAYOUTS, "this run": {}}.items():
+        try:
+            layout = (
+                Layout(num_ranks=num_ranks, cp=cp, **axes) if axes else replace(run.layout, cp=cp)
+            )
+            named.append((name, forecaster.found(size, layout=layout, recompute="run")))
+        except ValueError as error:
+            missing.append((name, str(error)))
+    return named, missing
+
+
+def _search_lines(
+    plan: Plan,
+    size: StepSize,
+    result: SearchResult,
+    front: list[Found],
+    named: list[tuple[str, Found]],
+    missing: list[tuple[str, str]],
+) -> Iterator[str]:
+    yield (
+        f"{size.global_sequences:,} sequences of {size.window_tokens:,} tokens:"
+        f" {result.num_choices:,} choices, {len(result.found):,} can be trained"
+    )
+    rows = [
+        *named,
+        *((f"fastest {idx + 1}", one) for idx, one in enumerate(result.found[: plan.search.best])),
+        *(("Pareto", one) for one in front[: plan.search.best]),
+    ]
+    yield ""
+    yield search_table(rows, capacity_bytes=result.capacity_bytes)
+    for name, reason in missing:
+        yield f"  {name}: out: {reason}"
+    yield ""
+    yield "out, by reason"
+    yield refusals_text(result, most=_MAX_REASONS)
+
+
+def _search_record(
+    size: StepSize,
+    result: SearchResult,
+    front: list[Found],
+    named: list[tuple[str, Found]],
+    missing: list[tuple[str, str]],
+) -> dict[str, Any]:
+    return {
+        "window_tokens": size.window_tokens,
+        "global_sequences": size.global_sequences,
+        "capacity_bytes": result.capacity_bytes,
+        "num_choices": result.num_choices,
+        "found": [_found_record(one) for one in result.found],
+        "pareto": [_found_record(one) for one in front],
+        "named": {name: _found_record(one) for name, one in named},
+        "named_out": dict(missing),
+        "refusals": [asdict(refusal) for refusal in result.refusals],
+    }
+
+
+def _found_record(one: Found) -> dict[str, Any]:
+    return {
+        "layout": asdict(one.choice.layout),
+        "recompute": one.choice.recompute,
+        "step_s": one.step_s,
+        "peak_bytes": one.peak_bytes,
+    }
+
+
+# --- the whole run --------------------------------------------------------------------------------
+
+
+def _whole_run(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
+    whole = Forecaster(run, plan.assumed).whole_run(plan.campaign, goodput=plan.goodput)
+    derived = {
+        "tokens": whole.tokens,
+        "num_steps": whole.num_steps,
+        "days": asdict(whole.days),
+        "gpu_hours": asdict(whole.gpu_hours),
+        "megawatt_hours": asdict(whole.megawatt_hours),
+        "tflop_per_s_per_gpu": whole.tflop_per_s,
+        "num_checkpoints": whole.num_checkpoints,
+        "kept_bytes": whole.kept_bytes,
+        "written_bytes": whole.written_bytes,
+    }
+    text = whole_run_text(whole)
+    text += "\n\nnext: python launch/plan.py <the same words> action=goodput"
+    return text, {**asdict(whole), **derived}

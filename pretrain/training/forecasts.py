@@ -1,0 +1,259 @@
+"""What does the planner say of steps of this run: their time, their memory, the whole run?
+
+Brings together a run, the machine it is planned for and the planner's predictions. No torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from parallel.layout import Layout
+from pretrain.model.recompute import Recompute
+from pretrain.planner.campaign import Campaign, Estimate, Leg, Stretch, WholeRun, stretches
+from pretrain.planner.failure_rates import RATES
+from pretrain.planner.goodput import expected_ettr
+from pretrain.planner.hardware import Hardware, hardware_of
+from pretrain.planner.scale import Goodput, state_of, times_of
+from pretrain.planner.search import Choice, Found, SearchResult, SearchSpace, search
+from pretrain.planner.step_time import StepTime, predict_step
+from pretrain.planner.workload import Workload
+from pretrain.training.goodput import read_measured
+from pretrain.training.run import Run
+from pretrain.training.workloads import (
+    Machine,
+    StepSize,
+    check_choice,
+    recompute_choices,
+    segments_of,
+    trial,
+    workload_of,
+)
+
+Memory = tuple[Mapping[str, float], ...]
+"""Of each pipeline stage, part -> bytes of one GPU at its fullest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assumed:
+    """What a plan assumes of the machine and of its own errors; conf/plan.yaml says from where.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    gpu: str
+    """Its name in planner/hardware.json."""
+    expert_imbalance: float
+    """Tokens of the busiest rank's experts over the mean."""
+    step_error: float
+    """Share by which a step may be faster or slower than predicted."""
+    reserved_bytes: float
+    """Memory of a GPU that no plan may fill."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.step_error < 1 and self.expert_imbalance >= 1):
+            raise ValueError(
+                f"assumed.step_error={self.step_error}, assumed.expert_imbalance="
+                f"{self.expert_imbalance} given; 0 to 1, and 1 or more, are allowed"
+            )
+        if not self.reserved_bytes >= 0:
+            raise ValueError(
+                f"assumed.reserved_bytes={self.reserved_bytes} given, 0 or more is allowed"
+            )
+        hardware_of(self.gpu)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """A step, predicted."""
+
+    step: StepTime
+    step_s: Estimate
+    memory: Memory
+    """Empty: not predicted."""
+    capacity_bytes: float
+    """That a GPU may fill."""
+
+    @property
+    def peak_bytes(self) -> float:
+        """Of the fullest stage; 0: not predicted."""
+        return max((sum(stage.values()) for stage in self.memory), default=0.0)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether memory is enough; None: not predicted."""
+        return None if not self.memory else self.peak_bytes <= self.capacity_bytes
+
+
+class Forecaster:
+    """Predicts steps of one run on one kind of machine.
+
+    Attributes:
+        hardware: the GPU.
+        capacity_bytes: that a GPU may fill.
+    """
+
+    def __init__(self, run: Run, assumed: Assumed) -> None:
+        """Look up the machine.
+
+        Raises:
+            ValueError: if the GPU is not known.
+        """
+        self._run, self._assumed = run, assumed
+        self.hardware: Hardware = hardware_of(assumed.gpu)
+        cluster = run.cluster
+        memory = self.hardware.gpu.memory_bytes if cluster is None else cluster.gpu_memory_bytes
+        self.capacity_bytes = memory - assumed.reserved_bytes
+        self._machine = Machine(
+            gpu=assumed.gpu,
+            gpus_per_node=(
+                self.hardware.gpu.gpus_per_node if cluster is None else cluster.gpus_per_node
+            ),
+            expert_imbalance=assumed.expert_imbalance,
+        )
+
+    def workload(self, size: StepSize, *, layout: Layout, recompute: Recompute) -> Workload:
+        """Return the step of a size on a layout.
+
+        Raises:
+            ValueError: if the run is not legal on it.
+        """
+        trial(self._run, size, layout=layout, recompute=recompute)
+        return workload_of(
+            self._run, size, layout=layout, recompute=recompute, machine=self._machine
+        )
+
+    def forecast(self, workload: Workload) -> Forecast:
+        """Return time and memory of a step.
+
+        Raises:
+            ValueError: if megatron-core could not run it.
+        """
+        step = predict_step(workload, self.hardware)
+        return Forecast(
+            step=step,
+            step_s=self._estimate(step.total_s),
+            memory=stage_memory(workload),
+            capacity_bytes=self.capacity_bytes,
+        )
+
+    def _estimate(self, seconds: float) -> Estimate:
+        error = self._assumed.step_error
+        return Estimate(value=seconds, low=seconds * (1 - error), high=seconds * (1 + error))
+
+    def search(self, space: SearchSpace, size: StepSize, *, num_ranks: int) -> SearchResult:
+        """Return what becomes of every layout for steps of a size."""
+        run, choices = self._run, recompute_choices(self._run)
+        segments = segments_of(run, size)
+
+        def make_workload(choice: Choice) -> Workload:
+            recompute = choices[choice.recompute]
+            check_choice(run, segments, layout=choice.layout, recompute=recompute)
+            return workload_of(
+                run, size, layout=choice.layout, recompute=recompute, machine=self._machine
+            )
+
+        return search(
+            space,
+            num_ranks=num_ranks,
+            make_workload=make_workload,
+            peak_bytes=lambda workload: max(
+                (sum(stage.values()) for stage in stage_memory(workload)), default=0.0
+            ),
+            step_s=lambda workload: predict_step(workload, self.hardware).total_s,
+            capacity_bytes=self.capacity_bytes,
+        )
+
+    def found(self, size: StepSize, *, layout: Layout, recompute: str) -> Found:
+        """Return one choice as a search has it, whether it fits or not.
+
+        Raises:
+            ValueError: if the run is not legal on it.
+        """
+        kept = recompute_choices(self._run)[recompute]
+        forecast = self.forecast(self.workload(size, layout=layout, recompute=kept))
+        return Found(
+            choice=Choice(layout=layout, recompute=recompute),
+            workload=forecast.step.workload,
+            step_s=forecast.step.total_s,
+            peak_bytes=forecast.peak_bytes,
+        )
+
+    def whole_run(self, campaign: Campaign, *, goodput: Goodput) -> WholeRun:
+        """Return the run stage by stage.
+
+        Raises:
+            ValueError: if a stage has no legal layout on its GPUs, or saves cannot be planned.
+        """
+        run = self._run
+        sizes = [run.layout.num_ranks]
+        if run.cluster is not None:
+            nodes = sorted({run.cluster.num_nodes, *run.cluster.other_num_nodes})
+            sizes = [number * run.cluster.gpus_per_node for number in nodes]
+        segments = [
+            (one.stage, one.window_tokens, one.global_sequences, one.num_batches)
+            for one in run.timetable.segments
+        ]
+        state = state_of(run.model, is_low=run.precision.is_low, layout=run.layout)
+        return WholeRun(
+            legs=tuple(
+                self._leg(stretch, campaign, goodput)
+                for stretch in stretches(
+                    segments, num_ranks=sizes, token_shares=campaign.token_shares
+                )
+            ),
+            watts_per_gpu=campaign.watts_per_gpu,
+            pue=campaign.pue,
+            checkpoint_bytes=state.total_bytes,
+            interval_steps=run.checkpoints.interval_steps,
+            keep=run.checkpoints.keep,
+        )
+
+    def _leg(self, stretch: Stretch, campaign: Campaign, goodput: Goodput) -> Leg:
+        run = self._run
+        cp = campaign.cp(stretch.window_tokens, otherwise=run.layout.cp)
+        layout = replace(run.layout, num_ranks=stretch.num_ranks, cp=cp)
+        size = StepSize(
+            window_tokens=stretch.window_tokens, global_sequences=stretch.global_sequences
+        )
+        forecast = self.forecast(self.workload(size, layout=layout, recompute=run.recompute))
+        return Leg(
+            stretch=stretch,
+            layout=str(layout),
+            step_s=forecast.step_s,
+            ettr=self._ettr(forecast.step.total_s, layout, stretch, campaign, goodput),
+            flop_per_token=forecast.step.workload.architecture.flop_per_token(
+                sequence_tokens=stretch.window_tokens
+            ),
+            fits=forecast.fits,
+        )
+
+    def _ettr(
+        self,
+        step_s: float,
+        layout: Layout,
+        stretch: Stretch,
+        campaign: Campaign,
+        goodput: Goodput,
+    ) -> float:
+        run = self._run
+        if campaign.failures not in RATES:
+            raise ValueError(
+                f"campaign.failures={campaign.failures} given; {', '.join(RATES)} are allowed"
+            )
+        local = run.checkpoints.local
+        times = times_of(
+            replace(goodput, step_time_s=step_s),
+            state=state_of(run.model, is_low=run.precision.is_low, layout=layout),
+            measured={} if goodput.measured is None else read_measured(goodput.measured),
+            interval_steps=run.checkpoints.interval_steps,
+            local_interval_steps=None if local.folder is None else local.interval_steps,
+            batch_tokens=stretch.batch_tokens,
+        )
+        mtbf_s = RATES[campaign.failures].mtbf_s(stretch.num_ranks)
+        return expected_ettr(times.interval_s, costs=times.costs, mtbf_s=mtbf_s)
+
+
+def stage_memory(workload: Workload) -> Memory:
+    """Return the memory of each stage; empty: not predicted."""
+    del workload
+    return ()
