@@ -71,8 +71,8 @@ class Campaign:
     """
 
     token_shares: tuple[float, ...]
-    """Share of the tokens on each size of the cluster, the smallest size first; one share where the
-    cluster has one size."""
+    """Share of the tokens on each size of the cluster, the smallest size first; read where the
+    cluster has several sizes."""
     context: tuple[ContextAxis, ...]
     """Stages with context parallelism; layout.cp counts where none is named."""
     watts_per_gpu: float

@@ -185,10 +185,11 @@ class Forecaster:
             ValueError: if a stage has no legal layout on its GPUs, or saves cannot be planned.
         """
         run = self._run
-        sizes = [run.layout.num_ranks]
-        if run.cluster is not None:
+        sizes, shares = [run.layout.num_ranks], (1.0,)
+        if run.cluster is not None and run.cluster.other_num_nodes:
             nodes = sorted({run.cluster.num_nodes, *run.cluster.other_num_nodes})
             sizes = [number * run.cluster.gpus_per_node for number in nodes]
+            shares = campaign.token_shares
         segments = [
             (one.stage, one.window_tokens, one.global_sequences, one.num_batches)
             for one in run.timetable.segments
@@ -197,9 +198,7 @@ class Forecaster:
         return WholeRun(
             legs=tuple(
                 self._leg(stretch, campaign, goodput)
-                for stretch in stretches(
-                    segments, num_ranks=sizes, token_shares=campaign.token_shares
-                )
+                for stretch in stretches(segments, num_ranks=sizes, token_shares=shares)
             ),
             watts_per_gpu=campaign.watts_per_gpu,
             pue=campaign.pue,

@@ -29,7 +29,7 @@ from pretrain.planner.timeline_page import timeline_page
 from pretrain.training.forecasts import Assumed, Forecast, Forecaster, Memory
 from pretrain.training.goodput import goodput_report, report_as_json
 from pretrain.training.run import Run
-from pretrain.training.workloads import StepSize, step_sizes
+from pretrain.training.workloads import StepSize, recompute_choices, step_sizes
 
 REPORT_LAYOUTS: Mapping[str, Mapping[str, int]] = {
     "report, first": {"tp": 1, "pp": 8, "vp": 1, "ep": 32, "etp": 1},
@@ -242,6 +242,11 @@ def _search(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
         raise ValueError(
             f"search.window_tokens={unknown[0]} given; {sorted(sizes)}, the curriculum's windows,"
             " are allowed"
+        )
+    if unknown := set(plan.search.recompute) - set(recompute_choices(run)):
+        raise ValueError(
+            f"search.recompute={sorted(unknown)[0]} given; {', '.join(recompute_choices(run))} are"
+            " allowed"
         )
     lines: list[str] = []
     records: list[dict[str, Any]] = []
