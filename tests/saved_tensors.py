@@ -20,6 +20,7 @@ import torch
 from parallel import groups
 from parallel.layout import Layout
 from parallel.schedule import MicroBatch, forward_backward
+from parallel.seeds import seed_ranks
 from pretrain.model.assemble import build_chunks
 from pretrain.model.initialise import initialise_weights
 from pretrain.model.kernels import Kernels
@@ -124,6 +125,7 @@ def measure(case: Case) -> Kept:
     """Return what this rank keeps in one step of `case`; collective, every rank calls it."""
     device = groups.join_world()
     groups.start_groups(case.layout)
+    seed_ranks(0)
     config = transformer_config(
         case.spec,
         layout=case.layout,

@@ -1,13 +1,12 @@
 """How many bytes does autograd keep on a pipeline rank, with all micro-batches in flight?
 
 The ledger of a chunk (kept.py) under each choice of recomputation, times the micro-batches that
-wait for their backward pass (in_flight.py).
+wait for their backward pass in megatron-core's order (schedule_order.py).
 """
 
 from dataclasses import dataclass
 
 from parallel.stages import EMBEDDING, LAYER, LOSS, MTP
-from pretrain.planner.in_flight import largest_wait
 from pretrain.planner.kept import (
     Ledger,
     Sizes,
@@ -17,6 +16,7 @@ from pretrain.planner.kept import (
     mtp_module,
     norm,
 )
+from pretrain.planner.schedule_order import PipelineShape, passes, peak_alive
 from pretrain.planner.workload import Workload
 
 
@@ -52,13 +52,22 @@ def activations(sizes: Sizes, pipeline_rank: int) -> Activations:
     ledgers = tuple(chunk_ledger(sizes, stage) for stage in stages)
     return Activations(
         by_chunk=ledgers,
-        waiting=largest_wait(
-            pipeline_rank,
-            [ledger.total() for ledger in ledgers],
-            pp=workload.layout.pp,
-            num_micro_batches=workload.num_micro_batches,
-        ),
+        waiting=_waiting(workload, pipeline_rank, [ledger.total() for ledger in ledgers]),
     )
+
+
+def _waiting(workload: Workload, pipeline_rank: int, weights: list[int]) -> tuple[int, ...]:
+    """Return the micro-batches of each chunk that wait where they weigh most."""
+    layout = workload.layout
+    # later micro-batches repeat the steady state: a few rounds of the pipeline show the peak
+    enough = 2 * layout.pp * layout.vp
+    count = workload.num_micro_batches
+    shape = PipelineShape(
+        num_stages=layout.pp,
+        num_micro_batches=count if count <= enough else enough + count % layout.pp,
+        num_chunks=layout.vp,
+    )
+    return peak_alive(passes(shape)[pipeline_rank], weights=weights)
 
 
 def chunk_ledger(sizes: Sizes, stage: int) -> Ledger:
@@ -81,7 +90,8 @@ def chunk_ledger(sizes: Sizes, stage: int) -> Ledger:
     is_last_layer = workload.first_layer(stage) + slots.count(LAYER) == model.num_layers
     ends = LOSS in slots
     if (is_last_layer and LAYER in slots) if model.num_mtp_layers else ends:
-        taken = _takes_norm(sizes, model.num_layers) and slots.count(LAYER) > 0
+        again = _num_computed_again(workload, slots.count(LAYER))
+        taken = _takes_norm(sizes, model.num_layers) and slots.count(LAYER) > again
         if not taken:
             ledger["final_layernorm"] += norm(sizes, model.hidden_size)
     for _ in range(num_mtp):
@@ -96,10 +106,9 @@ def _layers(sizes: Sizes, stage: int) -> Ledger:
     workload = sizes.workload
     recompute, slots = workload.recompute, workload.stages[stage]
     first, count = workload.first_layer(stage), slots.count(LAYER)
-    num_again = 0
+    num_again = _num_computed_again(workload, count)
     ledger = Ledger()
     if recompute.kind == "full":
-        num_again = count if recompute.method == "uniform" else min(recompute.num_layers, count)
         step = recompute.num_layers if recompute.method == "uniform" else 1
         ledger["recomputed layers"] = -(-num_again // step) * sizes.stream
     model = workload.architecture
@@ -112,6 +121,14 @@ def _layers(sizes: Sizes, stage: int) -> Ledger:
             gives_norm=layer + 1 < first + count or layer + 1 == model.num_layers,
         )
     return ledger
+
+
+def _num_computed_again(workload: Workload, num_layers: int) -> int:
+    """Return how many of a stage's layers are computed twice as a whole, its first ones."""
+    recompute = workload.recompute
+    if recompute.kind != "full":
+        return 0
+    return num_layers if recompute.method == "uniform" else min(recompute.num_layers, num_layers)
 
 
 def _takes_norm(sizes: Sizes, layer: int) -> bool:

@@ -19,6 +19,8 @@ from pretrain.planner.workload import Workload
 Ledger = Counter[str]
 """Bytes by operator."""
 _FP32, _INT64, _INT32, _BOOL = 4, 8, 4, 1
+_MASK_ROWS = 256
+"""TILE_TOKENS of kernels/attention.py."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,24 +164,39 @@ def _core(sizes: Sizes, *, num_kv_heads: int, is_latent: bool) -> Ledger:
     tp, q = workload.layout.tp, operators.value_bytes
     heads, groups = attention.num_heads // tp, max(num_kv_heads // tp, 1)
     score, value = attention.score_size, attention.value_size
-    padded = operators.attention_core == "padded_flash"
+    is_padded = operators.attention_core == "padded_flash"
+    wide = score if is_padded and value < score else value
     tokens = sizes.tokens
-    wide = score if padded and value < score else value
-    whole = tokens * (workload.layout.cp if operators.context_exchange == "gather" else 1)
-    queries, keys = tokens * heads * score * q, whole * groups * score * q
-    values, output = whole * groups * value * q, tokens * heads * value * q
-    rows = tokens * heads * _FP32
+    queries, output = tokens * heads * score * q, tokens * heads * value * q
     is_dropped = is_latent and "mla_up_proj" in modules
     if "core_attn" in modules:
-        core = 0 if is_dropped else queries + keys + values
+        core = 0 if is_dropped else queries + tokens * groups * (score + value) * q
+        return Ledger({"core_attention": core, "linear_proj": output})
+    core = tokens * heads * (wide * q + _FP32)
+    cp = workload.layout.cp
+    if cp > 1 and operators.context_exchange == "gather":
+        core += cp * tokens * groups * (score + value) * q
+        core += 0 if is_dropped else queries
+        core += _later_chunks(sizes, padded_values=cp * tokens * groups * wide * q)
     else:
-        kept_values = whole * groups * wide * q
-        core = tokens * heads * wide * q + rows
-        core += (kept_values if wide > value else 0) if is_dropped else queries + keys + kept_values
-    own_copy = padded or "core_attn" in modules
-    if operators.context_exchange == "all_to_all" and workload.layout.cp > 1:
-        own_copy = True
-    return Ledger({"core_attention": core, "linear_proj": output if own_copy else 0})
+        keys, values = tokens * groups * score * q, tokens * groups * wide * q
+        core += (values if wide > value else 0) if is_dropped else queries + keys + values
+    is_exchanged = cp > 1 and operators.context_exchange == "all_to_all"
+    return Ledger(
+        {"core_attention": core, "linear_proj": output if is_padded or is_exchanged else 0}
+    )
+
+
+def _later_chunks(sizes: Sizes, *, padded_values: int) -> int:
+    """Return what both chunks of a context rank keep because neither starts the sequence.
+
+    Each has its own copy of all padded values and a mask of up to 256 rows; rank 0, one of whose
+    chunks does start the sequence, keeps less.
+    """
+    workload = sizes.workload
+    chunk = workload.sequence_tokens // (2 * workload.layout.cp)
+    masks = min(chunk, _MASK_ROWS) * (2 * workload.layout.cp + 1) * chunk
+    return 2 * padded_values + masks * sizes.operators.value_bytes
 
 
 def _ffn(sizes: Sizes, name: str, width: int) -> Ledger:
@@ -248,11 +265,18 @@ def mtp_module(sizes: Sizes) -> Ledger:
     model = sizes.workload.architecture
     hidden = model.hidden_size
     if sizes.workload.recompute.kind == "full" and sizes.workload.recompute.method == "uniform":
-        return Ledger({"mtp": 2 * sizes.stream})
+        ledger = Ledger({"mtp": 2 * sizes.stream})
+        if sizes.operators.dual_norm == "fused" and model.post_ffn_norm:
+            # what its first pass has kept stays until the second: seen by hooks, not meant
+            ledger["mtp.post_mlp_layernorm"] = 2 * sizes.stream + sizes.own_tokens * _FP32
+        return ledger
     layer = decoder_layer(sizes, is_moe=model.mtp_is_moe, takes_norm=False, gives_norm=False)
     ledger = Ledger({f"mtp.{name}": size for name, size in layer.items()})
     ledger["mtp.enorm"] = ledger["mtp.hnorm"] = norm(sizes, hidden)
     ledger["mtp.eh_proj"] = 2 * sizes.product_input
+    if sizes.operators.norm == "fused":
+        # the layer's input is a part of what all tensor ranks' projections were gathered to
+        ledger["mtp.input_layernorm"] += (sizes.workload.layout.tp - 1) * sizes.stream
     final = norm(sizes, hidden)
     if sizes.operators.dual_norm == "fused" and sizes.operators.norm == "fused":
         final -= sizes.stream  # its input is what the layer's end has kept
@@ -261,8 +285,12 @@ def mtp_module(sizes: Sizes) -> Ledger:
 
 
 def embedding(sizes: Sizes, *, num_lookups: int) -> Ledger:
-    """Return what looking up tokens keeps: their ids, once for the model and for each MTP."""
-    return Ledger({"word_embeddings": num_lookups * sizes.tokens * _INT64})
+    """Return what looking up tokens keeps: their ids, once for the model and for each MTP.
+
+    With tensor ranks also which of them are another rank's words.
+    """
+    mask = _BOOL if sizes.workload.layout.tp > 1 else 0
+    return Ledger({"word_embeddings": num_lookups * sizes.tokens * (_INT64 + mask)})
 
 
 def head_and_loss(sizes: Sizes) -> Ledger:
