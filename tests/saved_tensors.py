@@ -6,7 +6,6 @@ counts once, however many views of it are kept; parameters do not count; what is
 micro-batch ends: what is kept at that moment, the micro-batches in flight included.
 """
 
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -155,9 +154,7 @@ def measure(case: Case) -> Kept:
     routed: list[int] = []
     with _stacked(chunks, recorder, routed):
         _run(case, chunks, recorder)
-    num_moe = sum(
-        type(m).__name__ == "MoELayer" for chunk in modules for m in chunk.modules()
-    )
+    num_moe = sum(type(m).__name__ == "MoELayer" for chunk in modules for m in chunk.modules())
     return Kept(
         peak_bytes=max(recorder.moments),
         by_module=recorder.first or {},
@@ -204,9 +201,7 @@ def _batch(case: Case, generator: torch.Generator) -> MicroBatch:
 
 
 @contextmanager
-def _stacked(
-    chunks: Sequence[Any], recorder: _Recorder, routed: list[int]
-) -> Iterator[None]:
+def _stacked(chunks: Sequence[Any], recorder: _Recorder, routed: list[int]) -> Iterator[None]:
     """Let the recorder know the innermost module, and look where a chunk's forward pass ends."""
     handles: list[Any] = []
     for chunk in chunks:

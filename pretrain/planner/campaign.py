@@ -134,8 +134,8 @@ class Leg:
     """Share of the time that trains, 0 to 1."""
     flop_per_token: float
     """Causal, MTP counted."""
-    fits: bool | None
-    """Whether memory is enough; None: not predicted."""
+    fits: bool
+    """Whether memory is enough."""
 
     @property
     def days(self) -> Estimate:

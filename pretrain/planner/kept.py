@@ -12,7 +12,7 @@ experts, K chosen; q bytes of a value.
 from collections import Counter
 from dataclasses import dataclass
 
-from pretrain.planner.architecture import GroupedAttention, LatentAttention
+from pretrain.planner.architecture import LatentAttention
 from pretrain.planner.operators import Operators
 from pretrain.planner.workload import Workload
 
@@ -255,9 +255,7 @@ def _end_of_moe(sizes: Sizes, *, gives_norm: bool) -> Ledger:
     if sizes.operators.dual_norm == "separate":
         return Ledger({"post_mlp_layernorm": norm(sizes, sizes.workload.architecture.hidden_size)})
     next_number = sizes.own_tokens * _FP32 if gives_norm else 0
-    return Ledger(
-        {"post_mlp_layernorm": 2 * sizes.stream + sizes.own_tokens * _FP32 + next_number}
-    )
+    return Ledger({"post_mlp_layernorm": 2 * sizes.stream + sizes.own_tokens * _FP32 + next_number})
 
 
 def mtp_module(sizes: Sizes) -> Ledger:

@@ -111,6 +111,27 @@ def predict_memory(
     return tuple(_stage(sizes, rank, own) for rank in range(workload.layout.pp))
 
 
+def fullest_stage(workload: Workload) -> StageMemory:
+    """Return the stage of `predict_memory` with the highest `device_bytes`, for searches.
+
+    Of stages that hold the same slots the first waits for most micro-batches, so only that one is
+    looked at; `predict_memory` is the definition.
+
+    Raises:
+        ValueError: as `predict_memory`.
+    """
+    rows = round(balanced_rows(workload) * workload.expert_imbalance)
+    sizes = Sizes(workload=workload, operators=operators_of(workload), routed_rows=rows)
+    dense, pp = workload.architecture.num_dense_layers, workload.layout.pp
+    first: dict[tuple[object, ...], int] = {}
+    for rank in range(pp):
+        before = [workload.first_layer(stage) for stage in range(rank, len(workload.stages), pp)]
+        own = (workload.rank_stages(rank), tuple(max(0, dense - layer) for layer in before))
+        first.setdefault(own, rank)
+    stages = (_stage(sizes, rank, _constants()) for rank in first.values())
+    return max(stages, key=lambda stage: stage.device_bytes)
+
+
 def _stage(sizes: Sizes, rank: int, constants: MemoryConstants) -> StageMemory:
     workload = sizes.workload
     stages = range(rank, len(workload.stages), workload.layout.pp)

@@ -169,4 +169,3 @@ def score(rows: Sequence[MeasuredMemory]) -> list[ScoredMemory]:
             )
         )
     return scored
-

@@ -122,21 +122,17 @@ def _step_lines(size: StepSize, forecast: Forecast) -> Iterator[str]:
         f" {forecast.step_s.high:.2f}), {step.tokens_per_s:,.0f} tokens/s and"
         f" {step.model_flop_per_s / 1e12:.1f} TFLOP/s on each GPU (causal, MTP counted)"
     )
-    if forecast.memory:
-        verdict = "fits" if forecast.fits else "does NOT fit"
-        yield (
-            f"  memory   {forecast.peak_bytes / 1e9:.1f} GB of {forecast.capacity_bytes / 1e9:.1f}"
-            f" GB on the fullest stage: {verdict}"
-        )
-    else:
-        yield "  memory   not predicted"
+    verdict = "fits" if forecast.fits else "does NOT fit"
+    yield (
+        f"  memory   {forecast.peak_bytes / 1e9:.1f} GB of {forecast.capacity_bytes / 1e9:.1f}"
+        f" GB on the fullest stage: {verdict}"
+    )
     for reason in step.outside:
         yield f"  outside  {reason}"
     yield ""
     yield seconds_table(step.named_parts(), total_s=step.total_s)
-    if forecast.memory:
-        yield ""
-        yield memory_table(forecast.memory, capacity_bytes=forecast.capacity_bytes)
+    yield ""
+    yield memory_table(forecast.memory, capacity_bytes=forecast.capacity_bytes)
 
 
 def _step_record(size: StepSize, forecast: Forecast) -> dict[str, Any]:
@@ -152,7 +148,7 @@ def _step_record(size: StepSize, forecast: Forecast) -> dict[str, Any]:
         "parts_s": step.named_parts(),
         "outside": list(step.outside),
         "memory_bytes": [dict(stage) for stage in forecast.memory],
-        "peak_bytes": forecast.peak_bytes if forecast.memory else None,
+        "peak_bytes": forecast.peak_bytes,
         "capacity_bytes": forecast.capacity_bytes,
         "fits": forecast.fits,
     }
@@ -176,17 +172,14 @@ def _draw(
         picture, page = stem.with_suffix(".png"), stem.with_suffix(".html")
         capacity_bytes = forecast.capacity_bytes
         panels = [
-            BarPanel(title="one step of the pipeline", unit="s", rows=_timeline_rows(timeline))
+            BarPanel(title="one step of the pipeline", unit="s", rows=_timeline_rows(timeline)),
+            BarPanel(
+                title="memory of a GPU, by stage",
+                unit="GB",
+                rows=_memory_rows(forecast.memory),
+                limit=capacity_bytes / 1e9,
+            ),
         ]
-        if forecast.memory:
-            panels.append(
-                BarPanel(
-                    title="memory of a GPU",
-                    unit="GB",
-                    rows=_memory_rows(forecast.memory),
-                    limit=capacity_bytes / 1e9,
-                )
-            )
         plot_bars(panels, picture, title=heading)
         said = (
             f"{forecast.step_s.value:.2f} s a step, of which the pipeline {timeline.seconds:.2f} s;"

@@ -53,7 +53,7 @@ def leg(*, num_ranks: int, num_steps: int, step_s: float) -> Leg:
         step_s=Estimate(value=step_s, low=0.8 * step_s, high=1.2 * step_s),
         ettr=1.0,
         flop_per_token=215.4e9,
-        fits=None,
+        fits=True,
     )
 
 

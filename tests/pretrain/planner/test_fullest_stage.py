@@ -1,0 +1,23 @@
+"""The quick answer about the fullest stage is that of all stages."""
+
+from dataclasses import replace
+
+import pytest
+
+from parallel.layout import Layout
+from pretrain.planner.memory import fullest_stage, predict_memory
+from pretrain.planner.workload import even_stages
+from tests.pretrain.planner.test_workload import WORKLOAD
+
+
+@pytest.mark.parametrize("sizes", [{"pp": 1}, {"pp": 4}, {"pp": 8}, {"pp": 4, "vp": 2}], ids=str)
+def test_the_fullest_stage_is_the_maximum_over_all(sizes: dict[str, int]) -> None:
+    layout = Layout(num_ranks=64, ep=8, **sizes)
+    workload = replace(
+        WORKLOAD,
+        layout=layout,
+        stages=even_stages(WORKLOAD.architecture, layout),
+        global_batch_sequences=64 * layout.dp,
+    )
+    whole = max(stage.device_bytes for stage in predict_memory(workload))
+    assert fullest_stage(workload).device_bytes == whole
