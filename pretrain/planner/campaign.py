@@ -71,8 +71,8 @@ class Campaign:
     """
 
     token_shares: tuple[float, ...]
-    """Share of the tokens on each size of the cluster, the smallest size first; one share where the
-    cluster has one size."""
+    """Share of the tokens on each size of the cluster, the smallest size first; read where the
+    cluster has several sizes."""
     context: tuple[ContextAxis, ...]
     """Stages with context parallelism; layout.cp counts where none is named."""
     watts_per_gpu: float
@@ -134,8 +134,8 @@ class Leg:
     """Share of the time that trains, 0 to 1."""
     flop_per_token: float
     """Causal, MTP counted."""
-    fits: bool | None
-    """Whether memory is enough; None: not predicted."""
+    fits: bool
+    """Whether memory is enough."""
 
     @property
     def days(self) -> Estimate:

@@ -114,7 +114,7 @@ def legs_table(whole: WholeRun) -> str:
             f"{leg.ettr:.3f}",
             interval(leg.days),
             interval(leg.gpu_hours, digits=0),
-            {True: "yes", False: "no", None: "-"}[leg.fits],
+            "yes" if leg.fits else "no",
         )
         for leg in whole.legs
     ]

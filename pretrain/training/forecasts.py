@@ -12,9 +12,10 @@ from pretrain.planner.campaign import Campaign, Estimate, Leg, Stretch, WholeRun
 from pretrain.planner.failure_rates import RATES
 from pretrain.planner.goodput import expected_ettr
 from pretrain.planner.hardware import Hardware, hardware_of
+from pretrain.planner.memory import StageMemory, fullest_stage, predict_memory
 from pretrain.planner.scale import Goodput, state_of, times_of
 from pretrain.planner.search import Choice, Found, SearchResult, SearchSpace, search
-from pretrain.planner.step_time import StepTime, predict_step
+from pretrain.planner.step_time import StepTime, predict_step, resident_parameters
 from pretrain.planner.workload import Workload
 from pretrain.training.goodput import read_measured
 from pretrain.training.run import Run
@@ -28,6 +29,8 @@ from pretrain.training.workloads import (
     workload_of,
 )
 
+_LEAST_BYTES = 6
+"""Of a weight: bf16 and an fp32 gradient; FP8 copies, masters and moments come on top."""
 Memory = tuple[Mapping[str, float], ...]
 """Of each pipeline stage, part -> bytes of one GPU at its fullest."""
 
@@ -69,19 +72,18 @@ class Forecast:
     step: StepTime
     step_s: Estimate
     memory: Memory
-    """Empty: not predicted."""
     capacity_bytes: float
     """That a GPU may fill."""
 
     @property
     def peak_bytes(self) -> float:
-        """Of the fullest stage; 0: not predicted."""
-        return max((sum(stage.values()) for stage in self.memory), default=0.0)
+        """Of the fullest stage."""
+        return max(sum(stage.values()) for stage in self.memory)
 
     @property
-    def fits(self) -> bool | None:
-        """Whether memory is enough; None: not predicted."""
-        return None if not self.memory else self.peak_bytes <= self.capacity_bytes
+    def fits(self) -> bool:
+        """Whether memory is enough."""
+        return self.peak_bytes <= self.capacity_bytes
 
 
 class Forecaster:
@@ -146,7 +148,12 @@ class Forecaster:
         segments = segments_of(run, size)
 
         def make_workload(choice: Choice) -> Workload:
-            recompute = choices[choice.recompute]
+            recompute, cp = choices[choice.recompute], choice.layout.cp
+            if cp > 1 and size.window_tokens < cp * run.micro_batch_tokens:
+                raise ValueError(
+                    f"layout.cp={cp} leaves a context rank less than micro_batch_tokens="
+                    f"{run.micro_batch_tokens} of a window of {size.window_tokens}: not tried"
+                )
             check_choice(run, segments, layout=choice.layout, recompute=recompute)
             return workload_of(
                 run, size, layout=choice.layout, recompute=recompute, machine=self._machine
@@ -156,12 +163,21 @@ class Forecaster:
             space,
             num_ranks=num_ranks,
             make_workload=make_workload,
-            peak_bytes=lambda workload: max(
-                (sum(stage.values()) for stage in stage_memory(workload)), default=0.0
-            ),
+            peak_bytes=self._peak_bytes,
             step_s=lambda workload: predict_step(workload, self.hardware).total_s,
             capacity_bytes=self.capacity_bytes,
         )
+
+    def _peak_bytes(self, workload: Workload) -> float:
+        """Return a stage's bytes, or those of weights and gradients alone where they are too many.
+
+        Most layouts that do not fit do not fit these, which are known at once.
+        """
+        for rank in {0, min(1, workload.layout.pp - 1), workload.layout.pp - 1}:
+            held = sum(resident_parameters(workload, rank)) * _LEAST_BYTES
+            if held > self.capacity_bytes:
+                return held
+        return fullest_stage(workload).device_bytes
 
     def found(self, size: StepSize, *, layout: Layout, recompute: str) -> Found:
         """Return one choice as a search has it, whether it fits or not.
@@ -185,10 +201,11 @@ class Forecaster:
             ValueError: if a stage has no legal layout on its GPUs, or saves cannot be planned.
         """
         run = self._run
-        sizes = [run.layout.num_ranks]
-        if run.cluster is not None:
+        sizes, shares = [run.layout.num_ranks], (1.0,)
+        if run.cluster is not None and run.cluster.other_num_nodes:
             nodes = sorted({run.cluster.num_nodes, *run.cluster.other_num_nodes})
             sizes = [number * run.cluster.gpus_per_node for number in nodes]
+            shares = campaign.token_shares
         segments = [
             (one.stage, one.window_tokens, one.global_sequences, one.num_batches)
             for one in run.timetable.segments
@@ -197,9 +214,7 @@ class Forecaster:
         return WholeRun(
             legs=tuple(
                 self._leg(stretch, campaign, goodput)
-                for stretch in stretches(
-                    segments, num_ranks=sizes, token_shares=campaign.token_shares
-                )
+                for stretch in stretches(segments, num_ranks=sizes, token_shares=shares)
             ),
             watts_per_gpu=campaign.watts_per_gpu,
             pue=campaign.pue,
@@ -254,6 +269,23 @@ class Forecaster:
 
 
 def stage_memory(workload: Workload) -> Memory:
-    """Return the memory of each stage; empty: not predicted."""
-    del workload
-    return ()
+    """Return the memory of each stage; the parts add up to what a GPU has lost.
+
+    Raises:
+        ValueError: if the memory of such a step is not known.
+    """
+    return tuple(_parts(stage) for stage in predict_memory(workload))
+
+
+def _parts(stage: StageMemory) -> Mapping[str, float]:
+    constants = stage.constants
+    return {
+        "weights": stage.state.weights,
+        "gradients": stage.state.gradients,
+        "optimizer": stage.state.optimizer,
+        "activations": stage.kept_bytes,
+        "transient": stage.moment_bytes,
+        "workspace": constants.workspace_bytes,
+        "fragmentation": stage.peak_bytes * constants.fragmentation,
+        "CUDA and NCCL": constants.context_bytes + constants.communicator_bytes,
+    }

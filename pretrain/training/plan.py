@@ -31,7 +31,7 @@ from pretrain.training.goodput import goodput_report, report_as_json
 from pretrain.training.row_predictions import as_text as as_rows_text
 from pretrain.training.row_predictions import predict_rows
 from pretrain.training.run import Run
-from pretrain.training.workloads import StepSize, step_sizes
+from pretrain.training.workloads import StepSize, recompute_choices, step_sizes
 
 REPORT_LAYOUTS: Mapping[str, Mapping[str, int]] = {
     "report, first": {"tp": 1, "pp": 8, "vp": 1, "ep": 32, "etp": 1},
@@ -146,21 +146,17 @@ def _step_lines(size: StepSize, forecast: Forecast) -> Iterator[str]:
         f" {forecast.step_s.high:.2f}), {step.tokens_per_s:,.0f} tokens/s and"
         f" {step.model_flop_per_s / 1e12:.1f} TFLOP/s on each GPU (causal, MTP counted)"
     )
-    if forecast.memory:
-        verdict = "fits" if forecast.fits else "does NOT fit"
-        yield (
-            f"  memory   {forecast.peak_bytes / 1e9:.1f} GB of {forecast.capacity_bytes / 1e9:.1f}"
-            f" GB on the fullest stage: {verdict}"
-        )
-    else:
-        yield "  memory   not predicted"
+    verdict = "fits" if forecast.fits else "does NOT fit"
+    yield (
+        f"  memory   {forecast.peak_bytes / 1e9:.1f} GB of {forecast.capacity_bytes / 1e9:.1f}"
+        f" GB on the fullest stage: {verdict}"
+    )
     for reason in step.outside:
         yield f"  outside  {reason}"
     yield ""
     yield seconds_table(step.named_parts(), total_s=step.total_s)
-    if forecast.memory:
-        yield ""
-        yield memory_table(forecast.memory, capacity_bytes=forecast.capacity_bytes)
+    yield ""
+    yield memory_table(forecast.memory, capacity_bytes=forecast.capacity_bytes)
 
 
 def _step_record(size: StepSize, forecast: Forecast) -> dict[str, Any]:
@@ -176,7 +172,7 @@ def _step_record(size: StepSize, forecast: Forecast) -> dict[str, Any]:
         "parts_s": step.named_parts(),
         "outside": list(step.outside),
         "memory_bytes": [dict(stage) for stage in forecast.memory],
-        "peak_bytes": forecast.peak_bytes if forecast.memory else None,
+        "peak_bytes": forecast.peak_bytes,
         "capacity_bytes": forecast.capacity_bytes,
         "fits": forecast.fits,
     }
@@ -200,17 +196,14 @@ def _draw(
         picture, page = stem.with_suffix(".png"), stem.with_suffix(".html")
         capacity_bytes = forecast.capacity_bytes
         panels = [
-            BarPanel(title="one step of the pipeline", unit="s", rows=_timeline_rows(timeline))
+            BarPanel(title="one step of the pipeline", unit="s", rows=_timeline_rows(timeline)),
+            BarPanel(
+                title="memory of a GPU, by stage",
+                unit="GB",
+                rows=_memory_rows(forecast.memory),
+                limit=capacity_bytes / 1e9,
+            ),
         ]
-        if forecast.memory:
-            panels.append(
-                BarPanel(
-                    title="memory of a GPU",
-                    unit="GB",
-                    rows=_memory_rows(forecast.memory),
-                    limit=capacity_bytes / 1e9,
-                )
-            )
         plot_bars(panels, picture, title=heading)
         said = (
             f"{forecast.step_s.value:.2f} s a step, of which the pipeline {timeline.seconds:.2f} s;"
@@ -266,6 +259,11 @@ def _search(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
         raise ValueError(
             f"search.window_tokens={unknown[0]} given; {sorted(sizes)}, the curriculum's windows,"
             " are allowed"
+        )
+    if unknown := set(plan.search.recompute) - set(recompute_choices(run)):
+        raise ValueError(
+            f"search.recompute={sorted(unknown)[0]} given; {', '.join(recompute_choices(run))} are"
+            " allowed"
         )
     lines: list[str] = []
     records: list[dict[str, Any]] = []

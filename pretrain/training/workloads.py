@@ -6,6 +6,7 @@ torch.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from data.stream.order import Segment
 from parallel.layout import Layout
@@ -196,5 +197,5 @@ def workload_of(
     )
 
 
-def _plain_format(precision: Precision) -> str:
+def _plain_format(precision: Precision) -> Literal["bf16", "fp32"]:
     return "bf16" if precision.is_low else "fp32"

@@ -1,6 +1,7 @@
 """Does launch/plan.py plan the report's run as it says, and refuse what it cannot plan?"""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     """Return what runs the command in this process, and gives its exit code and what it said."""
 
     def command(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["plan.py", "+cluster=h200_1536", *words])
+        cluster = [] if any("cluster=" in word for word in words) else ["+cluster=h200_1536"]
+        monkeypatch.setattr(sys, "argv", ["plan.py", *cluster, *words])
         code = run(main, user_errors=USER_ERRORS)
         said = capsys.readouterr()
         return code, said.out, said.err
@@ -31,7 +33,7 @@ def test_the_reports_run_trains_as_much_of_its_time_as_we_want(
     plan: Command, tmp_path: Path
 ) -> None:
     path = tmp_path / "new" / "goodput.json"
-    code, out, _ = plan(f"json={path}")
+    code, out, _ = plan("action=goodput", f"output={path}")
     assert code == 0
     for words in (
         "527,688,113,152 parameters * 14 bytes = 7.39 TB, 4.81 GB on each of 1,536 ranks",
@@ -68,18 +70,21 @@ def test_a_cheap_local_tier_helps_where_nodes_stay(plan: Command, tmp_path: Path
     path = tmp_path / "goodput.json"
 
     def ettr(*words: str) -> float:
-        assert plan("goodput.node_loss_share=0.2", "goodput.blocking_s=1", *words)[0] == 0
+        assert (
+            plan("action=goodput", "goodput.node_loss_share=0.2", "goodput.blocking_s=1", *words)[0]
+            == 0
+        )
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return next(r["simulated"]["ettr"] for r in rows if r["name"] == "RSC, by jobs")
 
     tier = ("checkpoints.local.folder=/nvme/run", "checkpoints.local.interval_steps=5")
-    assert ettr(*tier, f"json={path}") > ettr(f"json={path}") + 0.02
+    assert ettr(*tier, f"output={path}") > ettr(f"output={path}") + 0.02
 
 
 def test_measured_times_take_the_place_of_assumed_ones(plan: Command, tmp_path: Path) -> None:
     path = tmp_path / "measured.json"
     path.write_text(json.dumps({"measured": {"blocking_s": 0.25, "detection_s": 4}}))
-    code, out, _ = plan(f"goodput.measured={path}")
+    code, out, _ = plan("action=goodput", f"goodput.measured={path}")
     assert code == 0
     assert "agreement                0.25  measured  goodput.blocking_s" in out
     assert "detection                4.00  measured  goodput.detection_s" in out
@@ -89,16 +94,46 @@ def test_measured_times_take_the_place_of_assumed_ones(plan: Command, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["action=memory"], ["action", "'memory'", "goodput"]),
-        (["checkpoints.interval_steps=0"], ["checkpoints.interval_steps=0", "give 1 or more"]),
+        (["action=memory"], ["action", "'memory'", "'goodput'", "'search'"]),
+        (
+            ["action=goodput", "checkpoints.interval_steps=0"],
+            ["checkpoints.interval_steps=0", "give 1 or more"],
+        ),
+        (
+            ["action=run", "checkpoints.interval_steps=0"],
+            ["checkpoints.interval_steps=0", "give 1 or more"],
+        ),
         (["goodput.tokens_per_s=0"], ["goodput.tokens_per_s=0", "above 0"]),
         (
             ["checkpoints.local.folder=/nvme/a", "checkpoints.local.interval_steps=7"],
             ["checkpoints.local.interval_steps=7", "divide"],
         ),
-        (["goodput.measured=nowhere.json"], ["goodput.measured=nowhere.json", "measured"]),
+        (
+            ["action=goodput", "goodput.measured=nowhere.json"],
+            ["goodput.measured=nowhere.json", "measured"],
+        ),
         (["goodput.persist=1"], ["goodput.persist", "persist_bytes_per_s"]),
         (["layout.pp=7"], ["layout.pp=7", "1536 ranks"]),
+        (["layout.pp=-2"], ["layout.pp=-2", "at least 1"]),
+        (["cluster.num_nodes=0"], ["cluster.num_nodes=0", "at least 1"]),
+        (["cluster.num_nodes=100"], ["layout.num_ranks=1536", "cluster.num_nodes=100", "= 800"]),
+        (["layout.vp=4"], ["64 stages", "lower layout.pp or layout.vp"]),
+        (["layout.ep=7"], ["layout.ep=7", "1536 ranks"]),
+        (["assumed.gpu=H900"], ["gpu=H900", "H200", "H100"]),
+        (["assumed.step_error=1"], ["assumed.step_error=1", "0 to 1"]),
+        (["assumed.expert_imbalance=0.5"], ["assumed.expert_imbalance=0.5", "1 or more"]),
+        (["assumed.reserved_bytes=-1"], ["assumed.reserved_bytes=-1", "0 or more"]),
+        (["action=run", "campaign.failures=never"], ["campaign.failures=never", "Llama 3"]),
+        (["action=run", "campaign.token_shares=[1.0]"], ["campaign.token_shares", "[1024, 1536]"]),
+        (["campaign.token_shares=[0.5,0.6]"], ["campaign.token_shares", "sum is 1"]),
+        (["campaign.pue=0.5"], ["campaign.pue=0.5", "1 or more"]),
+        (["campaign.context=[{window_tokens: 16384, cp: 0}]"], ["cp=0", "at least 1"]),
+        (["campaign.context=[{window_tokens: 16384, cp: 5}]"], ["layout.cp=5", "1536 ranks"]),
+        (["action=search", "search.pp=[]"], ["search.pp=[]", "at least one"]),
+        (["action=search", "search.ep=[0]"], ["search.ep=[0]", "at least 1"]),
+        (["action=search", "search.recompute=[half]"], ["half", "run, none, full"]),
+        (["action=search", "search.window_tokens=[100]"], ["search.window_tokens=100", "4096"]),
+        (["action=search", "figures=here"], ["figures=here", "action=plan"]),
     ],
     ids=lambda words: " ".join(words),
 )
@@ -116,6 +151,81 @@ def test_a_wrong_configuration_ends_with_2_and_names_the_key(
 def test_measurements_that_are_none_are_refused(plan: Command, text: str, tmp_path: Path) -> None:
     path = tmp_path / "measured.json"
     path.write_text(text)
-    code, _, err = plan(f"goodput.measured={path}")
+    code, _, err = plan("action=goodput", f"goodput.measured={path}")
     assert code == 2
     assert f"goodput.measured={path}" in err
+
+
+def test_a_step_is_planned_for_every_length_of_the_curriculum(
+    plan: Command, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    code, out, _ = plan(f"output={path}")
+    assert code == 0
+    for words in (
+        "15,360 sequences of 4,096 tokens on H200s: tp1 cp1 pp16 vp1 ep8 etp1 dp96 (1536 ranks)",
+        "3,840 sequences of 16,384 tokens on H200s: tp1 cp4",
+        "1,920 sequences of 32,768 tokens on H200s: tp1 cp8",
+        "next: python launch/plan.py <the same words> action=search",
+    ):
+        assert words in out, out
+    steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
+    for step in steps:
+        parts = step["parts_s"]
+        assert sum(parts.values()) == pytest.approx(step["step_s"]["value"])
+        assert step["step_s"]["low"] < step["step_s"]["value"] < step["step_s"]["high"]
+        tokens = step["window_tokens"] * step["global_sequences"]
+        pace = tokens / step["step_s"]["value"] / 1536
+        assert step["tokens_per_s_per_gpu"] == pytest.approx(pace)
+    # 62.9M tokens each, so longer windows differ by their attention
+    assert len(steps) == 3
+    assert steps[0]["step_s"]["value"] < steps[1]["step_s"]["value"] < steps[2]["step_s"]["value"]
+
+
+def test_the_figures_are_drawn_where_asked(plan: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "figures"
+    code, out, _ = plan(f"figures={folder}")
+    assert code == 0
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted(
+        f"timeline_{window}.{kind}" for window in (4096, 16384, 32768) for kind in ("html", "png")
+    )
+    for path in folder.glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert str(path) in out
+    page = (folder / "timeline_4096.html").read_text(encoding="utf-8")
+    assert page.count('"forward":[') == 16
+
+
+def test_the_whole_run_stands_beside_the_reports(plan: Command, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    code, out, _ = plan("action=run", f"output={path}")
+    assert code == 0
+    for words in ("10T, stages 9.26T", "301.72 at the end", "2.7M at 1,536 GPUs for 75 days"):
+        assert words in out
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["tokens"] == pytest.approx(9.26e12, rel=1e-3)
+    legs = record["legs"]
+    tokens = [leg["stretch"] for leg in legs]
+    assert {leg["num_ranks"] for leg in tokens} == {1024, 1536}
+    small = sum(
+        leg["window_tokens"] * leg["global_sequences"] * leg["num_steps"]
+        for leg in tokens
+        if leg["num_ranks"] == 1024
+    )
+    assert small == pytest.approx(0.36 * 9.26e12, rel=1e-3)
+    days = sum(
+        leg["step_s"]["value"] * leg["stretch"]["num_steps"] / leg["ettr"] / 86_400 for leg in legs
+    )
+    assert record["days"]["value"] == pytest.approx(days)
+    assert record["days"]["low"] == pytest.approx(0.8 * days)
+    assert record["megawatt_hours"]["value"] == pytest.approx(
+        record["gpu_hours"]["value"] * 1050 * 1.56 / 1e6
+    )
+    assert all(0.9 < leg["ettr"] < 1 for leg in legs)
+
+
+def test_planning_needs_no_torch() -> None:
+    code = "import sys, launch.plan; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
