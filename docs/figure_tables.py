@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from planner_tables import planner_memory_rows  # beside this file, as this file is
+
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """Return rows, the first the header, as an aligned Markdown table."""
@@ -378,6 +380,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "bench_stream": bench_stream_table,
     "fp8": fp8_table,
     "goodput": goodput_table,
+    "planner_memory": lambda record: markdown_table(planner_memory_rows(record)),
     "loss_spikes": loss_spikes_table,
     "kills": kills_table,
     "metrics": metrics_table,
