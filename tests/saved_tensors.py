@@ -6,7 +6,6 @@ counts once, however many views of it are kept; parameters do not count; what is
 micro-batch ends: what is kept at that moment, the micro-batches in flight included.
 """
 
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from parallel.layout import Layout
 from parallel.schedule import MicroBatch, forward_backward
 from parallel.seeds import seed_ranks
 from pretrain.model.assemble import build_chunks
+from pretrain.model.extra_losses import forget_extra_losses
 from pretrain.model.initialise import initialise_weights
 from pretrain.model.kernels import Kernels
 from pretrain.model.load_balance import LoadBalance
@@ -124,6 +124,7 @@ def _line() -> str:
 def measure(case: Case) -> Kept:
     """Return what this rank keeps in one step of `case`; collective, every rank calls it."""
     device = groups.join_world()
+    forget_extra_losses()  # another model's, whose layers are others
     groups.start_groups(case.layout)
     seed_ranks(0)
     config = transformer_config(
@@ -155,9 +156,7 @@ def measure(case: Case) -> Kept:
     routed: list[int] = []
     with _stacked(chunks, recorder, routed):
         _run(case, chunks, recorder)
-    num_moe = sum(
-        type(m).__name__ == "MoELayer" for chunk in modules for m in chunk.modules()
-    )
+    num_moe = sum(type(m).__name__ == "MoELayer" for chunk in modules for m in chunk.modules())
     return Kept(
         peak_bytes=max(recorder.moments),
         by_module=recorder.first or {},
@@ -204,9 +203,7 @@ def _batch(case: Case, generator: torch.Generator) -> MicroBatch:
 
 
 @contextmanager
-def _stacked(
-    chunks: Sequence[Any], recorder: _Recorder, routed: list[int]
-) -> Iterator[None]:
+def _stacked(chunks: Sequence[Any], recorder: _Recorder, routed: list[int]) -> Iterator[None]:
     """Let the recorder know the innermost module, and look where a chunk's forward pass ends."""
     handles: list[Any] = []
     for chunk in chunks:

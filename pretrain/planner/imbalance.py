@@ -114,9 +114,7 @@ class RankRows:
         return high
 
 
-def rank_rows(
-    load: RouterLoad, *, mean_rows: float, num_ranks: int, num_layers: int
-) -> RankRows:
+def rank_rows(load: RouterLoad, *, mean_rows: float, num_ranks: int, num_layers: int) -> RankRows:
     """Return the distribution of a rank's rows.
 
     Args:

@@ -12,7 +12,7 @@ experts, K chosen; q bytes of a value.
 from collections import Counter
 from dataclasses import dataclass
 
-from pretrain.planner.architecture import GroupedAttention, LatentAttention
+from pretrain.planner.architecture import LatentAttention
 from pretrain.planner.operators import Operators
 from pretrain.planner.workload import Workload
 
@@ -240,10 +240,8 @@ def _experts(sizes: Sizes) -> Ledger:
     model, rows, q = workload.architecture, sizes.routed_rows, operators.value_bytes
     values = rows * model.expert_ffn_size // workload.layout.etp
     rows_in = rows * model.hidden_size * operators.input_bytes + rows * _FP32
-    if operators.experts == "one_by_one":
-        gate = 5 * values * q  # gate and up, silu, the other half, their product
-    else:
-        gate = 2 * values * q
+    # one by one: the first product, silu of the gate, the other half, and what both give
+    gate = (5 if operators.experts == "one_by_one" else 2) * values * q
     second = 0 if "moe_act" in workload.recompute.modules else values * operators.input_bytes
     return Ledger({"experts": rows_in + gate + second})
 
@@ -255,9 +253,7 @@ def _end_of_moe(sizes: Sizes, *, gives_norm: bool) -> Ledger:
     if sizes.operators.dual_norm == "separate":
         return Ledger({"post_mlp_layernorm": norm(sizes, sizes.workload.architecture.hidden_size)})
     next_number = sizes.own_tokens * _FP32 if gives_norm else 0
-    return Ledger(
-        {"post_mlp_layernorm": 2 * sizes.stream + sizes.own_tokens * _FP32 + next_number}
-    )
+    return Ledger({"post_mlp_layernorm": 2 * sizes.stream + sizes.own_tokens * _FP32 + next_number})
 
 
 def mtp_module(sizes: Sizes) -> Ledger:

@@ -174,4 +174,3 @@ def score(rows: Sequence[MeasuredMemory]) -> list[ScoredMemory]:
             )
         )
     return scored
-

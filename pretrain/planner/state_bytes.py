@@ -23,7 +23,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp8": 2, "nvfp4": 2}
 """Bytes of a value outside the products, by number format."""
 _FP8 = 1
 FP8_COPIES = 2
-"""An FP8 weight is stored as it is and transposed: Hopper multiplies FP8 in one orientation only."""
+"""An FP8 weight is stored as it is and transposed: Hopper multiplies in one orientation only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -50,9 +50,7 @@ def chunk_weights(workload: Workload, stage: int) -> tuple[Weight, ...]:
     # MTP embeds its tokens itself: its stage holds a second copy, or a tied head is one
     is_shared = pp > 1 and (model.num_mtp_layers > 0 or model.tied_embedding)
     if EMBEDDING in slots or MTP in slots:
-        found.append(
-            Weight(name="word_embeddings", shape=vocabulary, has_own_bucket=is_shared)
-        )
+        found.append(Weight(name="word_embeddings", shape=vocabulary, has_own_bucket=is_shared))
     first = workload.first_layer(stage)
     for layer in range(first, first + slots.count(LAYER)):
         found += layer_weights(workload, is_moe=layer >= model.num_dense_layers)
@@ -107,9 +105,7 @@ def _ffn(
     name: str, hidden: int, width: int, cut: int, *, is_expert: bool = False
 ) -> Iterator[Weight]:
     for part, shape in (("fc1", (2 * width // cut, hidden)), ("fc2", (hidden, width // cut))):
-        yield Weight(
-            name=f"{name}.linear_{part}", shape=shape, is_expert=is_expert, is_linear=True
-        )
+        yield Weight(name=f"{name}.linear_{part}", shape=shape, is_expert=is_expert, is_linear=True)
 
 
 def _attention(model: Architecture, tp: int) -> Iterator[Weight]:

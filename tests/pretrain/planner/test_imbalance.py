@@ -56,4 +56,6 @@ def test_impossible_loads_are_refused() -> None:
     with pytest.raises(ValueError, match="above 0"):
         RouterLoad(num_experts=8, concentration=0)
     with pytest.raises(ValueError, match="divisor"):
-        rank_rows(RouterLoad(num_experts=8, concentration=1), mean_rows=1, num_ranks=3, num_layers=1)
+        rank_rows(
+            RouterLoad(num_experts=8, concentration=1), mean_rows=1, num_ranks=3, num_layers=1
+        )

@@ -5,6 +5,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 
 from parallel.coordinates import coordinates
 from parallel.layout import Layout
@@ -92,19 +93,13 @@ def of_trainer(run: Run) -> tuple[int, int, int, int]:
             moments += sum(state[name].nbytes for name in ("exp_avg", "exp_avg_sq"))
         for group in part.shard_fp32_from_float16_groups:
             masters += sum(shard.nbytes for shard in group)
-    place = coordinates(trainer_rank(), layout=run.layout)
+    place = coordinates(torch.distributed.get_rank(), layout=run.layout)
     return (
         place.pp,
         sum(buffer.param_data.nbytes for buffer in buffers),
         sum(buffer.grad_data.nbytes for buffer in buffers),
         moments + masters,
     )
-
-
-def trainer_rank() -> int:
-    import torch  # noqa: PLC0415  in the rank's process
-
-    return torch.distributed.get_rank()
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
