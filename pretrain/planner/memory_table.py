@@ -21,7 +21,7 @@ def memory_table(
         headrooms: of the same stages under a router's load; None: left out.
         device_bytes: of a GPU; ranks above it are marked.
     """
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             "rank",
             "stages",
