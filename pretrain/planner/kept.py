@@ -164,8 +164,8 @@ def _core(sizes: Sizes, *, num_kv_heads: int, is_latent: bool) -> Ledger:
     tp, q = workload.layout.tp, operators.value_bytes
     heads, groups = attention.num_heads // tp, max(num_kv_heads // tp, 1)
     score, value = attention.score_size, attention.value_size
-    is_padded = operators.attention_core == "padded_flash"
-    wide = score if is_padded and value < score else value
+    is_padded = operators.attention_core == "padded_flash" and value < score
+    wide = score if is_padded else value
     tokens = sizes.tokens
     queries, output = tokens * heads * score * q, tokens * heads * value * q
     is_dropped = is_latent and "mla_up_proj" in modules
@@ -181,10 +181,10 @@ def _core(sizes: Sizes, *, num_kv_heads: int, is_latent: bool) -> Ledger:
     else:
         keys, values = tokens * groups * score * q, tokens * groups * wide * q
         core += (values if wide > value else 0) if is_dropped else queries + keys + values
-    is_exchanged = cp > 1 and operators.context_exchange == "all_to_all"
-    return Ledger(
-        {"core_attention": core, "linear_proj": output if is_padded or is_exchanged else 0}
-    )
+    # otherwise the projection reads the output itself; cut to its width, exchanged or put together
+    # from chunks it is another tensor
+    is_copied = is_padded or (cp > 1 and operators.context_exchange != "ring")
+    return Ledger({"core_attention": core, "linear_proj": output if is_copied else 0})
 
 
 def _later_chunks(sizes: Sizes, *, padded_values: int) -> int:
@@ -240,10 +240,8 @@ def _experts(sizes: Sizes) -> Ledger:
     model, rows, q = workload.architecture, sizes.routed_rows, operators.value_bytes
     values = rows * model.expert_ffn_size // workload.layout.etp
     rows_in = rows * model.hidden_size * operators.input_bytes + rows * _FP32
-    if operators.experts == "one_by_one":
-        gate = 5 * values * q  # gate and up, silu, the other half, their product
-    else:
-        gate = 2 * values * q
+    # one by one: the first product, silu of the gate, the other half, and what both give
+    gate = (5 if operators.experts == "one_by_one" else 2) * values * q
     second = 0 if "moe_act" in workload.recompute.modules else values * operators.input_bytes
     return Ledger({"experts": rows_in + gate + second})
 

@@ -31,8 +31,8 @@ class Operators:
     """elementary: cosines and sines of the sequence are kept by each layer, twice."""
     attention_core: Literal["flash", "padded_flash"] = "flash"
     """flash: queries, keys, values, output and the logarithm of each row's sum. padded_flash
-    (kernels/attention.py): the same with values as wide as queries, and the output projection keeps
-    its own input."""
+    (kernels/attention.py): the same with values as wide as queries; where they were narrower, the
+    output projection keeps its own input."""
     context_exchange: Literal["ring", "all_to_all", "gather"] = "ring"
     """How context ranks share keys and values. ring: each keeps its own; all_to_all: heads for
     tokens, the output before and after the exchange is kept; gather: keys and values of the whole
