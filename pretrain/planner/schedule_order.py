@@ -107,14 +107,14 @@ class PipelineShape:
         return 2 * self.num_stages * self.messages_per_sender
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=96)
 def programs(shape: PipelineShape) -> tuple[tuple[Order, ...], ...]:
     """Return the program of every stage, `num_stages` of them."""
     write = _plain if shape.num_chunks == 1 else _interleaved
     return tuple(tuple(write(_Writer(shape, stage))) for stage in range(shape.num_stages))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=96)
 def passes(shape: PipelineShape) -> tuple[tuple[Pass, ...], ...]:
     """Return the passes of every stage in order, without messages."""
     return tuple(

@@ -6,17 +6,25 @@ best trade step time against memory headroom: none of them is slower and fuller 
 (Pareto). What a layout is made into, its memory and its time come in as callables.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
+from multiprocessing import get_all_start_methods, get_context
+from typing import Any
 
 from parallel.layout import Layout, LayoutError
 from pretrain.planner.workload import Workload
 
 AXES = ("tp", "cp", "pp", "vp", "ep", "etp")
 OUT_OF_MEMORY = "does not fit"
+_LEAST_CHOICES = 100
+"""Of a process; fewer are judged sooner than it has begun."""
+_JUDGES: list[Callable[[Any], Any]] = []
+"""What forked processes find, the last one theirs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,34 +139,64 @@ def search(
         step_s: asked only where the memory is enough; its ValueError is a reason, too.
         capacity_bytes: that a rank may fill.
     """
+
+    def judge(choice: Choice) -> Found | str:
+        try:
+            workload = make_workload(choice)
+            peak = peak_bytes(workload)
+            if peak > capacity_bytes:
+                return (
+                    f"{OUT_OF_MEMORY}: {peak / 1e9:.1f} GB on the fullest stage, a GPU may fill"
+                    f" {capacity_bytes / 1e9:.1f} GB"
+                )
+            seconds = step_s(workload)
+        except ValueError as error:
+            return str(error)
+        return Found(choice=choice, workload=workload, step_s=seconds, peak_bytes=peak)
+
     refused = _Refused()
-    found: list[Found] = []
+    choices: list[Choice] = []
     for layout in layouts(space, num_ranks=num_ranks):
         if isinstance(layout, tuple):
             refused.add(str(layout[1]), example=layout[0], number=len(space.recompute))
-            continue
-        for recompute in space.recompute:
-            choice = Choice(layout=layout, recompute=recompute)
-            try:
-                workload = make_workload(choice)
-                peak = peak_bytes(workload)
-                if peak > capacity_bytes:
-                    refused.add(
-                        f"{OUT_OF_MEMORY}: {peak / 1e9:.1f} GB on the fullest stage, a GPU may fill"
-                        f" {capacity_bytes / 1e9:.1f} GB",
-                        example=str(choice),
-                    )
-                    continue
-                seconds = step_s(workload)
-            except ValueError as error:
-                refused.add(str(error), example=str(choice))
-                continue
-            found.append(Found(choice=choice, workload=workload, step_s=seconds, peak_bytes=peak))
+        else:
+            choices += [Choice(layout=layout, recompute=name) for name in space.recompute]
+    found: list[Found] = []
+    for choice, verdict in zip(choices, _on_all_cores(judge, choices), strict=True):
+        if isinstance(verdict, str):
+            refused.add(verdict, example=str(choice))
+        else:
+            found.append(verdict)
     return SearchResult(
         found=tuple(sorted(found, key=lambda one: (one.step_s, one.peak_bytes))),
         refusals=refused.listed(),
         capacity_bytes=capacity_bytes,
     )
+
+
+def _on_all_cores(
+    judge: Callable[[Choice], Found | str], choices: Sequence[Choice]
+) -> list[Found | str]:
+    """Return the verdict on each choice, in their order, from a process for each core."""
+    num_processes = min(os.cpu_count() or 1, len(choices) // _LEAST_CHOICES)
+    if num_processes < 2 or "fork" not in get_all_start_methods():
+        return [judge(choice) for choice in choices]
+    # a forked process has the callables already; they could not be sent to it
+    shares = [choices[first::num_processes] for first in range(num_processes)]
+    _JUDGES.append(judge)
+    try:
+        with ProcessPoolExecutor(num_processes, mp_context=get_context("fork")) as pool:
+            parts = list(pool.map(_judge_all, shares))
+    finally:
+        _JUDGES.pop()
+    verdicts: list[Found | str] = [""] * len(choices)
+    for first, part in enumerate(parts):
+        verdicts[first::num_processes] = part
+    return verdicts
+
+
+def _judge_all(choices: Sequence[Choice]) -> list[Found | str]:
+    return [_JUDGES[-1](choice) for choice in choices]
 
 
 def pareto(found: Sequence[Found]) -> list[Found]:

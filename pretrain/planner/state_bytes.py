@@ -13,6 +13,7 @@ optimizer/distrib_optimizer.py:340-460.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pretrain.planner.weights import Weight, chunk_weights
 from pretrain.planner.workload import OptimizerState, Workload
@@ -198,8 +199,18 @@ def _chunk(workload: Workload, stage: int) -> Iterator[RankBytes]:
 
 
 def _of(workload: Workload, weights: Sequence[Weight], *, weight_bytes: int) -> RankBytes:
-    layout, optimizer = workload.layout, workload.optimizer
+    layout = workload.layout
+    replicas = (layout.dp * layout.cp, layout.expert_dp)
+    return _of_weights(tuple(weights), replicas, weight_bytes, workload.optimizer)
 
+
+@lru_cache(maxsize=4096)  # stages are alike, and a search asks for the same ones again
+def _of_weights(
+    weights: tuple[Weight, ...],
+    replicas: tuple[int, int],
+    weight_bytes: int,
+    optimizer: OptimizerState,
+) -> RankBytes:
     def pieces(is_expert: bool) -> list[Piece]:
         return [
             Piece(num_values=w.num_values, has_own_bucket=w.has_own_bucket)
@@ -210,8 +221,8 @@ def _of(workload: Workload, weights: Sequence[Weight], *, weight_bytes: int) -> 
     return chunk_bytes(
         pieces(False),
         pieces(True),
-        dense_replicas=layout.dp * layout.cp,
-        expert_replicas=layout.expert_dp,
+        dense_replicas=replicas[0],
+        expert_replicas=replicas[1],
         weight_bytes=weight_bytes,
         optimizer=optimizer,
     )

@@ -8,6 +8,7 @@ megatron-core's modules, our own model first; tests compare them with the module
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from parallel.stages import EMBEDDING, LAYER, LOSS, MTP
 from pretrain.planner.architecture import Architecture, GroupedAttention, LatentAttention
@@ -76,27 +77,37 @@ def chunk_weights(workload: Workload, stage: int) -> tuple[Weight, ...]:
     return tuple(found)
 
 
-def layer_weights(workload: Workload, *, is_moe: bool) -> Iterator[Weight]:
-    """Yield the weights of a layer in the order of its modules."""
-    model, layout = workload.architecture, workload.layout
+def layer_weights(workload: Workload, *, is_moe: bool) -> tuple[Weight, ...]:
+    """Return the weights of a layer in the order of its modules."""
+    layout = workload.layout
+    cut = (layout.tp, layout.ep, layout.etp)
+    return _of_layer(workload.architecture, cut, is_moe)
+
+
+@lru_cache(maxsize=256)  # a search asks for the same ones a million times
+def _of_layer(model: Architecture, cut: tuple[int, int, int], is_moe: bool) -> tuple[Weight, ...]:
+    return tuple(_layer(model, *cut, is_moe=is_moe))
+
+
+def _layer(model: Architecture, tp: int, ep: int, etp: int, *, is_moe: bool) -> Iterator[Weight]:
     hidden = model.hidden_size
     yield Weight(name="input_layernorm", shape=(hidden,))
-    yield from _attention(model, layout.tp)
+    yield from _attention(model, tp)
     yield Weight(name="pre_mlp_layernorm", shape=(hidden,))
     if not is_moe:
-        yield from _ffn("mlp", hidden, model.dense_ffn_size, layout.tp)
+        yield from _ffn("mlp", hidden, model.dense_ffn_size, tp)
         return
     yield Weight(name="router", shape=(model.num_routed_experts, hidden))
     if model.ffn_bias:
         yield Weight(name="router.bias", shape=(model.num_routed_experts,))
-    is_expert = layout.ep > 1 or layout.etp != layout.tp
-    for _ in range(model.num_routed_experts // layout.ep):
-        yield from _ffn("experts", hidden, model.expert_ffn_size, layout.etp, is_expert=is_expert)
+    is_expert = ep > 1 or etp != tp
+    for _ in range(model.num_routed_experts // ep):
+        yield from _ffn("experts", hidden, model.expert_ffn_size, etp, is_expert=is_expert)
         if model.ffn_bias:
-            width = 2 * model.expert_ffn_size // layout.etp + hidden
+            width = 2 * model.expert_ffn_size // etp + hidden
             yield Weight(name="experts.bias", shape=(width,), is_expert=is_expert)
     if model.num_shared_experts:
-        yield from _ffn("shared_experts", hidden, model.shared_ffn_size, layout.tp)
+        yield from _ffn("shared_experts", hidden, model.shared_ffn_size, tp)
     if model.post_ffn_norm:
         yield Weight(name="post_mlp_layernorm", shape=(hidden,))
 

@@ -131,7 +131,7 @@ def check_choice(
     check_precision(run.precision, spec=run.model, layout=layout)
     parts = {"spec": run.model, "layout": layout, "precision": run.precision}
     check_recompute(recompute, **parts)
-    check_kernels(run.kernels, recompute)
+    check_kernels(run.kernels, spec=run.model, recompute=recompute, exchange=run.exchange)
     check_exchange(run.exchange, recompute=recompute, **parts)
 
 
