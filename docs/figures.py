@@ -15,9 +15,11 @@ import re
 import sys
 from pathlib import Path
 
-from figure_tables import TABLES  # beside this file, which is run as a script
+from figure_tables import TABLES as GENERAL  # beside this file, which is run as a script
+from planner_tables import PLANNER_TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
+TABLES = {**GENERAL, **PLANNER_TABLES}
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end figures -->)", re.DOTALL)
 
 

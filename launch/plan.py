@@ -5,6 +5,7 @@
     python launch/plan.py +cluster=h200_1536 action=search            # the best layouts
     python launch/plan.py +cluster=h200_1536 action=run               # days, GPU-hours, energy
     python launch/plan.py +cluster=h200_1536 action=goodput           # how much time would train
+    python launch/plan.py action=predict rows=FILE.csv output=NEW.csv # steps of a table
 
 Takes the words of launch/pretrain.py, and those of conf/plan.yaml. Exit codes: 0 printed, 2 wrong
 configuration.
@@ -22,7 +23,7 @@ from pretrain.training.plan import Plan, make_plan
 from pretrain.training.run import Run
 from pretrain.training.start import USER_ERRORS
 
-OWN = ("action", "output", "figures", "assumed", "search", "campaign", "goodput")
+OWN = ("action", "output", "rows", "figures", "assumed", "search", "campaign", "goodput")
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="plan")

@@ -11,8 +11,15 @@ from pretrain.planner.architecture import GroupedAttention
 from pretrain.planner.products import Product, expert_tokens
 from pretrain.planner.workload import Workload
 
-CAST_BYTES = {"none": 0, "delayed": 4, "tensorwise": 6, "rowwise": 8, "blockwise": 4}
-CAST_BYTES |= {"mxfp8": 4, "nvfp4": 6}
+CAST_BYTES = {
+    "none": 0,
+    "delayed": 4,
+    "tensorwise": 6,
+    "rowwise": 8,
+    "blockwise": 4,
+    "mxfp8": 4,
+    "nvfp4": 6,
+}
 """Bytes moved to cast one bf16 value: read (twice if the scale needs the largest first), and
 written by rows and by columns."""
 EAGER_NORM, EAGER_ROTARY, EAGER_ACTIVATION = 3.4, 5.0, 1.7

@@ -7,7 +7,7 @@ leaving out one model at a time: its rows are predicted with constants that neve
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,8 @@ STEP = 0.02
 """Change of a constant's logarithm for a derivative."""
 
 Floats = NDArray[np.float64]
-NAMES = tuple(field.name for field in fields(Constants))
+NAMES = tuple(PRIOR_WIDTH)
+"""Constants that are fitted."""
 LIMITS: Mapping[str, float] = {"exposed": 1.0, "nvlink": 1.0, "network": 1.0, "memory": 1.0}
 """Largest value of constants that are shares."""
 
@@ -74,38 +75,41 @@ class Score:
         return self.predicted / self.row.tokens_per_s - 1
 
 
-def fit(rows: Sequence[Measured], *, prior: Constants, free: Sequence[str]) -> Fit:
+def fit(rows: Sequence[Measured], *, parent: Sequence[Measured] = ()) -> Fit:
     """Return the constants that rows imply.
 
     Args:
         rows: measurements of one GPU, or of GPUs that share constants.
-        prior: where each constant is held to, and what those that are not free are.
-        free: names of the fitted ones.
+        parent: measurements of the GPU whose constants these are held to; none: the prior values.
 
     Raises:
         ValueError: if there are no rows.
     """
     if not rows:
         raise ValueError("no rows given; at least one is needed for a fit")
-    offsets = np.zeros(len(free))
-    widths = np.array([PRIOR_WIDTH[name] for name in free])
+    prior = fit(parent).constants if parent else Constants()
+    offsets = np.zeros(len(NAMES))
+    widths = np.array([PRIOR_WIDTH[name] for name in NAMES])
     measured = np.log([row.tokens_per_s for row in rows])
     for _ in range(ROUNDS):
-        predicted, bubbles = _predicted(rows, _moved(prior, free, offsets))
-        slopes = _slopes(rows, prior, free, offsets, predicted, bubbles)
+        predicted, bubbles = _predicted(rows, _moved(prior, offsets))
+        slopes = _slopes(rows, prior, offsets, predicted, bubbles)
         residual = (measured - predicted) / ERROR_WIDTH
         weight = np.minimum(1.0, HUBER / np.maximum(np.abs(residual), 1e-12)) ** 0.5
         design = np.vstack([slopes / ERROR_WIDTH * weight[:, None], np.diag(1 / widths)])
         target = np.concatenate([residual * weight, -offsets / widths])
         step = np.linalg.lstsq(design, target, rcond=None)[0]
         offsets = offsets + np.clip(step, -0.15, 0.15)
-    return Fit(constants=_moved(prior, free, offsets), rows=tuple(row.row_id for row in rows))
+    return Fit(
+        constants=_moved(prior, offsets),
+        rows=tuple(sorted({row.row_id for row in (*rows, *parent)})),
+    )
 
 
-def _moved(prior: Constants, free: Sequence[str], offsets: Floats) -> Constants:
+def _moved(prior: Constants, offsets: Floats) -> Constants:
     moved = {
         name: min(getattr(prior, name) * float(np.exp(offset)), LIMITS.get(name, np.inf))
-        for name, offset in zip(free, offsets, strict=True)
+        for name, offset in zip(NAMES, offsets, strict=True)
     }
     return replace(prior, **moved)
 
@@ -123,16 +127,15 @@ def _predicted(rows: Sequence[Measured], constants: Constants) -> tuple[Floats, 
 def _slopes(
     rows: Sequence[Measured],
     prior: Constants,
-    free: Sequence[str],
     offsets: Floats,
     predicted: Floats,
     bubbles: Sequence[float],
 ) -> Floats:
-    slopes = np.zeros((len(rows), len(free)))
-    for column in range(len(free)):
+    slopes = np.zeros((len(rows), len(NAMES)))
+    for column in range(len(NAMES)):
         moved = offsets.copy()
         moved[column] += STEP
-        constants = _moved(prior, free, moved)
+        constants = _moved(prior, moved)
         for idx, (row, bubble) in enumerate(zip(rows, bubbles, strict=True)):
             step = predict_step(row.workload, hardware(row.gpu, constants), bubble_share=bubble)
             slopes[idx, column] = (np.log(step.tokens_per_s) - predicted[idx]) / STEP
@@ -145,33 +148,37 @@ def hardware(gpu: Gpu, constants: Constants) -> Hardware:
 
 
 def leave_one_out(
-    rows: Sequence[Measured], *, prior: Constants, free: Sequence[str]
-) -> tuple[list[Score], dict[str, Constants]]:
-    """Return each row predicted without its model, and the constants of each fit by that model.
+    rows: Sequence[Measured], *, parent: Sequence[Measured] = ()
+) -> tuple[dict[str, Fit], Fit]:
+    """Return, by model, the fit that never saw it, and the fit of all rows.
+
+    A model is left out of the parent's rows, too.
 
     Args:
         rows: as `fit`.
-        prior: as `fit`.
-        free: as `fit`.
+        parent: as `fit`.
     """
-    scores: list[Score] = []
-    without: dict[str, Constants] = {}
+    without: dict[str, Fit] = {}
     for model in dict.fromkeys(row.model for row in rows):
         others = [row for row in rows if row.model != model]
-        if not others:
-            continue
-        made = fit(others, prior=prior, free=free)
-        without[model] = made.constants
-        own = [row for row in rows if row.model == model]
-        predicted, _ = _predicted(own, made.constants)
-        for row, value in zip(own, np.exp(predicted), strict=True):
-            scores.append(Score(row=row, predicted=float(value), fitted_on=made.rows))
-    return scores, without
+        other_parents = [row for row in parent if row.model != model]
+        if others:
+            without[model] = fit(others, parent=other_parents)
+    return without, fit(rows, parent=parent)
 
 
-def intervals(
-    constants: Constants, without: Mapping[str, Constants], free: Sequence[str]
-) -> dict[str, tuple[float, float]]:
+def scored(rows: Sequence[Measured], without: Mapping[str, Fit]) -> list[Score]:
+    """Return rows predicted by the fits that never saw their models."""
+    scores: list[Score] = []
+    for row in rows:
+        if row.model in without:
+            made = without[row.model]
+            step = predict_step(row.workload, hardware(row.gpu, made.constants))
+            scores.append(Score(row=row, predicted=step.tokens_per_s, fitted_on=made.rows))
+    return scores
+
+
+def intervals(made: Fit, without: Mapping[str, Fit]) -> dict[str, tuple[float, float]]:
     """Return the 90 % interval of each constant from a jackknife over models.
 
     A fit without one of n models spreads by 1 / (n - 1) of what a new set of models would; the
@@ -179,9 +186,9 @@ def intervals(
     """
     found: dict[str, tuple[float, float]] = {}
     num = len(without)
-    for name in free:
-        value = getattr(constants, name)
-        logs = np.log([getattr(other, name) for other in without.values()])
+    for name in NAMES:
+        value = getattr(made.constants, name)
+        logs = np.log([getattr(other.constants, name) for other in without.values()])
         error = float(np.sqrt((num - 1) / num * np.sum((logs - logs.mean()) ** 2)))
         found[name] = (value * np.exp(-1.645 * error), value * np.exp(1.645 * error))
     return found

@@ -66,7 +66,7 @@ def product_s(product: Product, *, workload: Workload, hardware: Hardware) -> fl
         reached *= size / (size + half)
     if product.count > 1:
         reached *= constants.grouped
-    return product.flop / (reached * constants.clock)
+    return product.flop / reached
 
 
 def attention_products(workload: Workload) -> tuple[Product, ...]:
@@ -140,7 +140,7 @@ def attention_core_s(workload: Workload, *, hardware: Hardware, windowed: bool) 
     reached = hardware.constants.attention * mean / (mean + ATTENTION_HALF_HEAD)
     if workload.attention_kernel == "torch":
         reached *= TORCH_ATTENTION
-    return flop / (hardware.gpu.bf16_flop_per_s * reached * hardware.constants.clock)
+    return flop / (hardware.gpu.bf16_flop_per_s * reached)
 
 
 def total_s(products: Sequence[Product], *, workload: Workload, hardware: Hardware) -> float:

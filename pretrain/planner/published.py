@@ -102,6 +102,7 @@ def _workload(row: Mapping[str, str]) -> Workload:
         overlap_experts="EP overlap" in row["notes"] or recipe_words.overlap_experts,
         overlap_tensor_parallel=recipe_words.overlap_tensor_parallel or "async TP" in row["notes"],
         attention_kernel=recipe_words.attention_kernel,
+        fused_loss=recipe_words.fused_loss,
         expert_imbalance=NATURAL_IMBALANCE if "natural" in row["routing_balance"] else 1.0,
         stack=stack,
         gpu=gpu.name,

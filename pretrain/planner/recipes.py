@@ -26,6 +26,8 @@ class RecipeWords:
     """Whether ep is the number of ranks where the table has none."""
     attention_kernel: Literal["tuned", "torch"] = "tuned"
     """See `Workload.attention_kernel`."""
+    fused_loss: bool = True
+    """See `Workload.fused_loss`."""
 
 
 BRIDGE, AUTOMODEL, TORCHTITAN = "Bridge", "AutoModel", "torchtitan"
@@ -33,10 +35,13 @@ BRIDGE, AUTOMODEL, TORCHTITAN = "Bridge", "AutoModel", "torchtitan"
 _STACKS: Mapping[str, RecipeWords] = {
     # scripts/performance/configs/*: grad_reduce_in_fp32 = False, tp_comm_overlap = True
     BRIDGE: RecipeWords(gradient_bytes=2),
-    # examples/llm_benchmark: FSDP2 reduces in fp32; te attention
-    AUTOMODEL: RecipeWords(overlap_tensor_parallel=False),
-    # models call scaled_dot_product_attention; async TP is named where it is on
-    TORCHTITAN: RecipeWords(overlap_tensor_parallel=False, attention_kernel="torch"),
+    # examples/llm_benchmark: FSDP2 reduces in fp32; loss_fn MaskedCrossEntropy
+    AUTOMODEL: RecipeWords(overlap_tensor_parallel=False, fused_loss=False),
+    # models call scaled_dot_product_attention; async TP is named where it is on;
+    # torchtitan/train.py of December 2024 casts logits to fp32 for cross_entropy
+    TORCHTITAN: RecipeWords(
+        overlap_tensor_parallel=False, attention_kernel="torch", fused_loss=False
+    ),
 }
 
 _MODELS: Mapping[tuple[str, str, str], RecipeWords] = {
@@ -52,14 +57,23 @@ _MODELS: Mapping[tuple[str, str, str], RecipeWords] = {
     # examples/benchmark/configs/gptoss_20b_te_deepep.yaml, gptoss_120b_te_deepep.yaml: ep_size 8 on
     # 8 and 64 on 64 ranks; the table has a dash
     (AUTOMODEL, "GPT-OSS-20B", "H100"): RecipeWords(
-        overlap_tensor_parallel=False, experts_over_all_ranks=True, attention_kernel="torch"
+        overlap_tensor_parallel=False,
+        experts_over_all_ranks=True,
+        attention_kernel="torch",
+        fused_loss=False,
     ),
     (AUTOMODEL, "GPT-OSS-120B", "H100"): RecipeWords(
-        overlap_tensor_parallel=False, experts_over_all_ranks=True, attention_kernel="torch"
+        overlap_tensor_parallel=False,
+        experts_over_all_ranks=True,
+        attention_kernel="torch",
+        fused_loss=False,
     ),
     # examples/llm_benchmark/llama3_3/custom_llama3_1_70b_pretrain_benchmark_8nodes.yaml
     (AUTOMODEL, "Llama3-70B", "H100"): RecipeWords(
-        overlap_tensor_parallel=False, recompute="full AC", attention_kernel="torch"
+        overlap_tensor_parallel=False,
+        recompute="full AC",
+        attention_kernel="torch",
+        fused_loss=False,
     ),
 }
 

@@ -28,6 +28,8 @@ from pretrain.planner.step_time import pass_times, pipeline_shape
 from pretrain.planner.timeline_page import timeline_page
 from pretrain.training.forecasts import Assumed, Forecast, Forecaster, Memory
 from pretrain.training.goodput import goodput_report, report_as_json
+from pretrain.training.row_predictions import as_text as as_rows_text
+from pretrain.training.row_predictions import predict_rows
 from pretrain.training.run import Run
 from pretrain.training.workloads import StepSize, recompute_choices, step_sizes
 
@@ -48,11 +50,14 @@ class Plan:
         ValueError: if figures are asked for that the action does not draw.
     """
 
-    action: Literal["plan", "search", "run", "goodput"]
+    action: Literal["plan", "search", "run", "goodput", "predict"]
     """plan: time and memory of a step; search: the best layouts; run: the whole run; goodput: how
-    much of the time trains the model."""
+    much of the time trains the model; predict: time and memory of the steps in `rows`."""
     output: Path | None
-    """File that gets the same figures as JSON; null: none."""
+    """File that gets the same figures as JSON, or with action=predict the rows as CSV; null:
+    none."""
+    rows: Path | None
+    """CSV with the columns of measured_runs.csv; action=predict reads it."""
     figures: Path | None
     """Folder that gets a plan's timeline and memory as PNG and HTML; null: none."""
     assumed: Assumed
@@ -66,6 +71,11 @@ class Plan:
                 f"figures={self.figures} with action={self.action} given; action=plan is allowed:"
                 " it alone draws"
             )
+        if (self.rows is not None) != (self.action == "predict"):
+            raise ValueError(
+                f"rows={self.rows} with action={self.action} given; a CSV file with"
+                " action=predict, and none with the others, is allowed"
+            )
 
 
 def make_plan(run: Run, plan: Plan) -> str:
@@ -75,6 +85,8 @@ def make_plan(run: Run, plan: Plan) -> str:
         ValueError: if the run cannot be planned so.
         OSError: if a file cannot be written.
     """
+    if plan.action == "predict":
+        return _predict(plan)
     make = {"plan": _step, "search": _search, "run": _whole_run, "goodput": _goodput}[plan.action]
     text, record = make(run, plan)
     if plan.output is not None:
@@ -83,6 +95,18 @@ def make_plan(run: Run, plan: Plan) -> str:
         plan.output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         text += f"\n\nwritten: {plan.output}"
     return text
+
+
+def _predict(plan: Plan) -> str:
+    if plan.rows is None or plan.output is None:
+        raise ValueError(f"output={plan.output} given; action=predict needs a CSV file to write")
+    if plan.output.resolve() == plan.rows.resolve():
+        raise ValueError(
+            f"output={plan.output} given; another file than rows={plan.rows} is allowed"
+        )
+    predictions = predict_rows(plan.rows)
+    predictions.write(plan.output)
+    return f"{as_rows_text(predictions)}\n\nwritten: {plan.output}"
 
 
 def _goodput(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
