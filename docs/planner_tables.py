@@ -73,6 +73,27 @@ def _short(layout: str) -> str:
     return " ".join([ranks.removesuffix(" ranks)"), *kept])
 
 
+def planner_memory_table(record: Mapping[str, Any]) -> str:
+    """Return measured and predicted peak memory of each configuration."""
+    rows: list[tuple[str, ...]] = [
+        ("row", "configuration", "n", "measured GiB", "predicted GiB", "error", "constant, MiB")
+    ]
+    rows += [
+        (
+            row["id"],
+            f"`{row['case']}`",
+            str(row["num_rows"]),
+            f"{row['measured_gib']:.2f}",
+            f"{row['predicted_gib']:.2f}",
+            f"{row['error']:+.2%}",
+            f"{row['fitted_mib']:.1f}",
+        )
+        for row in record["rows"]
+    ]
+    return markdown_table(rows)
+
+
 PLANNER_TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "planner_memory": planner_memory_table,
     "planner_time": planner_time_table,
 }

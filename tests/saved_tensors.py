@@ -21,6 +21,7 @@ from parallel.layout import Layout
 from parallel.schedule import MicroBatch, forward_backward
 from parallel.seeds import seed_ranks
 from pretrain.model.assemble import build_chunks
+from pretrain.model.extra_losses import forget_extra_losses
 from pretrain.model.initialise import initialise_weights
 from pretrain.model.kernels import Kernels
 from pretrain.model.load_balance import LoadBalance
@@ -123,6 +124,7 @@ def _line() -> str:
 def measure(case: Case) -> Kept:
     """Return what this rank keeps in one step of `case`; collective, every rank calls it."""
     device = groups.join_world()
+    forget_extra_losses()  # another model's, whose layers are others
     groups.start_groups(case.layout)
     seed_ranks(0)
     config = transformer_config(

@@ -37,6 +37,17 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeldWeight:
+    """A parameter of a rank's module, as its gradient buffer sees it."""
+
+    num_values: int
+    is_expert: bool
+    """Whether its gradient is summed over expert_dp instead of dp and cp."""
+    has_own_bucket: bool
+    """Whether two stages share it: megatron gives it a bucket of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
     """What one rank holds of the model."""
 
@@ -49,6 +60,8 @@ class Share:
     layers: tuple[int, ...]
     """Decoder layers it has modules of, from 0, in their order."""
     shards: tuple[Shard, ...]
+    chunks: tuple[tuple[HeldWeight, ...], ...]
+    """Parameters of each of its model chunks in the order of the modules."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

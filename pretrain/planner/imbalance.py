@@ -97,7 +97,8 @@ class RankRows:
         """Return the probability that a rank gets more than `rows` rows."""
         if math.isinf(self.alpha):
             return float(rows < self.mean_rows)
-        return 1 - beta_below(rows / self.num_choices, self.alpha, self.beta)
+        # of the other shares, so that a small probability is not a difference of two large ones
+        return beta_below(1 - rows / self.num_choices, self.beta, self.alpha)
 
     def quantile(self, probability: float) -> float:
         """Return the rows that are not exceeded with `probability`, above 0 and below 1."""

@@ -240,10 +240,8 @@ def _experts(sizes: Sizes) -> Ledger:
     model, rows, q = workload.architecture, sizes.routed_rows, operators.value_bytes
     values = rows * model.expert_ffn_size // workload.layout.etp
     rows_in = rows * model.hidden_size * operators.input_bytes + rows * _FP32
-    if operators.experts == "one_by_one":
-        gate = 5 * values * q  # gate and up, silu, the other half, their product
-    else:
-        gate = 2 * values * q
+    # one by one: the first product, silu of the gate, the other half, and what both give
+    gate = (5 if operators.experts == "one_by_one" else 2) * values * q
     second = 0 if "moe_act" in workload.recompute.modules else values * operators.input_bytes
     return Ledger({"experts": rows_in + gate + second})
 

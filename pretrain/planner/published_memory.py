@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from parallel.stages import MTP
 from pretrain.planner.architecture import Architecture, GroupedAttention
 from pretrain.planner.memory import MemoryConstants, predict_memory
 from pretrain.planner.operators import Operators, operators_of
@@ -25,6 +26,7 @@ _KV_HEADS = {"Llama3.1-405B": 16}
 """run_pretrain_llama3.sh of SimuMax gives this model 16 groups of queries, Meta's has 8."""
 _DENSE_LAYERS = {"DeepSeek-V2": 1, "DeepSeek-V3": 1}
 """run_pretrain_deepseekv2.sh: MOE_LAYER_FREQ, the first layer of the cut models is dense."""
+_ANY_GPU = "H200"
 _VOCABULARY_STEP = 128
 """megatron pads the vocabulary to a multiple of this times tp (--make-vocab-size-divisible-by)."""
 
@@ -75,16 +77,21 @@ def memory_workload_of(row: Mapping[str, str]) -> tuple[Workload, Operators]:
     """Return the step of a row, and how its launcher computes each operator.
 
     Raises:
-        NotDescribed: with the reason.
+        ValueError: if it does not say enough; the message is the reason.
     """
     if _LAUNCHER not in row["source"]:
         workload = workload_of(row)
         return workload, operators_of(workload)
     model = row["model"].removesuffix(" dims")
-    # the table holds runs without model chunks only (its notes say so)
-    workload = workload_of({**row, "model": model, "vp": row["vp"] or "1"})
-    architecture = _as_launched(workload.architecture, tp=workload.layout.tp)
-    workload = replace(workload, architecture=architecture, stages=_without_mtp(workload))
+    # The table holds runs without model chunks only (its notes say so). Bytes do not depend on the
+    # GPU, of which only those with a time model are known.
+    read = workload_of({**row, "model": model, "vp": row["vp"] or "1", "gpu": _ANY_GPU})
+    workload = replace(
+        read,
+        architecture=_as_launched(read.architecture, tp=read.layout.tp),
+        stages=tuple(stage.replace(MTP, "") for stage in read.stages),
+        gpu=row["gpu"],
+    )
     return workload, replace(operators_of(workload), context_exchange="all_to_all")
 
 
@@ -103,10 +110,6 @@ def _as_launched(model: Architecture, *, tp: int) -> Architecture:
     )
 
 
-def _without_mtp(workload: Workload) -> tuple[str, ...]:
-    return tuple(stage.replace("m", "") for stage in workload.stages)
-
-
 def measured_memory(rows: Iterable[Mapping[str, str]]) -> list[MeasuredMemory]:
     """Return each configuration of rows of `KIND` once.
 
@@ -114,8 +117,7 @@ def measured_memory(rows: Iterable[Mapping[str, str]]) -> list[MeasuredMemory]:
         rows: with the columns of measured_runs.csv.
 
     Raises:
-        NotDescribed: if a row does not say enough.
-        ValueError: if rows of one configuration disagree.
+        ValueError: if a row does not say enough, or rows of one configuration disagree.
     """
     found: dict[tuple[object, ...], list[MeasuredMemory]] = {}
     without = MemoryConstants(
@@ -147,11 +149,14 @@ def _once(same: Sequence[MeasuredMemory]) -> MeasuredMemory:
 
 
 def fit(rows: Sequence[MeasuredMemory]) -> float:
-    """Return the constant: the median of what is left, each model as heavy as any other."""
-    models = sorted({row.model for row in rows})
-    if not models:
+    """Return the constant: the median of what is left over `rows`, bytes.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not rows:
         raise ValueError("no rows of peak allocated memory given, at least one is needed")
-    return median(median(r.left_bytes for r in rows if r.model == model) for model in models)
+    return median(row.left_bytes for row in rows)
 
 
 def score(rows: Sequence[MeasuredMemory]) -> list[ScoredMemory]:

@@ -17,11 +17,19 @@ from parallel.imagined import find_group_differences, imagined_rank
 from parallel.layout import Layout
 from pretrain.checkpoint.boxes import boxes
 from pretrain.model.dry_run import chunks_on_meta
-from pretrain.model.shares import Shard, Share, Total, find_weight_faults, total_parameters
+from pretrain.model.shares import (
+    HeldWeight,
+    Shard,
+    Share,
+    Total,
+    find_weight_faults,
+    total_parameters,
+)
 from pretrain.model.spec import ModelSpec
+from pretrain.planner.state_bytes import RankBytes
 from pretrain.training.curriculum import DryRun, Stage, Verdict, find_stage_faults, judge
 from pretrain.training.dry_run_table import as_text
-from pretrain.training.rank_bytes import RankBytes, rank_bytes
+from pretrain.training.rank_bytes import rank_bytes
 from pretrain.training.run import Run
 
 
@@ -132,7 +140,17 @@ def read_shares(spec: ModelSpec, *, layout: Layout) -> Iterator[Share]:
                     )
                     for box in boxes(chunks)
                 ),
+                chunks=tuple(tuple(_held(chunk)) for chunk in chunks),
             )
+
+
+def _held(chunk: Any) -> Iterator[HeldWeight]:
+    for weight in chunk.parameters():
+        yield HeldWeight(
+            num_values=weight.numel(),
+            is_expert=not getattr(weight, "allreduce", True),
+            has_own_bucket=getattr(weight, "shared_embedding", False),
+        )
 
 
 def _sample(layout: Layout, num_ranks: int) -> tuple[int, ...]:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from parallel.coordinates import GROUP_AXES, is_inside_nodes
 from pretrain.model.shares import Share, Total, slots_of_stage
 from pretrain.monitor.quantities import format_bytes, format_si
+from pretrain.planner.state_bytes import RankBytes
 from pretrain.training.curriculum import Stage, Verdict
-from pretrain.training.rank_bytes import RankBytes
 from pretrain.training.run import Run
 
 _SINGLE_AXES = ("tp", "cp", "dp", "pp", "etp", "ep", "expert_dp")

@@ -1,54 +1,47 @@
-"""How many bytes do a rank's weights, gradients and optimizer state take?
+"""How many bytes do a rank's weights, gradients and optimizer state take, by its modules?
 
-What a run holds from its first step to its last; activations come on top. Weights stay whole,
-gradients are summed in fp32, and the distributed optimizer gives each replica its part of the
-masters and moments. No torch.
+What the modules of a dry run hold, laid into buffers as megatron-core lays them
+(pretrain/planner/state_bytes.py, which counts the same from the sizes alone). Activations come on
+top. No torch.
 """
-
-from dataclasses import dataclass
 
 from parallel.layout import Layout
 from pretrain.model.precision import Precision
-from pretrain.model.shares import Share
+from pretrain.model.shares import HeldWeight, Share
+from pretrain.planner.state_bytes import Piece, RankBytes, chunk_bytes
+from pretrain.planner.workload import OptimizerState
 
 _BF16, _FP32 = 2, 4
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankBytes:
-    """Bytes that a rank holds between two steps."""
-
-    weights: int
-    """bf16, or fp32 with precision=fp32."""
-    gradients: int
-    """fp32, of every weight."""
-    optimizer: int
-    """This rank's part of two fp32 moments and, under bf16 weights, of the fp32 masters."""
-
-    @property
-    def total(self) -> int:
-        """All three."""
-        return self.weights + self.gradients + self.optimizer
-
-
 def rank_bytes(share: Share, *, layout: Layout, precision: Precision) -> RankBytes:
-    """Return what a rank's share costs on `layout`.
+    """Return what a rank's share costs on `layout`, its largest replica's part of the optimizer.
 
-    The optimizer's parts are rounded up to whole values; megatron pads its buffers by less than
-    1,024 values more for each replica.
+    Without `optimizer.overlap`, which ends buckets earlier and pads each of them.
 
     Args:
         share: what the rank holds.
         layout: dense weights are divided over dp * cp replicas, experts over expert_dp.
-        precision: number formats.
+        precision: number formats; FP8 keeps bf16 weights, its copies are not counted here.
     """
-    dense = share.num_parameters - share.num_expert_parameters
-    part = -(-dense // (layout.dp * layout.cp)) + -(
-        -share.num_expert_parameters // layout.expert_dp
-    )
-    states = 3 if precision.is_low else 2
+    optimizer = OptimizerState(master_bytes=_FP32 if precision.is_low else 0)
+    chunks = [
+        chunk_bytes(
+            [_piece(weight) for weight in chunk if not weight.is_expert],
+            [_piece(weight) for weight in chunk if weight.is_expert],
+            dense_replicas=layout.dp * layout.cp,
+            expert_replicas=layout.expert_dp,
+            weight_bytes=_BF16 if precision.is_low else _FP32,
+            optimizer=optimizer,
+        )
+        for chunk in share.chunks
+    ]
     return RankBytes(
-        weights=share.num_parameters * (_BF16 if precision.is_low else _FP32),
-        gradients=share.num_parameters * _FP32,
-        optimizer=part * states * _FP32,
+        weights=sum(chunk.weights for chunk in chunks),
+        gradients=sum(chunk.gradients for chunk in chunks),
+        optimizer=sum(chunk.optimizer for chunk in chunks),
     )
+
+
+def _piece(weight: HeldWeight) -> Piece:
+    return Piece(num_values=weight.num_values, has_own_bucket=weight.has_own_bucket)

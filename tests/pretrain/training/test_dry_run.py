@@ -97,11 +97,16 @@ def test_bytes_follow_from_formats_and_replicas(
     dense = count_parameters(spec).total - 4 * experts
     assert (share.num_expert_parameters, share.num_parameters) == (experts, experts + dense)
     low = rank_bytes(share, layout=layout, precision=Precision(kind="bf16"))
-    assert (low.weights, low.gradients) == (2 * (experts + dense), 4 * (experts + dense))
-    assert low.optimizer == 12 * (dense // 8 + experts // 2)  # dp 4 * cp 2; expert_dp 2
+    # a parameter starts at a multiple of 64 values, each of two buffers ends at one of 128
+    padding = 64 * sum(len(chunk) for chunk in share.chunks) + 2 * 128
+    values = experts + dense
+    assert 2 * values <= low.weights < 2 * (values + padding)
+    assert low.gradients == 2 * low.weights
+    mean = 12 * (dense // 8 + experts // 2)  # dp 4 * cp 2; expert_dp 2
+    assert mean <= low.optimizer < mean + 12 * padding  # of the largest replica
     full = rank_bytes(share, layout=layout, precision=Precision(kind="fp32"))
-    assert full.weights == 4 * (experts + dense)
-    assert full.optimizer == 8 * (dense // 8 + experts // 2)
+    assert full.weights == full.gradients == low.gradients
+    assert full.optimizer * 12 == low.optimizer * 8
 
 
 def test_the_text_and_the_json_have_every_stage(
