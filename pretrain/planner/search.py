@@ -9,7 +9,7 @@ best trade step time against memory headroom: none of them is slower and fuller 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 
 from parallel.layout import Layout, LayoutError
@@ -41,15 +41,13 @@ class SearchSpace:
     """Rows of each table."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            sizes = getattr(self, field.name)
-            if isinstance(sizes, tuple) and not sizes and field.name != "window_tokens":
-                raise ValueError(f"search.{field.name}=[] given, at least one value is allowed")
-            numbers = sizes if isinstance(sizes, tuple) else (sizes,)
-            if any(isinstance(size, int) and size < 1 for size in numbers):
-                raise ValueError(
-                    f"search.{field.name}={list(numbers)} given, at least 1 each is allowed"
-                )
+        for name in (*AXES, "recompute"):
+            if not getattr(self, name):
+                raise ValueError(f"search.{name}=[] given, at least one value is allowed")
+        numbers = {axis: getattr(self, axis) for axis in AXES} | {"best": (self.best,)}
+        for name, sizes in numbers.items():
+            if min(sizes) < 1:
+                raise ValueError(f"search.{name}={list(sizes)} given, at least 1 each is allowed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

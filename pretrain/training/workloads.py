@@ -196,5 +196,5 @@ def workload_of(
     )
 
 
-def _plain_format(precision: Precision) -> str:
+def _plain_format(precision: Precision) -> Literal["bf16", "fp32"]:
     return "bf16" if precision.is_low else "fp32"
