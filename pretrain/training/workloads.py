@@ -6,6 +6,7 @@ torch.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from data.stream.order import Segment
 from parallel.layout import Layout
