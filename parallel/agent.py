@@ -110,6 +110,7 @@ def run_ranks(
     on_death: Callable[[Death], None] = lambda _: None,
     may_restart: Callable[[int], bool] = lambda _: False,
     severity: Sequence[int] = (),
+    preload: Sequence[str] = (),
 ) -> int:
     """Run a function in each of `num_ranks` new processes and return the run's exit code.
 
@@ -132,7 +133,7 @@ def run_ranks(
     prepare_environment()
     module = target.partition(":")[0]
     # the launch file is imported once more in ranks, and brings the configuration's libraries
-    _FORK_SERVER.set_forkserver_preload(["__main__", "parallel.warm", module])
+    _FORK_SERVER.set_forkserver_preload(["__main__", "parallel.warm", module, *preload])
     stopper = Stopper()
     with stopper.listening():
         while True:
