@@ -130,7 +130,9 @@ def hop_s(workload: Workload, hardware: Hardware) -> float:
     tokens = workload.micro_batch_tokens / layout.tp
     moved = workload.value_bytes * workload.architecture.hidden_size * tokens
     stride = layout.num_ranks // layout.pp
-    return hardware.exchange_s + moved / group_bytes_per_s(workload, hardware, size=2, stride=stride)
+    return hardware.exchange_s + moved / group_bytes_per_s(
+        workload, hardware, size=2, stride=stride
+    )
 
 
 def gather_s(workload: Workload, hardware: Hardware, *, parameters: float, experts: float) -> float:
@@ -176,5 +178,7 @@ def replica_s(
             speed = group_bytes_per_s(workload, hardware, size=members, stride=stride)
             grad = workload.optimizer.gradient_bytes * values
             reduced += hardware.exchange_s + ring_s(members, moved_bytes=grad, bytes_per_s=speed)
-            gathered += hardware.exchange_s + ring_s(members, moved_bytes=weight * values, bytes_per_s=speed)
+            gathered += hardware.exchange_s + ring_s(
+                members, moved_bytes=weight * values, bytes_per_s=speed
+            )
     return reduced, gathered

@@ -109,4 +109,6 @@ def _write(times: CpuTimes, path: Path) -> None:
         writing.write_text(json.dumps(times.as_json(), indent=1) + "\n", encoding="utf-8")
         os.replace(writing, path)
     except OSError as error:
-        log.warning("%s could not be written (%s): the CPU is measured again next time", path, error)
+        log.warning(
+            "%s could not be written (%s): the CPU is measured again next time", path, error
+        )

@@ -19,10 +19,12 @@ from pretrain.monitor.quantities import bits_per_byte
 from pretrain.monitor.telemetry import Telemetry
 from pretrain.monitor.throughput import Throughput, ThroughputConfig, find_peak_flop_per_s
 from pretrain.training.evaluate import ValidationLoss
+from pretrain.training.expectation import Comparison, Expected
 from pretrain.training.run import Run
 from pretrain.training.step_metrics import StepMetrics
 from pretrain.training.train_step import StepResult
 from pretrain.training.trainer import Trainer
+from pretrain.training.workloads import StepSize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +59,7 @@ class Observer:
         telemetry: Telemetry | None,
         num_rewinds: int = 0,
         shadow: Callable[[], Mapping[str, float]] = dict,
+        expected: Expected,
     ) -> None:
         """Begin with the step to come.
 
@@ -66,6 +69,7 @@ class Observer:
             throughput: clock of the steps, started by the caller.
             telemetry: where records go; None on all ranks but the first.
             num_rewinds: how often the run has gone back before this start.
+            expected: what is predicted of the run.
             shadow: returns, once, how far FP8's gradients were from BF16's before the step.
         """
         self._trainer = trainer
@@ -78,6 +82,9 @@ class Observer:
         self._alarms = Alarms(run.alarms, checkpoint_interval_steps=run.checkpoints.interval_steps)
         self._metrics = metrics
         self._shadow = shadow
+        self._expected = expected
+        self.comparison = Comparison(expected)
+        """What was predicted beside what is measured."""
         self._metrics.begin_step(is_logged=self._is_logged(trainer.position.step + 1))
         self.losses: list[float] = []
         """Loss of each step of this attempt, nats per token."""
@@ -99,7 +106,7 @@ class Observer:
         batch = trainer.ledger.batch_of(step - 1)
         segment = trainer.timetable.segment_at(batch)
         flop = flop_per_token(run.model, sequence_tokens=segment.window_tokens)
-        self.throughput.finish_step(segment.batch_tokens, flop_per_token=flop)
+        step_s = self.throughput.finish_step(segment.batch_tokens, flop_per_token=flop)
         micro_sequences = run.micro_sequences(segment.window_tokens)
         self._metrics.count(
             result, segment, num_microbatches=num_sequences // (micro_sequences * run.layout.dp)
@@ -122,6 +129,9 @@ class Observer:
             **_spike_metrics(trainer.seen),
             **self._shadow(),
             **self.throughput.metrics(tokens_left=trainer.timetable.num_tokens - trainer.tokens),
+            **self._expected.metrics(
+                window_tokens=segment.window_tokens, global_sequences=segment.global_sequences
+            ),
         }
         if self._is_logged(step):
             trainer.settle_damage()
@@ -129,7 +139,13 @@ class Observer:
             self.memory_peak_bytes = int(found["memory_peak_bytes"])
             age_s = time.monotonic() - self._committed_s
             record |= {**found, **times_s, **self._consumed(), "last_commit_age_s": age_s}
+            if self._expected.memory_bytes:
+                record["predicted_memory_peak_bytes"] = int(self._expected.memory_bytes)
             self._raise_alarms(record)
+        size = StepSize(
+            window_tokens=segment.window_tokens, global_sequences=segment.global_sequences
+        )
+        self.comparison.add(size=size, step_s=step_s, record=record)
         self._metrics.begin_step(is_logged=self._is_logged(step + 1))
         self._write(record)
 
