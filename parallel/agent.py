@@ -125,6 +125,7 @@ def run_ranks(
             stop, whether to start them again.
         severity: exit codes, the one that says most about a run first; of codes that are not there
             the first to come counts.
+        preload: other modules that ranks are forked with; of the first call of a process only.
 
     Returns:
         0 if every rank returned 0, 85 if the worst that happened is that a signal killed one, else

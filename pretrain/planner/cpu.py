@@ -75,8 +75,8 @@ CASES: Mapping[str, Case] = {
     "small": Case(spec=_SMALL, sequences=2, sequence_tokens=256),
     "wide": Case(spec=_WIDE, sequences=2, sequence_tokens=256),
 }
-"""By name. A process shows its highest peak only: memory is read of the first, which takes least, and
-of the second, which takes most beside what is left of the first."""
+"""By name. A process shows its highest peak only: memory is read of the first, which takes least,
+and of the second, which takes most beside what is left of the first."""
 PRODUCTS = (
     (1024, 384, 128),
     (1024, 128, 384),

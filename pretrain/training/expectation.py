@@ -37,6 +37,7 @@ _WAITS = {
 }
 """What a run times of a step: its metric, and the planner's parts."""
 COMPUTING = "computing"
+BESIDE = "beside the allocator"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,10 +48,9 @@ class Expected:
     """What the prediction rests on, or why there is none."""
     steps: Mapping[StepSize, StepTime]
     """Of the largest batch of each window length; none: nothing is predicted."""
-    memory_bytes: float
-    """Peak of the fullest rank, as `memory_peak_bytes` measures it; 0: not known."""
-    memory: Mapping[str, float]
-    """The same by what takes it."""
+    memory: Mapping[int, Mapping[str, float]]
+    """Window length -> peak of the fullest rank, as `memory_peak_bytes` measures it, by what takes
+    it."""
 
     def step(self, *, window_tokens: int, global_sequences: int) -> StepTime | None:
         """Return the prediction of a step; None where there is none of that size."""
@@ -67,6 +67,10 @@ class Expected:
             "predicted_tokens_per_s": step.workload.step_tokens / step.total_s,
         }
 
+    def memory_bytes(self, window_tokens: int) -> float:
+        """Return the peak of the fullest rank in steps of windows of a length; 0: not known."""
+        return _total(self.memory.get(window_tokens, {}))
+
     def lines(self) -> list[str]:
         """Return what is said when the run starts."""
         if not self.steps:
@@ -78,13 +82,14 @@ class Expected:
                 f" {step.total_s:.3g} s a step, {size.tokens / step.total_s:,.0f} tokens/s"
             )
             found += [f"    outside of what was fitted: {reason}" for reason in step.outside]
-        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.memory.items())
-        found.append(f"  peak memory of a rank {format_bytes(self.memory_bytes)}: {parts}")
+            parts = self.memory[size.window_tokens]
+            told = ", ".join(f"{name} {format_bytes(part)}" for name, part in parts.items())
+            found.append(f"    peak memory of a rank {format_bytes(_total(parts))}: {told}")
         return found
 
 
 def _none(why: str) -> Expected:
-    return Expected(source=why, steps={}, memory_bytes=0.0, memory={})
+    return Expected(source=why, steps={}, memory={})
 
 
 def expect(run: Run, *, device_name: str, threads: int) -> Expected:
@@ -115,7 +120,9 @@ def _on_cpu(run: Run, *, threads: int) -> Expected:
         )
     cpu = cpu_of(times)
     workloads = _workloads(run, gpu=NAME, gpus_per_node=ranks)
-    memory = max((_cpu_memory(run, cpu, w) for w in workloads.values()), key=_total)
+    memory = {
+        size.window_tokens: _cpu_memory(run, cpu, workload) for size, workload in workloads.items()
+    }
     return _made(
         f"{times.cpu}, {ranks} ranks of {threads} threads, as its probe measured",
         workloads,
@@ -148,8 +155,11 @@ def _on_gpu(run: Run, device_name: str) -> Expected:
     hardware = hardware_of(name)
     node = run.cluster.gpus_per_node if run.cluster else hardware.gpu.gpus_per_node
     workloads = _workloads(run, gpu=name, gpus_per_node=node)
-    memory = max((gpu_memory(run, w) for w in workloads.values()), key=_total)
-    memory = {key: size for key, size in memory.items() if key != "beside the allocator"}
+    memory: dict[int, Mapping[str, float]] = {}
+    for size, workload in workloads.items():
+        parts = gpu_memory(run, workload)
+        del parts[BESIDE]  # the run measures what torch's allocator has given out
+        memory[size.window_tokens] = parts
     return _made(f"constants of {name}", workloads, hardware, memory)
 
 
@@ -177,7 +187,7 @@ def gpu_memory(run: Run, workload: Workload) -> dict[str, float]:
         "activations": fullest.kept_bytes,
         "transient": fullest.moment_bytes,
         "workspace": fullest.constants.workspace_bytes,
-        "beside the allocator": fullest.device_bytes - fullest.peak_bytes,
+        BESIDE: fullest.device_bytes - fullest.peak_bytes,
     }
 
 
@@ -197,10 +207,10 @@ def _made(
     source: str,
     workloads: Mapping[StepSize, Workload],
     hardware: Hardware,
-    memory: Mapping[str, float],
+    memory: Mapping[int, Mapping[str, float]],
 ) -> Expected:
     steps = {size: predict_step(workload, hardware) for size, workload in workloads.items()}
-    return Expected(source=source, steps=steps, memory_bytes=_total(memory), memory=memory)
+    return Expected(source=source, steps=steps, memory=memory)
 
 
 # --- does it fit? ---------------------------------------------------------------------------------
@@ -257,6 +267,8 @@ class Comparison:
             expected: of the run.
         """
         self._expected = expected
+        self.memory_bytes = 0.0
+        """Predicted peak of the steps so far; 0: not known."""
         self._num_steps = 0
         self._steps_s: dict[StepSize, list[float]] = defaultdict(list)
         self._waits_s: dict[StepSize, dict[str, list[float]]] = defaultdict(
@@ -273,6 +285,8 @@ class Comparison:
             step_s: wall clock.
             record: with the waits of a logged one.
         """
+        own = self._expected.memory_bytes(size.window_tokens)
+        self.memory_bytes = max(self.memory_bytes, own)
         self._num_steps += 1
         if self._num_steps <= _SKIPPED:
             return
@@ -302,11 +316,11 @@ class Comparison:
                 f" {size.tokens / step.total_s:,.0f} and {size.tokens / actual_s:,.0f} tokens/s"
             )
             found += self._why(size, step, actual_s)
-        if memory_peak_bytes:
+        if memory_peak_bytes and self.memory_bytes:
             found.append(
-                f"  peak memory: {format_bytes(expected.memory_bytes)} predicted,"
+                f"  peak memory: {format_bytes(self.memory_bytes)} predicted,"
                 f" {format_bytes(memory_peak_bytes)} measured,"
-                f" {expected.memory_bytes / memory_peak_bytes - 1:+.0%}"
+                f" {self.memory_bytes / memory_peak_bytes - 1:+.0%}"
             )
         return found
 

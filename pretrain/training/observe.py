@@ -139,13 +139,13 @@ class Observer:
             self.memory_peak_bytes = int(found["memory_peak_bytes"])
             age_s = time.monotonic() - self._committed_s
             record |= {**found, **times_s, **self._consumed(), "last_commit_age_s": age_s}
-            if self._expected.memory_bytes:
-                record["predicted_memory_peak_bytes"] = int(self._expected.memory_bytes)
             self._raise_alarms(record)
         size = StepSize(
             window_tokens=segment.window_tokens, global_sequences=segment.global_sequences
         )
         self.comparison.add(size=size, step_s=step_s, record=record)
+        if self._is_logged(step) and self.comparison.memory_bytes:
+            record["predicted_memory_peak_bytes"] = int(self.comparison.memory_bytes)
         self._metrics.begin_step(is_logged=self._is_logged(step + 1))
         self._write(record)
 
