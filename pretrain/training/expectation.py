@@ -92,6 +92,9 @@ def _none(why: str) -> Expected:
     return Expected(source=why, steps={}, memory={})
 
 
+NOT_PREDICTED = _none("nobody asked for it")
+
+
 def expect(run: Run, *, device_name: str, threads: int) -> Expected:
     """Return what is predicted of a run on this machine; never raises for want of a prediction.
 

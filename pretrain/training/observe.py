@@ -19,7 +19,7 @@ from pretrain.monitor.quantities import bits_per_byte
 from pretrain.monitor.telemetry import Telemetry
 from pretrain.monitor.throughput import Throughput, ThroughputConfig, find_peak_flop_per_s
 from pretrain.training.evaluate import ValidationLoss
-from pretrain.training.expectation import Comparison, Expected
+from pretrain.training.expectation import NOT_PREDICTED, Comparison, Expected
 from pretrain.training.run import Run
 from pretrain.training.step_metrics import StepMetrics
 from pretrain.training.train_step import StepResult
@@ -59,7 +59,7 @@ class Observer:
         telemetry: Telemetry | None,
         num_rewinds: int = 0,
         shadow: Callable[[], Mapping[str, float]] = dict,
-        expected: Expected,
+        expected: Expected = NOT_PREDICTED,
     ) -> None:
         """Begin with the step to come.
 
