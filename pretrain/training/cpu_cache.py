@@ -76,8 +76,8 @@ def measure_once(ranks: int, *, environment: Mapping[str, str], preload: str) ->
     if read_times(path) is not None:
         return
     log.warning(
-        "measuring this CPU once, with %d ranks of %d threads, to predict runs on it: a quarter of"
-        " a minute (prediction.calibrate=false leaves it out)",
+        "measuring this CPU once, with %d ranks of %d threads, to predict runs on it: half a"
+        " minute (prediction.calibrate=false leaves it out)",
         ranks,
         threads_per_rank(ranks),
     )

@@ -1,8 +1,8 @@
 """How long do products, attention, exchanges and small training steps take on this CPU?
 
 All ranks work at the same time with the threads of a run, since they share memory and cores. The
-planner makes constants of the times (pretrain/planner/cpu.py), which also says what is timed. A
-quarter of a minute on two cores. Run in processes of its own: the peak of their memory counts.
+planner makes constants of the times (pretrain/planner/cpu.py), which also says what is timed. At
+most half a minute. Run in processes of its own: the peak of their memory counts.
 """
 
 import gc
@@ -37,7 +37,7 @@ from pretrain.training.train_step import micro_batches, train_step
 
 _REPEATS = 9
 _LEAST_REPEATS = 3
-_BUDGET_S = 3.0
+_BUDGET_S = 1.5
 """Of one measurement; on a slow machine it has fewer repeats."""
 _ADAMW = AdamW(lr=1e-3)
 _HEADS, _SCORE, _VALUE = 4, 32, 24

@@ -12,7 +12,7 @@ class Prediction:
     """
 
     calibrate: bool = False
-    """Whether a CPU that is not known yet is measured before the first run on it, in a quarter of a
+    """Whether a CPU that is not known yet is measured before the first run on it, in half a
     minute; without, and without a GPU, nothing is predicted."""
     allow_misfit: bool = False
     """Whether a run starts although its memory is predicted not to suffice on its cluster."""
