@@ -11,7 +11,7 @@ of the same steps.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -147,9 +147,11 @@ class CpuTimes:
             ValueError: if it is something else.
         """
         try:
-            return CpuTimes(
-                **{key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}
-            )
+            lists: dict[str, Any] = {
+                key: tuple(cast("list[Any]", value)) if isinstance(value, list) else value
+                for key, value in record.items()
+            }
+            return CpuTimes(**lists)
         except TypeError as error:
             raise ValueError(f"not the times of a CPU: {error}") from error
 
@@ -320,8 +322,10 @@ def not_negative(rows: "np.ndarray[Any, Any]", values: "np.ndarray[Any, Any]") -
     best, least = np.zeros(number), float((values**2).sum())
     for chosen in range(1, 2**number):
         columns = [idx for idx in range(number) if chosen >> idx & 1]
-        part = np.linalg.lstsq(rows[:, columns] / scale[columns], values, rcond=None)[0]
-        error = float(((rows[:, columns] / scale[columns] @ part - values) ** 2).sum())
+        scaled: np.ndarray[Any, Any] = rows[:, columns] / scale[columns]
+        # numpy's types leave the result of lstsq open
+        part: np.ndarray[Any, Any] = np.linalg.lstsq(scaled, values, rcond=None)[0]  # pyright: ignore[reportUnknownMemberType]
+        error = float(((scaled @ part - values) ** 2).sum())
         if (part >= 0).all() and error < least:
             best, least = np.zeros(number), error
             best[columns] = part / scale[columns]
