@@ -75,7 +75,7 @@ def _short(layout: str) -> str:
 
 def planner_memory_table(record: Mapping[str, Any]) -> str:
     """Return measured and predicted peak memory of each configuration."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("row", "configuration", "n", "measured GiB", "predicted GiB", "error", "constant, MiB")
     ]
     rows += [
@@ -94,6 +94,7 @@ def planner_memory_table(record: Mapping[str, Any]) -> str:
 
 
 PLANNER_TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "planner_memory": planner_memory_table,
     "planner_time": planner_time_table,
     "planner_memory": planner_memory_table,
 }

@@ -110,6 +110,7 @@ def run_ranks(
     on_death: Callable[[Death], None] = lambda _: None,
     may_restart: Callable[[int], bool] = lambda _: False,
     severity: Sequence[int] = (),
+    preload: Sequence[str] = (),
 ) -> int:
     """Run a function in each of `num_ranks` new processes and return the run's exit code.
 
@@ -124,6 +125,7 @@ def run_ranks(
             stop, whether to start them again.
         severity: exit codes, the one that says most about a run first; of codes that are not there
             the first to come counts.
+        preload: other modules that ranks are forked with; of the first call of a process only.
 
     Returns:
         0 if every rank returned 0, 85 if the worst that happened is that a signal killed one, else
@@ -132,7 +134,7 @@ def run_ranks(
     prepare_environment()
     module = target.partition(":")[0]
     # the launch file is imported once more in ranks, and brings the configuration's libraries
-    _FORK_SERVER.set_forkserver_preload(["__main__", "parallel.warm", module])
+    _FORK_SERVER.set_forkserver_preload(["__main__", "parallel.warm", module, *preload])
     stopper = Stopper()
     with stopper.listening():
         while True:

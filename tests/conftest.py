@@ -21,6 +21,7 @@ from pretrain.monitor.telemetry_config import TelemetryConfig
 from pretrain.training.lr_schedule import LrSchedule
 from pretrain.training.run import AdamW, CheckpointPolicy, Data, Evaluation, Run
 from tests import triton_interpreter
+from tests.cpu_times import fill_cache
 from tests.tiny_corpus import write_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,9 +71,18 @@ TINY_MODEL: Mapping[str, int | float] = {
 }
 
 
+@pytest.fixture(scope="session")
+def known_cpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cache in which this CPU's times stand, so that no run of a test measures it."""
+    folder = tmp_path_factory.mktemp("cache")
+    fill_cache(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_environment(monkeypatch: pytest.MonkeyPatch, known_cpus: Path) -> None:
     """Remove variables of launchers and of the developer's shell; forbid the network."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(known_cpus))
     for name in list(os.environ):
         if name in FOREIGN_NAMES or name.startswith(FOREIGN_PREFIXES):
             monkeypatch.delenv(name)

@@ -215,15 +215,15 @@ ROWS: tuple[Row, ...] = (
     Row(
         title="System and data",
         panels=(
-            _line("Tokens per second", "tokens_per_s"),
-            _line("Time of a step", "step_time_s"),
+            _line("Tokens per second", "tokens_per_s", "predicted_tokens_per_s"),
+            _line("Time of a step", "step_time_s", "predicted_step_time_s"),
             _line("Waiting for data", "data_wait_s"),
             _line(
                 "Waiting for other ranks", "all_to_all_s", "pipeline_wait_s", "collective_wait_s"
             ),
             _line("Work of a device", "achieved_flop_per_s"),
             _line("MFU", "mfu"),
-            _line("Peak memory of a rank", "memory_peak_bytes"),
+            _line("Peak memory of a rank", "memory_peak_bytes", "predicted_memory_peak_bytes"),
             _line("Age of the last checkpoint", "last_commit_age_s"),
             _line("Saving a checkpoint", "checkpoint_save_s", "local_checkpoint_save_s"),
             _line(

@@ -274,6 +274,11 @@ tokens_per_s | tokens/s | same
     steps, validations and checkpoints
 step_time_s | s | max
     wall clock of one step; median over recent steps, counted as tokens_per_s
+predicted_step_time_s | s | same
+    step_time_s as the planner predicts it on this machine; absent where it does not, and for
+    batches that are no largest ones of their window length
+predicted_tokens_per_s | tokens/s | same
+    tokens of the step's batch over predicted_step_time_s
 achieved_flop_per_s | FLOP/s | same
     model FLOP per second of one device: tokens_per_s times the model's training FLOP per
     token (forward and backward, causal half of attention, MTP included, recomputation not)
@@ -295,6 +300,8 @@ collective_wait_s | s | max
     time of the step in waiting for all other collectives, slowest rank; gloo only
 memory_peak_bytes | bytes | max
     peak memory of one rank since its start: device memory, on CPU resident set
+predicted_memory_peak_bytes | bytes | same
+    memory_peak_bytes as the planner predicts it
 last_commit_age_s | s | same
     time since the last checkpoint was committed, or since this start
 # Validation. Totals are over all validation tokens, not means over domains.

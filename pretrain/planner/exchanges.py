@@ -47,9 +47,10 @@ def tensor_s(workload: Workload, hardware: Hardware) -> float:
     layout = workload.layout
     if layout.tp == 1:
         return 0.0
-    moved = 2 * workload.architecture.hidden_size * workload.micro_batch_tokens
+    row = workload.value_bytes * workload.architecture.hidden_size
+    moved = row * workload.micro_batch_tokens
     speed = group_bytes_per_s(workload, hardware, size=layout.tp, stride=1)
-    return ring_s(layout.tp, moved_bytes=moved, bytes_per_s=speed)
+    return hardware.exchange_s + ring_s(layout.tp, moved_bytes=moved, bytes_per_s=speed)
 
 
 def context_s(workload: Workload, hardware: Hardware) -> float:
@@ -62,9 +63,9 @@ def context_s(workload: Workload, hardware: Hardware) -> float:
         values = 2 * attention.num_kv_heads * attention.head_size
     else:
         values = attention.num_heads * (attention.score_size + attention.v_head_size)
-    moved = 2 * values / layout.tp * workload.micro_batch_tokens * (layout.cp - 1)
+    own = workload.value_bytes * values / layout.tp * workload.micro_batch_tokens
     speed = group_bytes_per_s(workload, hardware, size=layout.cp, stride=layout.tp)
-    return moved / speed
+    return hardware.exchange_s + own * (layout.cp - 1) / speed
 
 
 def expert_s(workload: Workload, hardware: Hardware) -> float:
@@ -78,7 +79,7 @@ def expert_s(workload: Workload, hardware: Hardware) -> float:
         return 0.0
     gpu, constants = hardware.gpu, hardware.constants
     tokens = workload.micro_batch_tokens / layout.tp
-    row = 2 * architecture.hidden_size
+    row = workload.value_bytes * architecture.hidden_size
     of_a_node = max(1, min(layout.ep, workload.gpus_per_node // layout.etp))
     num_nodes = layout.ep // of_a_node
     copies = architecture.num_experts_per_token * layout.etp
@@ -87,7 +88,7 @@ def expert_s(workload: Workload, hardware: Hardware) -> float:
     busiest = workload.expert_imbalance
     if workload.dispatcher == "allgather":
         speed = group_bytes_per_s(workload, hardware, size=layout.ep, stride=layout.etp)
-        return tokens * row * (layout.ep - 1) / speed
+        return hardware.exchange_s + tokens * row * (layout.ep - 1) / speed
     if workload.dispatcher == "alltoall":
         over_network = copies * (num_nodes - 1) / num_nodes
         over_nvlink = copies * (of_a_node - 1) / layout.ep
@@ -95,7 +96,7 @@ def expert_s(workload: Workload, hardware: Hardware) -> float:
         over_network = (num_nodes - 1) * node_share(architecture, num_nodes=num_nodes)
         over_nvlink = copies * (of_a_node - 1) / of_a_node
     legs = (tokens * row * over_network / network, tokens * row * over_nvlink / nvlink)
-    return max(legs) * busiest
+    return hardware.exchange_s + max(legs) * busiest
 
 
 def node_share(architecture: Architecture, *, num_nodes: int) -> float:
@@ -127,9 +128,11 @@ def hop_s(workload: Workload, hardware: Hardware) -> float:
     if layout.pp == 1:
         return 0.0
     tokens = workload.micro_batch_tokens / layout.tp
-    moved = 2 * workload.architecture.hidden_size * tokens
+    moved = workload.value_bytes * workload.architecture.hidden_size * tokens
     stride = layout.num_ranks // layout.pp
-    return moved / group_bytes_per_s(workload, hardware, size=2, stride=stride)
+    return hardware.exchange_s + moved / group_bytes_per_s(
+        workload, hardware, size=2, stride=stride
+    )
 
 
 def gather_s(workload: Workload, hardware: Hardware, *, parameters: float, experts: float) -> float:
@@ -169,11 +172,13 @@ def replica_s(
     size, expert_size = layout.dp * layout.cp, layout.expert_dp
     parts = ((parameters, size, layout.tp), (experts, expert_size, layout.ep * layout.etp))
     reduced = gathered = 0.0
-    weight = 1 if workload.low_precision_weights else 2
+    weight = 1 if workload.low_precision_weights else workload.value_bytes
     for values, members, stride in parts:
         if members > 1 and values:
             speed = group_bytes_per_s(workload, hardware, size=members, stride=stride)
             grad = workload.optimizer.gradient_bytes * values
-            reduced += ring_s(members, moved_bytes=grad, bytes_per_s=speed)
-            gathered += ring_s(members, moved_bytes=weight * values, bytes_per_s=speed)
+            reduced += hardware.exchange_s + ring_s(members, moved_bytes=grad, bytes_per_s=speed)
+            gathered += hardware.exchange_s + ring_s(
+                members, moved_bytes=weight * values, bytes_per_s=speed
+            )
     return reduced, gathered

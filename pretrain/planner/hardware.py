@@ -103,6 +103,12 @@ class Hardware:
     """Ids of the published rows; none: prior values."""
     fitted_range: Mapping[str, tuple[float, float]]
     """Least and largest value of each quantity in these rows; see `outside_range`."""
+    is_host: bool = False
+    """Whether what computes is what launches, a CPU: launches add to the work."""
+    exchange_s: float = 0.0
+    """Seconds that an exchange takes however small it is; of GPUs `Constants` has it."""
+    step_s: float | None = None
+    """Seconds of a step outside passes, exchanges and optimizer; None: `STEP_LAUNCH_S`."""
 
 
 @cache

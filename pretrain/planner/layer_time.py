@@ -253,8 +253,13 @@ def layer_parameters(workload: Workload, *, is_moe: bool) -> tuple[float, float]
 def _with_host(
     workload: Workload, hardware: Hardware, computed: Parts, *, is_moe: bool, is_backward: bool
 ) -> Parts:
-    """Return a pass that takes no less than its kernels' launches, and an MoE layer's stalls."""
+    """Return a pass that takes no less than its kernels' launches, and an MoE layer's stalls.
+
+    On a CPU, which does both, launches come on top.
+    """
     num_launches = counted.launches(workload, is_moe=is_moe)[int(is_backward)]
+    if hardware.is_host:
+        return computed.plus(Parts(host_s=num_launches * hardware.constants.launch_s))
     excess = max(0.0, num_launches * hardware.constants.launch_s - computed.total_s)
     stall = hardware.constants.expert_stall_s if is_moe else 0.0
     return computed.plus(Parts(host_s=max(excess, stall)))

@@ -103,7 +103,7 @@ def predict_step(
             workload, hardware, parameters, experts, beside_s=ranks[slowest].total_s
         ),
         optimizer_s=_optimizer_s(workload, hardware, parameters, experts),
-        step_host_s=STEP_LAUNCH_S,
+        step_host_s=STEP_LAUNCH_S if hardware.step_s is None else hardware.step_s,
         outside=outside_range(workload, hardware),
     )
 
@@ -261,6 +261,8 @@ def outside_range(workload: Workload, hardware: Hardware) -> tuple[str, ...]:
         return (f"{hardware.gpu.name}: no constants were fitted, these are prior values",)
     found: list[str] = []
     for key, value in ranged(workload).items():
+        if key not in hardware.fitted_range:  # a CPU's probe varies few
+            continue
         low, high = hardware.fitted_range[key]
         if not low <= value <= high:
             found.append(f"{RANGE_WORDS[key]} = {value:,g}, fitted on {low:,g} to {high:,g}")

@@ -179,6 +179,11 @@ class Workload:
         return self.micro_batch_sequences * self.sequence_tokens // self.layout.cp
 
     @property
+    def value_bytes(self) -> int:
+        """Bytes of an activation between ranks: 4 in fp32, else 2."""
+        return 4 if self.number_format == "fp32" else 2
+
+    @property
     def step_tokens(self) -> int:
         """Tokens of a step over all replicas."""
         return self.global_batch_sequences * self.sequence_tokens

@@ -21,6 +21,7 @@ from pretrain.training.attempt import RunAttempt
 from pretrain.training.closing import draw_curves, summarise, write_summary
 from pretrain.training.ending import require_finite
 from pretrain.training.exit_file import FINISHED, INTERRUPTED
+from pretrain.training.expectation import expect
 from pretrain.training.fit import fit
 from pretrain.training.flight_recorder import FlightRecorder
 from pretrain.training.judges import judges_of
@@ -77,6 +78,8 @@ class Course:
         self._attempt, self._watch, self._progress = attempt, watch, progress
         self._begun_s = time.monotonic()
         self._throughput = make_throughput(trainer.run, device)
+        expected = expect(trainer.run, device_name=device.name, threads=torch.get_num_threads())
+        say("\n".join(expected.lines()))
         metrics = StepMetrics(trainer, device=device)
         recorder = FlightRecorder(
             trainer,
@@ -100,6 +103,7 @@ class Course:
             telemetry=telemetry,
             num_rewinds=self._judges.num_rewinds,
             shadow=self._shadow.take,
+            expected=expected,
         )
         self._saves = Saves(
             trainer,
@@ -180,6 +184,9 @@ class Course:
         )
         write_summary(summary, self._run.folder)
         say("\n" + summary_table(summary))
+        compared = self._observer.comparison.lines(memory_peak_bytes=summary.memory_peak_bytes or 0)
+        if compared:
+            say("\n" + "\n".join(compared))
 
 
 def is_first() -> bool:

@@ -20,10 +20,12 @@ from pretrain.monitor.quantities import bits_per_byte
 from pretrain.monitor.telemetry import Telemetry
 from pretrain.monitor.throughput import Throughput, ThroughputConfig, find_peak_flop_per_s
 from pretrain.training.evaluate import ValidationLoss
+from pretrain.training.expectation import NOT_PREDICTED, Comparison, Expected
 from pretrain.training.run import Run
 from pretrain.training.step_metrics import StepMetrics
 from pretrain.training.train_step import StepResult
 from pretrain.training.trainer import Trainer
+from pretrain.training.workloads import StepSize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +60,7 @@ class Observer:
         telemetry: Telemetry | None,
         num_rewinds: int = 0,
         shadow: Callable[[], Mapping[str, float]] = dict,
+        expected: Expected = NOT_PREDICTED,
     ) -> None:
         """Begin with the step to come.
 
@@ -67,6 +70,7 @@ class Observer:
             throughput: clock of the steps, started by the caller.
             telemetry: where records go; None on all ranks but the first.
             num_rewinds: how often the run has gone back before this start.
+            expected: what is predicted of the run.
             shadow: returns, once, how far FP8's gradients were from BF16's before the step.
         """
         self._trainer = trainer
@@ -79,6 +83,9 @@ class Observer:
         self._alarms = Alarms(run.alarms, checkpoint_interval_steps=run.checkpoints.interval_steps)
         self._metrics = metrics
         self._shadow = shadow
+        self._expected = expected
+        self.comparison = Comparison(expected)
+        """What was predicted beside what is measured."""
         self._begin(trainer.position.step + 1)
         self.losses: list[float] = []
         """Loss of each step of this attempt, nats per token."""
@@ -100,7 +107,7 @@ class Observer:
         batch = trainer.ledger.batch_of(step - 1)
         segment = trainer.timetable.segment_at(batch)
         flop = flop_per_token(run.model, sequence_tokens=segment.window_tokens)
-        self.throughput.finish_step(segment.batch_tokens, flop_per_token=flop)
+        step_s = self.throughput.finish_step(segment.batch_tokens, flop_per_token=flop)
         micro_sequences = run.micro_sequences(segment.window_tokens)
         self._metrics.count(
             result, segment, num_microbatches=num_sequences // (micro_sequences * run.layout.dp)
@@ -123,6 +130,9 @@ class Observer:
             **_spike_metrics(trainer.seen),
             **self._shadow(),
             **self.throughput.metrics(tokens_left=trainer.timetable.num_tokens - trainer.tokens),
+            **self._expected.metrics(
+                window_tokens=segment.window_tokens, global_sequences=segment.global_sequences
+            ),
         }
         if self._is_logged(step):
             trainer.settle_damage()
@@ -131,6 +141,12 @@ class Observer:
             age_s = time.monotonic() - self._committed_s
             record |= {**found, **times_s, **self._consumed(), "last_commit_age_s": age_s}
             self._raise_alarms(record)
+        size = StepSize(
+            window_tokens=segment.window_tokens, global_sequences=segment.global_sequences
+        )
+        self.comparison.add(size=size, step_s=step_s, record=record)
+        if self._is_logged(step) and self.comparison.memory_bytes:
+            record["predicted_memory_peak_bytes"] = int(self.comparison.memory_bytes)
         self._begin(step + 1)
         self._write(record)
 

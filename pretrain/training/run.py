@@ -36,6 +36,7 @@ from pretrain.monitor.telemetry_config import TelemetryConfig
 from pretrain.training.batch import check_divisible, check_interleaved
 from pretrain.training.change import Change
 from pretrain.training.lr_schedule import LrSchedule
+from pretrain.training.prediction_config import Prediction
 from pretrain.training.recheck_config import Recheck
 from pretrain.training.recovery import Recovery
 from pretrain.training.restarts import Restarts
@@ -304,6 +305,8 @@ class Run:
     """What becomes of it when ranks die."""
     recheck: Recheck = field(default_factory=Recheck)
     """How closely it looks at its own numbers."""
+    prediction: Prediction = field(default_factory=Prediction)
+    """What it is held to."""
     cluster: Cluster | None = None
     """The machines it is meant for; null: whatever it is started on."""
 

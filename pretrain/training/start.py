@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.indexed.format import DataError
 from data.indexed.verify import check_files
-from kernels.backend import has_transformer_engine
+from kernels.backend import has_cuda, has_transformer_engine
 from parallel.agent import Death, run_ranks
 from parallel.cluster import Cluster
 from parallel.spawn import find_function, usable_cores
@@ -40,15 +40,18 @@ from pretrain.training.corpus import (
     stored_ledger,
     validation_window_tokens,
 )
+from pretrain.training.cpu_cache import StoppedError, measure_once
 from pretrain.training.exit_file import (
     FINISHED,
     INFRASTRUCTURE,
+    INTERRUPTED,
     RESTARTED,
     SEVERITY,
     WRONG_INPUT,
     clear_exit,
     write_exit,
 )
+from pretrain.training.expectation import check_fits
 from pretrain.training.folders import check_folders, check_given
 from pretrain.training.recovery import why_none_is_left_out, why_none_is_old_enough
 from pretrain.training.rewind import read_rewinds, why_not_from_the_start
@@ -112,6 +115,13 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
             log.warning("%s", why)
     if under_torchrun:
         return int(find_function(RANK_MAIN)(run, config_yaml))
+    if run.prediction.calibrate and not has_cuda():
+        try:
+            module = RANK_MAIN.partition(":")[0]
+            measure_once(run.layout.num_ranks, environment=os.environ, preload=module)
+        except StoppedError:
+            write_exit(run.folder, code=INTERRUPTED, reason="asked to stop before it began")
+            return INTERRUPTED
     return _run_local_ranks(run, config_yaml)
 
 
@@ -257,7 +267,28 @@ def check(run: Run, *, every_file: bool) -> int | None:
         if every_file:
             check_files(corpus.train)
             check_files(corpus.validation)
-        return _check_checkpoint(run, corpus, sizes=every_file)
+        done = _check_checkpoint(run, corpus, sizes=every_file)
+    if done is None:
+        for misfit in check_fits(run, window_tokens=_next_window_tokens(run)):
+            if every_file:
+                log.warning("%s", misfit)
+    return done
+
+
+def _next_window_tokens(run: Run) -> int:
+    """Return the window length of the step to come."""
+    found = None
+    try:
+        found = find_newest(run.folder / "checkpoints", digests=False, sizes=False)
+    except CheckpointError:
+        if run.checkpoints.local.folder is None:
+            raise
+    timetable = run.timetable
+    if found is None or starts_again(run, newest=found[1]):
+        return timetable.segment_at(0).window_tokens
+    ledger = stored_ledger(run, found[1])
+    batch = min(ledger.batch_of(found[1].step), timetable.num_batches - 1)
+    return timetable.segment_at(batch).window_tokens
 
 
 def _check_validation(run: Run, corpus: Corpus) -> None:

@@ -1,0 +1,343 @@
+"""What should each step of a run take and hold on this machine, and how far off was that?
+
+The planner's prediction of the steps of a run, made when it starts, and its comparison with what
+the run has measured. Where nothing can be predicted, why. No torch.
+"""
+
+import os
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from parallel.layout import Layout
+from pretrain.monitor.quantities import format_bytes
+from pretrain.planner.cpu import NAME, Cpu, counted_memory, cpu_memory, cpu_of
+from pretrain.planner.hardware import Hardware, gpu_names, hardware_of
+from pretrain.planner.memory import predict_memory
+from pretrain.planner.operators import own_operators
+from pretrain.planner.step_time import StepTime, predict_step
+from pretrain.planner.workload import Workload
+from pretrain.training.cpu_cache import cache_file, read_times
+from pretrain.training.run import Run
+from pretrain.training.workloads import Machine, StepSize, step_sizes, workload_of
+
+_SLOWER_BOARDS = ("PCIe", "NVL")
+_SKIPPED = 2
+"""First steps of a start, which are not compared: allocation, cold caches."""
+_WAITS = {
+    "exchange of tokens between experts": ("all_to_all_s", ("expert_exchange",)),
+    "waiting for other stages": ("pipeline_wait_s", ("bubble",)),
+    "all other collectives": (
+        "collective_wait_s",
+        ("replicas", "tensor_exchange", "context_exchange", "weight_exchange"),
+    ),
+    "waiting for data": ("data_wait_s", ()),
+}
+"""What a run times of a step: its metric, and the planner's parts."""
+COMPUTING = "computing"
+BESIDE = "beside the allocator"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    """What is predicted of a run."""
+
+    source: str
+    """What the prediction rests on, or why there is none."""
+    steps: Mapping[StepSize, StepTime]
+    """Of the largest batch of each window length; none: nothing is predicted."""
+    memory: Mapping[int, Mapping[str, float]]
+    """Window length -> peak of the fullest rank, as `memory_peak_bytes` measures it, by what takes
+    it."""
+
+    def step(self, *, window_tokens: int, global_sequences: int) -> StepTime | None:
+        """Return the prediction of a step; None where there is none of that size."""
+        size = StepSize(window_tokens=window_tokens, global_sequences=global_sequences)
+        return self.steps.get(size)
+
+    def metrics(self, *, window_tokens: int, global_sequences: int) -> dict[str, float]:
+        """Return the metrics of a step that is predicted; none otherwise."""
+        step = self.step(window_tokens=window_tokens, global_sequences=global_sequences)
+        if step is None:
+            return {}
+        return {
+            "predicted_step_time_s": step.total_s,
+            "predicted_tokens_per_s": step.workload.step_tokens / step.total_s,
+        }
+
+    def memory_bytes(self, window_tokens: int) -> float:
+        """Return the peak of the fullest rank in steps of windows of a length; 0: not known."""
+        return _total(self.memory.get(window_tokens, {}))
+
+    def lines(self) -> list[str]:
+        """Return what is said when the run starts."""
+        if not self.steps:
+            return [f"not predicted: {self.source}"]
+        found = [f"predicted ({self.source}):"]
+        for size, step in self.steps.items():
+            found.append(
+                f"  {size.global_sequences:,} windows of {size.window_tokens:,} tokens:"
+                f" {step.total_s:.3g} s a step, {size.tokens / step.total_s:,.0f} tokens/s"
+            )
+            found += [f"    outside of what was fitted: {reason}" for reason in step.outside]
+            parts = self.memory[size.window_tokens]
+            told = ", ".join(f"{name} {format_bytes(part)}" for name, part in parts.items())
+            found.append(f"    peak memory of a rank {format_bytes(_total(parts))}: {told}")
+        return found
+
+
+def _none(why: str) -> Expected:
+    return Expected(source=why, steps={}, memory={})
+
+
+NOT_PREDICTED = _none("nobody asked for it")
+
+
+def expect(run: Run, *, device_name: str, threads: int) -> Expected:
+    """Return what is predicted of a run on this machine; never raises for want of a prediction.
+
+    Args:
+        run: the configuration, on its ranks.
+        device_name: of this rank, `cpu` without a GPU.
+        threads: of torch in this rank.
+    """
+    try:
+        if device_name == NAME:
+            return _on_cpu(run, threads=threads)
+        return _on_gpu(run, device_name)
+    except ValueError as error:
+        return _none(str(error))
+
+
+def _on_cpu(run: Run, *, threads: int) -> Expected:
+    if run.precision.kind != "fp32":
+        return _none(f"precision.kind={run.precision.kind} on a CPU; the probe measures fp32 alone")
+    ranks = run.layout.num_ranks
+    times = read_times(cache_file(ranks, environment=os.environ, threads=threads))
+    if times is None:
+        return _none(
+            f"this CPU was not measured with {ranks} ranks of {threads} threads;"
+            " prediction.calibrate=true does so, without torchrun"
+        )
+    cpu = cpu_of(times)
+    workloads = _workloads(run, gpu=NAME, gpus_per_node=ranks)
+    memory = {
+        size.window_tokens: _cpu_memory(run, cpu, workload) for size, workload in workloads.items()
+    }
+    return _made(
+        f"{times.cpu}, {ranks} ranks of {threads} threads, as its probe measured",
+        workloads,
+        cpu.hardware,
+        memory,
+    )
+
+
+def _cpu_memory(run: Run, cpu: Cpu, workload: Workload) -> dict[str, float]:
+    found: list[dict[str, float]] = []
+    for stage in counted_memory(workload, dual_norm=run.kernels.dual_norm):
+        # fp32: a checkpoint has this rank's share of the weights beside two moments of 4 bytes each
+        copies = stage.state.optimizer * 12 / 8
+        found.append(cpu_memory(cpu, stage, copies_bytes=copies))
+    return max(found, key=_total)
+
+
+def _total(parts: Mapping[str, float]) -> float:
+    return sum(parts.values())
+
+
+def _on_gpu(run: Run, device_name: str) -> Expected:
+    name = known_gpu(device_name)
+    if name is None:
+        return _none(
+            f"no constants of {device_name}; planner/hardware.json has {', '.join(gpu_names())}"
+        )
+    if run.precision.kind == "fp32":
+        return _none("precision.kind=fp32 on a GPU; bf16 and FP8 are known")
+    hardware = hardware_of(name)
+    node = run.cluster.gpus_per_node if run.cluster else hardware.gpu.gpus_per_node
+    workloads = _workloads(run, gpu=name, gpus_per_node=node)
+    memory: dict[int, Mapping[str, float]] = {}
+    for size, workload in workloads.items():
+        parts = gpu_memory(run, workload)
+        del parts[BESIDE]  # the run measures what torch's allocator has given out
+        memory[size.window_tokens] = parts
+    return _made(f"constants of {name}", workloads, hardware, memory)
+
+
+def known_gpu(device_name: str) -> str | None:
+    """Return the planner's name of a GPU as its driver names it, None if it is not known."""
+    if any(board in device_name for board in _SLOWER_BOARDS):
+        return None
+    return next((n for n in gpu_names() if re.search(rf"\b{re.escape(n)}\b", device_name)), None)
+
+
+def gpu_memory(run: Run, workload: Workload) -> dict[str, float]:
+    """Return the bytes of the fullest stage's GPU by what takes them, our operators.
+
+    Raises:
+        ValueError: if they cannot be counted.
+    """
+    operators = own_operators(workload, dual_norm=run.kernels.dual_norm)
+    fullest = max(
+        predict_memory(workload, operators=operators), key=lambda stage: stage.device_bytes
+    )
+    return {
+        "weights": fullest.state.weights,
+        "gradients": fullest.state.gradients,
+        "optimizer": fullest.state.optimizer,
+        "activations": fullest.kept_bytes,
+        "transient": fullest.moment_bytes,
+        "workspace": fullest.constants.workspace_bytes,
+        BESIDE: fullest.device_bytes - fullest.peak_bytes,
+    }
+
+
+def _workloads(run: Run, *, gpu: str, gpus_per_node: int) -> dict[StepSize, Workload]:
+    machine = Machine(
+        gpu=gpu,
+        gpus_per_node=gpus_per_node,
+        expert_imbalance=run.prediction.expert_imbalance,
+    )
+    return {
+        size: workload_of(run, size, layout=run.layout, recompute=run.recompute, machine=machine)
+        for size in step_sizes(run)
+    }
+
+
+def _made(
+    source: str,
+    workloads: Mapping[StepSize, Workload],
+    hardware: Hardware,
+    memory: Mapping[int, Mapping[str, float]],
+) -> Expected:
+    steps = {size: predict_step(workload, hardware) for size, workload in workloads.items()}
+    return Expected(source=source, steps=steps, memory=memory)
+
+
+# --- does it fit? ---------------------------------------------------------------------------------
+
+
+def check_fits(run: Run, *, window_tokens: int) -> list[str]:
+    """Refuse a run whose next step does not fit its cluster's GPUs; return warnings of later ones.
+
+    Args:
+        run: on its ranks.
+        window_tokens: of the step to come; longer windows may come on another layout.
+
+    Raises:
+        ValueError: with bytes needed, bytes there, and the keys to change.
+    """
+    cluster = run.cluster
+    if cluster is None or run.precision.kind == "fp32":
+        return []
+    found: list[str] = []
+    workloads = _workloads(run, gpu="H200", gpus_per_node=cluster.gpus_per_node)
+    for size, workload in workloads.items():
+        needed, there = _total(gpu_memory(run, workload)), cluster.gpu_memory_bytes
+        if needed <= there:
+            continue
+        text = (
+            f"windows of {size.window_tokens:,} tokens on {_axes(run.layout)} need"
+            f" {needed / 1e9:.1f} GB of a GPU, as predicted, and cluster.gpu_memory_bytes="
+            f"{there:,} ({there / 1e9:.1f} GB) are there"
+        )
+        if size.window_tokens != window_tokens or run.prediction.allow_misfit:
+            found.append(text)
+            continue
+        raise ValueError(
+            f"{text}: raise layout.pp, layout.cp or layout.ep, lower micro_batch_tokens, choose"
+            " recompute=full, or set prediction.allow_misfit=true"
+        )
+    return found
+
+
+def _axes(layout: Layout) -> str:
+    return f"layout.tp={layout.tp} cp={layout.cp} pp={layout.pp} vp={layout.vp} ep={layout.ep}"
+
+
+# --- against what was measured --------------------------------------------------------------------
+
+
+class Comparison:
+    """What a start of a run measures, beside what was predicted of it."""
+
+    def __init__(self, expected: Expected) -> None:
+        """Begin with nothing measured.
+
+        Args:
+            expected: of the run.
+        """
+        self._expected = expected
+        self.memory_bytes = 0.0
+        """Predicted peak of the steps so far; 0: not known."""
+        self._num_steps = 0
+        self._steps_s: dict[StepSize, list[float]] = defaultdict(list)
+        self._waits_s: dict[StepSize, dict[str, list[float]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+
+    def add(
+        self, *, size: StepSize, step_s: float, record: Mapping[str, float | int | str]
+    ) -> None:
+        """Take a step.
+
+        Args:
+            size: of its batch.
+            step_s: wall clock.
+            record: with the waits of a logged one.
+        """
+        own = self._expected.memory_bytes(size.window_tokens)
+        self.memory_bytes = max(self.memory_bytes, own)
+        self._num_steps += 1
+        if self._num_steps <= _SKIPPED:
+            return
+        self._steps_s[size].append(step_s)
+        if "all_to_all_s" in record:
+            for part, (metric, _) in _WAITS.items():
+                self._waits_s[size][part].append(float(record[metric]))
+
+    def lines(self, *, memory_peak_bytes: int) -> list[str]:
+        """Return predicted beside measured, and which part differs most.
+
+        Args:
+            memory_peak_bytes: of the fullest rank.
+        """
+        expected = self._expected
+        if not expected.steps:
+            return []
+        found = [f"predicted beside measured ({expected.source})"]
+        for size, step in expected.steps.items():
+            if not self._steps_s[size]:
+                continue
+            actual_s = statistics.median(self._steps_s[size])
+            found.append(
+                f"  {size.global_sequences:,} windows of {size.window_tokens:,} tokens: step"
+                f" {step.total_s:.3g} s predicted, {actual_s:.3g} s measured (median of"
+                f" {len(self._steps_s[size]):,}), {step.total_s / actual_s - 1:+.0%};"
+                f" {size.tokens / step.total_s:,.0f} and {size.tokens / actual_s:,.0f} tokens/s"
+            )
+            found += self._why(size, step, actual_s)
+        if memory_peak_bytes and self.memory_bytes:
+            found.append(
+                f"  peak memory: {format_bytes(self.memory_bytes)} predicted,"
+                f" {format_bytes(memory_peak_bytes)} measured,"
+                f" {self.memory_bytes / memory_peak_bytes - 1:+.0%}"
+            )
+        return found
+
+    def _why(self, size: StepSize, step: StepTime, actual_s: float) -> list[str]:
+        """Return which part differs most; none where a run times no parts, as on GPUs."""
+        waits = {name: statistics.median(v) for name, v in self._waits_s[size].items()}
+        if not waits:
+            return []
+        parts = step.named_parts()
+        predicted = {name: sum(parts[key] for key in _WAITS[name][1]) for name in waits}
+        predicted[COMPUTING] = step.total_s - sum(predicted.values())
+        waits[COMPUTING] = actual_s - sum(waits.values())
+        worst = max(waits, key=lambda name: abs(waits[name] - predicted[name]))
+        return [
+            f"    differs most: {worst}, {predicted[worst]:.3g} s predicted, {waits[worst]:.3g} s"
+            " measured"
+        ]
