@@ -94,7 +94,6 @@ def planner_memory_table(record: Mapping[str, Any]) -> str:
 
 
 PLANNER_TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "planner_memory": planner_memory_table,
     "planner_time": planner_time_table,
     "planner_memory": planner_memory_table,
 }

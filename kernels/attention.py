@@ -140,7 +140,7 @@ def largest_score(
         if documents_BK is not None:
             own_BT1 = documents_BK[:, begin:num_seen, None]
             other_BTK = own_BT1 != documents_BK[:, None, :num_seen]
-            scores_BNTK = scores_MTK.unflatten(0, (batch, -1))
+            scores_BNTK = scores_MTK.view(batch, -1, *scores_MTK.shape[1:])
             scores_BNTK.masked_fill_(other_BTK[:, None], float("-inf"))
         largest.append(scores_MTK.amax())
     return torch.stack(largest).amax().float() * scale

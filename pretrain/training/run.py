@@ -316,8 +316,7 @@ class Run:
         if self.micro_batch_tokens < 1 or self.seed < 0 or self.mtp_loss_weight < 0:
             raise ValueError(
                 f"micro_batch_tokens={self.micro_batch_tokens}, seed={self.seed},"
-                f" mtp_loss_weight={self.mtp_loss_weight} given;"
-                " at least 1, 0 and 0 are allowed"
+                f" mtp_loss_weight={self.mtp_loss_weight} given; at least 1, 0 and 0 are allowed"
             )
         if self.lr_schedule.warmup_tokens + self.lr_schedule.decay_tokens > self.total_tokens:
             raise ValueError(
@@ -350,7 +349,7 @@ class Run:
         Raises:
             ValueError: names the key to change.
         """
-        layout = self.layout
+        layout, tokens = self.layout, self.micro_batch_tokens
         lengths = sorted({segment.window_tokens for segment in segments})
         if lengths[-1] > self.model.max_context_tokens:
             raise ValueError(
@@ -359,7 +358,6 @@ class Run:
             )
         for window_tokens in lengths:
             check_cuts(self.model, layout=layout, sequence_tokens=window_tokens)
-        tokens = self.micro_batch_tokens
         check_divisible(segments, micro_batch_tokens=tokens, dp=layout.dp)
         if layout.vp > 1:
             check_interleaved(segments, micro_batch_tokens=tokens, dp=layout.dp, pp=layout.pp)
