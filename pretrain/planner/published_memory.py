@@ -79,7 +79,7 @@ def memory_workload_of(row: Mapping[str, str]) -> tuple[Workload, Operators]:
     Raises:
         ValueError: if it does not say enough; the message is the reason.
     """
-    if _LAUNCHER not in row["source"]:
+    if _LAUNCHER not in row.get("source", ""):
         workload = workload_of(row)
         return workload, operators_of(workload)
     model = row["model"].removesuffix(" dims")

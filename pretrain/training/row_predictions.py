@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.planner.hardware import hardware_of
+from pretrain.planner.memory import predict_memory
 from pretrain.planner.published import read_rows, workload_of
+from pretrain.planner.published_memory import KIND, memory_workload_of
 from pretrain.planner.step_time import predict_step
-from pretrain.training.forecasts import stage_memory
 
 ADDED = (
     "predicted_step_time_s",
@@ -21,8 +22,11 @@ ADDED = (
     "not_predicted",
     "outside_fitted_range",
 )
-"""Columns that are added; `not_predicted` says why a prediction is missing."""
+"""Columns that are added; `not_predicted` says why a prediction is missing. The peak is that of
+allocated memory where `mem_kind` says that this was measured, else what a GPU has lost."""
 _GIB = 2**30
+_CUTS_OVER_CONTEXT = "torchtitan"
+"""FSDP2 over dp and cp together, whatever its table gives as shards."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,24 +71,32 @@ def predict_rows(path: Path) -> RowPredictions:
 
 def _prediction(row: Mapping[str, str]) -> dict[str, str]:
     columns = dict.fromkeys(ADDED, "")
+    reasons: list[str] = []
     try:
-        workload = workload_of(row)
-        step = predict_step(workload, hardware_of(row["gpu"]))
+        step = predict_step(workload_of(row), hardware_of(row["gpu"]))
+        columns |= {
+            "predicted_step_time_s": f"{step.total_s:.4g}",
+            "predicted_tokens_per_s_per_gpu": f"{step.tokens_per_s:.5g}",
+            "outside_fitted_range": "; ".join(step.outside),
+        }
     except ValueError as error:
-        return columns | {"not_predicted": str(error)}
-    columns |= {
-        "predicted_step_time_s": f"{step.total_s:.4g}",
-        "predicted_tokens_per_s_per_gpu": f"{step.tokens_per_s:.5g}",
-        "outside_fitted_range": "; ".join(step.outside),
-    }
+        reasons.append(str(error))
     try:
-        memory = stage_memory(workload)
+        columns["predicted_peak_gib"] = f"{_peak_bytes(row) / _GIB:.4g}"
     except ValueError as error:
-        return columns | {"not_predicted": f"memory: {error}"}
-    if not memory:
-        return columns | {"not_predicted": "memory: no prediction for this step"}
-    peak = max(sum(stage.values()) for stage in memory)
-    return columns | {"predicted_peak_gib": f"{peak / _GIB:.4g}"}
+        if str(error) not in reasons:
+            reasons.append(f"memory: {error}")
+    return columns | {"not_predicted": "; ".join(reasons)}
+
+
+def _peak_bytes(row: Mapping[str, str]) -> float:
+    """Return the fullest stage's memory, measured as the row's is: allocated, or of the device."""
+    workload, operators = memory_workload_of(row)
+    if workload.layout.cp > 1 and row["stack"] == _CUTS_OVER_CONTEXT:
+        raise ValueError(f"{_CUTS_OVER_CONTEXT} cuts weights over context ranks, too: not counted")
+    stages = predict_memory(workload, operators=operators)
+    is_allocated = row.get("mem_kind") == KIND
+    return max(stage.peak_bytes if is_allocated else stage.device_bytes for stage in stages)
 
 
 def as_text(predictions: RowPredictions, reasons: int = 8) -> str:

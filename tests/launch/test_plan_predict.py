@@ -57,6 +57,7 @@ def test_rows_get_predictions_or_reasons(tmp_path: Path) -> None:
     assert float(told["predicted_tokens_per_s_per_gpu"]) == pytest.approx(1621, rel=0.2)
     assert float(told["predicted_step_time_s"]) == pytest.approx(10.107, rel=0.2)
     assert told["outside_fitted_range"] == ""
+    assert 20 < float(told["predicted_peak_gib"]) < 80  # it ran on GPUs of 80 GB
     assert unknown["not_predicted"].startswith("gpu=A100 given; H100")
     assert unknown["predicted_step_time_s"] == ""
     assert "pp = 20, fitted on 1 to 8" in outside["outside_fitted_range"]
