@@ -21,6 +21,8 @@ Ledger = Counter[str]
 _FP32, _INT64, _INT32, _BOOL = 4, 8, 4, 1
 _MASK_ROWS = 256
 """TILE_TOKENS of kernels/attention.py."""
+_SHORT_TOKENS, _TILE_ROWS = 512, 64
+"""SHORT_TOKENS and SHORT_TILE_TOKENS of the same file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +38,19 @@ class Sizes:
     def tokens(self) -> int:
         """T."""
         return self.workload.micro_batch_tokens
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a CPU keeps the attention weights of such sequences."""
+        return self.workload.sequence_tokens <= _SHORT_TOKENS
+
+    @property
+    def weight_tiles(self) -> int:
+        """Attention weights that tiles of rows keep for a head: each sees keys up to its end."""
+        length = self.workload.sequence_tokens
+        tiles = ((first, min(first + _TILE_ROWS, length)) for first in range(0, length, _TILE_ROWS))
+        weights = sum((last - first) * last for first, last in tiles)
+        return self.workload.micro_batch_sequences * weights
 
     @property
     def own_tokens(self) -> int:
@@ -164,7 +179,7 @@ def _core(sizes: Sizes, *, num_kv_heads: int, is_latent: bool) -> Ledger:
     tp, q = workload.layout.tp, operators.value_bytes
     heads, groups = attention.num_heads // tp, max(num_kv_heads // tp, 1)
     score, value = attention.score_size, attention.value_size
-    is_padded = operators.attention_core == "padded_flash" and value < score
+    is_padded = operators.attention_core in ("padded_flash", "short_tiles") and value < score
     wide = score if is_padded else value
     tokens = sizes.tokens
     queries, output = tokens * heads * score * q, tokens * heads * value * q
@@ -172,8 +187,12 @@ def _core(sizes: Sizes, *, num_kv_heads: int, is_latent: bool) -> Ledger:
     if "core_attn" in modules:
         core = 0 if is_dropped else queries + tokens * groups * (score + value) * q
         return Ledger({"core_attention": core, "linear_proj": output})
-    core = tokens * heads * (wide * q + _FP32)
     cp = workload.layout.cp
+    if operators.attention_core == "short_tiles" and cp == 1 and sizes.is_short:
+        groups_of_keys = queries + tokens * groups * (score + value) * q
+        core = sizes.weight_tiles * heads * q + (0 if is_dropped else groups_of_keys)
+        return Ledger({"core_attention": core, "linear_proj": output})
+    core = tokens * heads * (wide * q + _FP32)
     if cp > 1 and operators.context_exchange == "gather":
         core += cp * tokens * groups * (score + value) * q
         core += 0 if is_dropped else queries
@@ -242,7 +261,9 @@ def _experts(sizes: Sizes) -> Ledger:
     rows_in = rows * model.hidden_size * operators.input_bytes + rows * _FP32
     # one by one: the first product, silu of the gate, the other half, and what both give
     gate = (5 if operators.experts == "one_by_one" else 2) * values * q
-    second = 0 if "moe_act" in workload.recompute.modules else values * operators.input_bytes
+    is_computed_again = "moe_act" in workload.recompute.modules
+    is_computed_again |= operators.experts == "shared_buffers"
+    second = 0 if is_computed_again else values * operators.input_bytes
     return Ledger({"experts": rows_in + gate + second})
 
 

@@ -29,10 +29,11 @@ class Operators:
     """fused: the end of an MoE layer and the norm that follows are one operator."""
     rotary: Literal["fused", "elementary"] = "fused"
     """elementary: cosines and sines of the sequence are kept by each layer, twice."""
-    attention_core: Literal["flash", "padded_flash"] = "flash"
+    attention_core: Literal["flash", "padded_flash", "short_tiles"] = "flash"
     """flash: queries, keys, values, output and the logarithm of each row's sum. padded_flash
     (kernels/attention.py): the same with values as wide as queries; where they were narrower, the
-    output projection keeps its own input."""
+    output projection keeps its own input. short_tiles: the same, but up to 512 tokens the weights
+    of the rows' tiles instead of output and logarithms, and values as they are."""
     context_exchange: Literal["ring", "all_to_all", "gather"] = "ring"
     """How context ranks share keys and values. ring: each keeps its own; all_to_all: heads for
     tokens, the output before and after the exchange is kept; gather: keys and values of the whole
@@ -40,9 +41,10 @@ class Operators:
     gate: Literal["fused", "elementary"] = "fused"
     """fused: an FFN's activation keeps the first product only; elementary: silu of the gate and the
     other half as well."""
-    experts: Literal["grouped", "one_by_one"] = "grouped"
+    experts: Literal["grouped", "one_by_one", "shared_buffers"] = "grouped"
     """one_by_one: megatron's experts as modules, whose activation is elementary and whose weight by
-    the router keeps one more copy."""
+    the router keeps one more copy. shared_buffers (kernels/expert_ffn.py): the first product
+    alone."""
     permutation: Literal["fused", "elementary"] = "fused"
     """How tokens are sorted by expert. fused: a map of 2 E + 1 int32 a token; elementary: scores,
     choices and the sorted order."""
@@ -102,10 +104,10 @@ def cpu_operators(workload: Workload, *, dual_norm: Literal["separate", "fused"]
         norm_in_linear=False,
         dual_norm=dual_norm,
         rotary="elementary",
-        attention_core="padded_flash",
+        attention_core="short_tiles" if is_fp32 else "padded_flash",
         context_exchange="gather",
         gate="elementary",
-        experts="grouped" if is_fp32 else "one_by_one",
+        experts="shared_buffers" if is_fp32 else "one_by_one",
         permutation="elementary",
         loss="fp32_softmax",
         gradient_products="separate",
