@@ -53,7 +53,7 @@ def test_two_stages_of_two_expert_ranks_keep_what_hooks_count(
     [
         Layout(num_ranks=2, ep=2),
         Layout(num_ranks=2, pp=2, vp=2),
-        Layout(num_ranks=2, tp=2, etp=2),
+        pytest.param(Layout(num_ranks=2, tp=2, etp=2), marks=pytest.mark.slow),
         Layout(num_ranks=2, tp=2, ep=2),
         Layout(num_ranks=2, cp=2, ep=2),
     ],

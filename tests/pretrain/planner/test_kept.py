@@ -94,8 +94,15 @@ CHOICES = [
 
 
 @pytest.mark.parametrize("recompute", CHOICES, ids=str)
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
-@pytest.mark.parametrize("spec", [TINY, PROXY], ids=["tiny", "proxy"])
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [
+        pytest.param(TINY, "fp32", id="tiny-fp32"),
+        pytest.param(TINY, "bf16", id="tiny-bf16"),
+        pytest.param(PROXY, "fp32", id="proxy-fp32"),
+        pytest.param(PROXY, "bf16", id="proxy-bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_kept_is_what_hooks_count(
     spec: ModelSpec, kind: str, recompute: Recompute, one_rank: object
 ) -> None:
