@@ -15,6 +15,7 @@ from pretrain.planner.cpu import (
     cpu_of,
     not_negative,
 )
+from pretrain.planner.memory import StageMemory
 from pretrain.planner.step_time import predict_step
 from tests.cpu_times import round_times
 
@@ -69,9 +70,9 @@ def test_a_rank_holds_its_process_its_state_and_stretched_activations() -> None:
         counted_memory(case_workload(case, ranks=2))[0] for case in list(CASES.values())[:2]
     )
 
-    def peak(stage: object, base: int, slack: float) -> int:
-        moving = stage.kept_bytes + stage.moment_bytes  # type: ignore[attr-defined]
-        return base + stage.state.total + round(slack * moving)  # type: ignore[attr-defined]
+    def peak(stage: StageMemory, base: int, slack: float) -> int:
+        moving = stage.kept_bytes + stage.moment_bytes
+        return base + stage.state.total + round(slack * moving)
 
     peaks = (peak(least, 400 << 20, 1.25), peak(most, 400 << 20, 1.25), *times.peaks_bytes[2:])
     cpu = cpu_of(replace(times, peaks_bytes=peaks))
