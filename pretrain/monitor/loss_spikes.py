@@ -7,8 +7,8 @@ while a spike lasts: a spike does not become its own measure, and a NaN poisons 
 alarm on what is expected stands still, and the windows begin anew (`RobustWindow.hold`).
 
 One value may stand out by chance, so two thresholds: beyond `far` a value is flagged alone, beyond
-`near` only beside another. Three of five beyond `near` are an alarm, and then the smoothed excess
-of the loss over what was expected decides:
+`near` only beside another. Three of five of the same name beyond `near` are an alarm, and then the
+smoothed excess of the loss over what was expected decides:
 
     normal -> suspect -> spike -> recovering -> normal
                               `-> diverged, or a new level
@@ -22,8 +22,10 @@ the spike itself moves; megatron-core 0.16.1 at 10 times the maximum of the firs
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 from pretrain.monitor.robust_window import RobustWindow
@@ -34,8 +36,9 @@ Event = Literal["", "alarm", "recovered", "diverged", "new level"]
 
 _RECENT = 5
 _ALARM = 3
-"""Values beyond `near`, of the last five, that are an alarm: chance gives it once in 1e8 steps of
-Student's t with 5 degrees of freedom."""
+"""Values of one name beyond `near`, of the last five, that are an alarm. With Student's t of 5
+degrees of freedom chance gives one in 3e6 steps of a name; losses and norms counted together would
+give eight times as many as either alone."""
 _SCALES = {"loss_max": 2.0}
 """The largest of many replicas' losses has a long tail of its own: of 96 with Student's t of 5
 degrees of freedom 20 values in 20,000 would be flagged, with half of its score 1."""
@@ -135,7 +138,7 @@ class LossSpikes:
 
     def _clear(self) -> None:
         self._windows: dict[str, RobustWindow] = {}
-        self._recent: list[bool] = []
+        self._recent: list[list[str]] = []  # of the last steps, the names beyond `near`
         self._state: State = "normal"
         self._onset = -1
         self._calm = self._high = 0
@@ -167,7 +170,7 @@ class LossSpikes:
                 scores[name] = score / _SCALES.get(name, 1.0)
         worst = max(scores.values(), default=-math.inf)
         is_near = worst > self._rule.near
-        beside = self._recent[-1:] == [True] or self._state in ("spike", "recovering")
+        beside = any(self._recent[-1:]) or self._state in ("spike", "recovering")
         return Seen(
             scores=scores,
             state=self._state,
@@ -188,7 +191,8 @@ class LossSpikes:
             self._stage = stage
             self._clear()
         seen = self.look(values, stage=stage)
-        self._recent = [*self._recent[1 - _RECENT :], seen.worst > self._rule.near]
+        near = sorted(name for name, score in seen.scores.items() if score > self._rule.near)
+        self._recent = [*self._recent[1 - _RECENT :], near]
         self._follow(values["loss"])
         event = self._advance(step)
         onset = self._onset
@@ -213,12 +217,17 @@ class LossSpikes:
 
     @property
     def _outlasts_its_stage(self) -> bool:
-        """Whether a spike lasts, or two of the last five values say that one begins.
+        """Whether a spike lasts, or two of a name's last five values say that one begins.
 
         One alone is chance (once in 260 steps): carried on, it would take a new stage for a spike.
         """
-        begins = self._state == "suspect" and sum(self._recent) > 1
+        begins = self._state == "suspect" and self._most_near > 1
         return begins or self._state in ("spike", "recovering")
+
+    @property
+    def _most_near(self) -> int:
+        """How many of the last five steps the name that is most often beyond `near` is so in."""
+        return max(Counter(chain.from_iterable(self._recent)).values(), default=0)
 
     @property
     def _may_learn(self) -> bool:
@@ -257,14 +266,14 @@ class LossSpikes:
 
     def _advance(self, step: int) -> Event:
         """Move on in the state machine and return what has happened."""
-        is_near = self._recent[-1]
+        is_near = bool(self._recent[-1])
         if self._state in ("normal", "diverged"):
             if is_near:
                 self._state, self._onset = "suspect", step
         elif not any(self._recent) and self._state == "suspect":
             self._state, self._onset = "normal", -1
         if self._state == "suspect":
-            if sum(self._recent) < _ALARM:
+            if self._most_near < _ALARM:
                 return ""
             self._state, self._peak, self._calm = "spike", self._smoothed, 0
             for window in self._windows.values():
@@ -296,7 +305,7 @@ class LossSpikes:
             "stage": self._stage,
             "state": self._state,
             "onset": self._onset,
-            "recent": list(self._recent),
+            "recent": [list(names) for names in self._recent],
             "calm": self._calm,
             "high": self._high,
             "smoothed": self._smoothed,
@@ -335,7 +344,7 @@ class LossSpikes:
         self._onset, self._calm = int(record["onset"]), int(record["calm"])
         self._high, self._peak = int(record["high"]), float(record["peak"])
         self._smoothed = float(record["smoothed"])
-        self._recent = [bool(value) for value in record["recent"]]
+        self._recent = [[str(name) for name in names] for names in record["recent"]]
         for name, kept in record["windows"].items():
             self._windows[str(name)] = RobustWindow.from_json(kept)
 
