@@ -71,23 +71,23 @@ TINY_MODEL: Mapping[str, int | float] = {
 }
 
 
-@pytest.fixture(scope="session")
-def known_cpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a cache in which this CPU's times stand, so that no run of a test measures it."""
-    folder = tmp_path_factory.mktemp("cache")
-    fill_cache(folder)
-    return folder
+@pytest.fixture(scope="session", autouse=True)
+def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Remove variables of launchers and of the developer's shell; forbid the network.
 
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch, known_cpus: Path) -> None:
-    """Remove variables of launchers and of the developer's shell; forbid the network."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(known_cpus))
-    for name in list(os.environ):
-        if name in FOREIGN_NAMES or name.startswith(FOREIGN_PREFIXES):
-            monkeypatch.delenv(name)
-    for name, value in OURS.items():
-        monkeypatch.setenv(name, value)
+    Yields the cache, in which this CPU's times stand: no run of a test measures it. Of the session,
+    since fixtures of a session or a module start runs, too.
+    """
+    cache = tmp_path_factory.mktemp("cache")
+    fill_cache(cache)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        for name in list(os.environ):
+            if name in FOREIGN_NAMES or name.startswith(FOREIGN_PREFIXES):
+                monkeypatch.delenv(name)
+        for name, value in OURS.items():
+            monkeypatch.setenv(name, value)
+        yield cache
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
@@ -187,7 +187,7 @@ def tiny_run(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         layout: Layout | None = None,
         *,
         spec: Mapping[str, Any] | None = None,
-        micro: int = 1,
+        micro: int = 2,
         bf16: bool = False,
         bias: bool = False,
         overlap: bool = False,

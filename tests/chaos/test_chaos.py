@@ -35,6 +35,7 @@ def test_the_undisturbed_run_is_right(whole: Played, truth: Truth) -> None:
     assert len(truth.losses) == 24
 
 
+@pytest.mark.slow
 def test_ranks_killed_at_every_stage_of_a_step(disturb: Disturb, truth: Truth) -> None:
     played = disturb(
         "step.backward:kill:rank=1:step=6",

@@ -154,6 +154,7 @@ def test_killed_after_a_batch_was_left_out_a_run_leaves_out_the_same(make_run: M
     assert kinds(killed.run)["loss_spike"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_has_gone_back_too_often_waits_for_a_person(make_run: MakeRun) -> None:
     played = play(make_run("spent", max_rewinds=0, max_skips=0, steps=34), [GROWN])
     assert played.codes == (93,)

@@ -154,6 +154,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
+@pytest.mark.slow
 def test_a_window_that_one_rank_finds_damaged_is_named_in_exit_json(
     words: list[str], own_corpus: Path, tmp_path: Path
 ) -> None:

@@ -44,7 +44,7 @@ LOSS, NORM = 0.02, 0.06
 def emulated(make: MakeRun, recipe: Any, **changes: Any) -> Run:
     history: dict[str, Any] = {"fp8_amax_history": 16} if recipe == "delayed" else {}
     precision = Precision(kind="fp8_emulated", fp8_recipe=recipe, **history)
-    return replace(make(curriculum=TWO, **changes), precision=precision)
+    return replace(make(curriculum=TWO, micro=1, **changes), precision=precision)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_another_layout_gets_the_histories_to_the_bit(
 def test_weights_of_bf16_begin_a_run_in_fp8_without_histories(
     tiny_run: MakeRun, one_rank: object
 ) -> None:
-    run = tiny_run(curriculum=TWO, bf16=True)
+    run = tiny_run(curriculum=TWO, micro=1, bf16=True)
     trainer = make_trainer(run)
     trainer.save()
     (folder,) = (run.folder / "checkpoints").glob("step_*")

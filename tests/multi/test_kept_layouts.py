@@ -41,6 +41,7 @@ def compare(layout: Layout, recompute: Recompute, pool: RankPool) -> None:
         assert kept == pytest.approx(counted, rel=0.01), (pp, found[ranks[0]].moments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [Recompute(), UP_PROJECTION, Recompute(kind="full")], ids=str)
 def test_two_stages_of_two_expert_ranks_keep_what_hooks_count(
     recompute: Recompute, four_ranks: RankPool

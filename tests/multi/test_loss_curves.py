@@ -63,7 +63,7 @@ def test_the_single_rank_learns(reference: Curve) -> None:
     "layout",
     [
         Layout(num_ranks=2, ep=2),
-        Layout(num_ranks=2),
+        pytest.param(Layout(num_ranks=2), marks=pytest.mark.slow),
         Layout(num_ranks=2, pp=2),
     ],
     ids=str,
@@ -92,6 +92,7 @@ def test_slow_layouts_draw_the_beginning_of_the_curve(
     assert_same(curve, reference)
 
 
+@pytest.mark.slow
 def test_overlapped_reduction_in_many_buckets_draws_the_same_curve(
     reference: Curve, tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:

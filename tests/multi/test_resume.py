@@ -46,7 +46,7 @@ def assert_goes_on(resumed: Curve, whole: Curve, *, saved: int = SAVED) -> None:
 def test_two_ranks_go_on_to_the_bit(
     layout: Layout, overlap: bool, variant: dict[str, bool], tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:
-    run = tiny_run(layout, overlap=overlap, curriculum=TWO, **variant)
+    run = tiny_run(layout, overlap=overlap, curriculum=TWO, micro=1, **variant)
     whole, _ = two_ranks.run(loss_curve, run, num_steps=LAST, save_after=SAVED)
     resumed, _ = two_ranks.run(loss_curve, run, num_steps=LAST - SAVED, resume=True)
     assert not overlap or whole.num_buckets >= 3
@@ -54,12 +54,14 @@ def test_two_ranks_go_on_to_the_bit(
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(num_ranks=2, tp=2), Layout(num_ranks=2, etp=2)], ids=["tp2", "etp2"]
+    "layout",
+    [pytest.param(Layout(num_ranks=2, tp=2), marks=pytest.mark.slow), Layout(num_ranks=2, etp=2)],
+    ids=["tp2", "etp2"],
 )
 def test_experts_spread_unlike_dense_layers_go_on_to_the_bit(
     layout: Layout, tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:
-    run = tiny_run(layout, curriculum=TWO, bias=True)
+    run = tiny_run(layout, curriculum=TWO, micro=1, bias=True)
     whole, _ = two_ranks.run(loss_curve, run, num_steps=4, save_after=2)
     resumed, _ = two_ranks.run(loss_curve, run, num_steps=2, resume=True)
     assert_goes_on(resumed, whole, saved=2)
@@ -73,14 +75,14 @@ def test_experts_spread_unlike_dense_layers_go_on_to_the_bit(
 def test_one_rank_goes_on_to_the_bit(
     variant: dict[str, bool], tiny_run: MakeRun, one_rank: object
 ) -> None:
-    run = tiny_run(curriculum=TWO, **variant)
+    run = tiny_run(curriculum=TWO, micro=1, **variant)
     whole = loss_curve(run, num_steps=LAST, save_after=SAVED)
     resumed = loss_curve(run, num_steps=LAST - SAVED, resume=True)
     assert_goes_on(resumed, whole)
 
 
 def test_saving_does_not_disturb_the_run(tiny_run: MakeRun, one_rank: object) -> None:
-    run = tiny_run(curriculum=TWO, bias=True)
+    run = tiny_run(curriculum=TWO, micro=1, bias=True)
     saving = loss_curve(run, num_steps=4, save_after=2)
     assert saving == loss_curve(run, num_steps=4)
 
@@ -96,7 +98,7 @@ def doomed_ranks() -> Iterator[RankPool]:
 def test_ranks_killed_after_the_save_are_replaced_without_a_trace(
     tiny_run: MakeRun, doomed_ranks: RankPool, two_ranks: RankPool
 ) -> None:
-    run = tiny_run(Layout(num_ranks=2, ep=2), curriculum=TWO, bias=True)
+    run = tiny_run(Layout(num_ranks=2, ep=2), curriculum=TWO, micro=1, bias=True)
     whole, _ = two_ranks.run(loss_curve, run, num_steps=6)
     doomed_ranks.run(loss_curve, run, num_steps=3, save_after=3)
     doomed_ranks.close()  # SIGKILL

@@ -67,7 +67,7 @@ def test_what_each_replica_finds_stands_in_the_ledger_of_the_checkpoint(
 def test_replacements_of_all_replicas_count_against_the_limit(
     tiny_run: MakeRun, two_ranks: RankPool, tmp_path: Path
 ) -> None:
-    run = replacing(tiny_run(Layout(num_ranks=2)), max_replaced=1)
+    run = replacing(tiny_run(Layout(num_ranks=2), micro=1), max_replaced=1)
     run = damaged(run, tmp_path / "copy", slots=[0, 1])
     with pytest.raises(RankError, match=r"2 windows .* data\.reading\.max_replaced=1"):
         two_ranks.run(loss_curve, run, num_steps=3, save_after=3)

@@ -131,7 +131,7 @@ def test_blocks_are_fetched_once_and_serve_later_datasets(
     assert asked == ["/bucket/dataset.set"]
 
 
-@pytest.mark.parametrize("kind", ["bin", "win"])
+@pytest.mark.parametrize("kind", [pytest.param("bin", marks=pytest.mark.slow), "win"])
 def test_each_of_200_bits_flipped_in_cached_blocks_is_found_and_mended(
     tmp_path: Path, cache: BlockCacheConfig, asked: list[str], kind: str
 ) -> None:

@@ -111,7 +111,7 @@ def test_a_damaged_newest_checkpoint_sends_the_run_to_the_one_before(
         Layout(num_ranks=2, ep=2),
         Layout(num_ranks=2, pp=2),
         Layout(num_ranks=2, tp=2, ep=2),
-        Layout(num_ranks=2, tp=2),
+        pytest.param(Layout(num_ranks=2, tp=2), marks=pytest.mark.slow),
         Layout(num_ranks=2, etp=2),
     ],
     ids=str,

@@ -152,7 +152,7 @@ def read_nothing(_batch: MicroBatch, token_loss_BS: Tensor) -> Tensor:
 
 
 def test_torch_counts_the_same_arithmetic(tiny_run: MakeRun, one_rank: object) -> None:
-    run = tiny_run()
+    run = tiny_run(micro=1)
     trainer = make_trainer(run)
     batches = trainer.next_batch()[:2]
     with FlopCounterMode(display=False) as counter:

@@ -51,7 +51,11 @@ def test_one_operator_trains_the_model_of_two(
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(num_ranks=2, tp=2, ep=2), Layout(num_ranks=2, pp=2), Layout(num_ranks=2, cp=2)],
+    [
+        Layout(num_ranks=2, tp=2, ep=2),
+        Layout(num_ranks=2, pp=2),
+        pytest.param(Layout(num_ranks=2, cp=2), marks=pytest.mark.slow),
+    ],
     ids=["tp2 ep2", "pp2", "cp2"],
 )
 def test_two_ranks_train_the_model_of_one(

@@ -168,7 +168,7 @@ def test_histories_hold_each_pass_once_and_scales_follow_the_ones_before(
     """Three micro-batches a step, two steps: rows of the history are theirs, the newest last."""
     precision = emulated(fp8_recipe="delayed", fp8_amax_history=HISTORY, fp8_margin=1)
     trainer = trainer_of(
-        tiny_run, precision, curriculum=tiny_curriculum(sequences=3), recompute=recompute
+        tiny_run, precision, micro=1, curriculum=tiny_curriculum(sequences=3), recompute=recompute
     )
     name = "decoder.layers.1.mlp.shared_experts.linear_fc2"
     seen = seen_by(trainer, name)
@@ -194,6 +194,7 @@ def test_a_weight_is_quantised_with_one_scale_in_all_of_a_step(
     trainer = trainer_of(
         tiny_run,
         emulated(fp8_recipe="delayed", fp8_amax_algorithm="most_recent"),
+        micro=1,
         curriculum=tiny_curriculum(sequences=3),
     )
     name = "decoder.layers.0.mlp.linear_fc1"
@@ -269,7 +270,7 @@ def tensor_rank_states(run: Run) -> dict[str, tuple[Tensor, Tensor]]:
 def test_ranks_that_share_a_stage_share_their_scales(
     tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:
-    run = tiny_run(Layout(num_ranks=2, tp=2), curriculum=tiny_curriculum(sequences=1))
+    run = tiny_run(Layout(num_ranks=2, tp=2), micro=1, curriculum=tiny_curriculum(sequences=1))
     run = replace(run, precision=emulated(fp8_recipe="delayed", fp8_amax_history=4))
     first, second = two_ranks.run(tensor_rank_states, run)
     assert first.keys() == second.keys()

@@ -70,7 +70,7 @@ def test_a_second_micro_batch_before_the_first_backward_pass_is_not_measured(
 
 
 def test_nothing_is_measured_while_it_is_off(tiny_run: MakeRun, one_rank: object) -> None:
-    run = tiny_run(curriculum=tiny_curriculum(sequences=1))
+    run = tiny_run(micro=1, curriculum=tiny_curriculum(sequences=1))
     trainer = make_trainer(replace(run, precision=Precision(kind="fp8_emulated")))
     watch = Fp8Watch(trainer.modules, num_layers=5)
     trainer.step(trainer.next_batch())

@@ -39,7 +39,11 @@ def test_a_chunked_loss_trains_the_same_model(
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(num_ranks=2, tp=2), Layout(num_ranks=2, pp=2), Layout(num_ranks=2, cp=2)],
+    [
+        Layout(num_ranks=2, tp=2),
+        Layout(num_ranks=2, pp=2),
+        pytest.param(Layout(num_ranks=2, cp=2), marks=pytest.mark.slow),
+    ],
     ids=["tp2", "pp2", "cp2"],
 )
 def test_two_ranks_take_the_loss_of_one(

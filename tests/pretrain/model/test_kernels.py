@@ -106,7 +106,7 @@ def test_what_is_computed_again_is_the_same_with_all_kernels(
     ("sizes", "kind"),
     [
         ({"ep": 2}, "sequence_aux"),
-        ({"tp": 2, "ep": 2}, "bias"),
+        pytest.param({"tp": 2, "ep": 2}, "bias", marks=pytest.mark.slow),
         ({"tp": 2, "etp": 2}, "global_aux"),
         pytest.param({"cp": 2}, "sequence_aux", marks=pytest.mark.slow),
         pytest.param({"pp": 2}, "global_aux", marks=pytest.mark.slow),
@@ -127,7 +127,11 @@ ALL = replace(THREE, dual_norm="fused", combine="fused")
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"ep": 2}, {"tp": 2, "ep": 2}, pytest.param({"pp": 2}, marks=pytest.mark.slow)],
+    [
+        {"ep": 2},
+        pytest.param({"tp": 2, "ep": 2}, marks=pytest.mark.slow),
+        pytest.param({"pp": 2}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_on_two_ranks_rows_come_back_into_the_dual_norm(

@@ -67,7 +67,7 @@ def test_megatrons_own_router_gives_another(
 @pytest.mark.parametrize(
     ("layout", "micro"),
     [
-        (Layout(num_ranks=2, tp=2, ep=2), 1),
+        pytest.param(Layout(num_ranks=2, tp=2, ep=2), 1, marks=pytest.mark.slow),
         (Layout(num_ranks=2, tp=2, etp=2), 4),
         (Layout(num_ranks=2, ep=2), 4),
     ],

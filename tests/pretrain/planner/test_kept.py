@@ -98,7 +98,7 @@ CHOICES = [
     ("spec", "kind"),
     [
         pytest.param(TINY, "fp32", id="tiny-fp32"),
-        pytest.param(TINY, "bf16", id="tiny-bf16"),
+        pytest.param(TINY, "bf16", id="tiny-bf16", marks=pytest.mark.slow),
         pytest.param(PROXY, "fp32", id="proxy-fp32"),
         pytest.param(PROXY, "bf16", id="proxy-bf16", marks=pytest.mark.slow),
     ],

@@ -249,7 +249,11 @@ def test_one_tensor_is_scaled_and_the_others_are_left(spoilt_alone: dict[str, An
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(num_ranks=2, ep=2), Layout(num_ranks=2, tp=2), Layout(num_ranks=2, pp=2)],
+    [
+        Layout(num_ranks=2, ep=2),
+        pytest.param(Layout(num_ranks=2, tp=2), marks=pytest.mark.slow),
+        Layout(num_ranks=2, pp=2),
+    ],
     ids=["ep2", "tp2", "pp2"],
 )
 def test_two_ranks_clip_tensors_as_one_does(

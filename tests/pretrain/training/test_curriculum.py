@@ -108,7 +108,7 @@ def test_one_legal_size_of_the_context_axis_is_enough(axk1: Run) -> None:
 
 def test_without_a_cluster_only_the_runs_own_ranks_are_judged(tiny_run: MakeRun) -> None:
     stage = Stage(sequence_tokens=64, global_sequences=8, cp=(1,))
-    (verdict,) = judge(tiny_run(Layout(num_ranks=2, ep=2)), curriculum=[stage])
+    (verdict,) = judge(tiny_run(Layout(num_ranks=2, ep=2), micro=1), curriculum=[stage])
     assert (verdict.num_ranks, verdict.dp, verdict.micro_batches) == (2, 2, 4)
 
 

@@ -48,7 +48,7 @@ def ids(layout: Layout) -> str:
 def test_the_ranks_of_a_layout_hold_every_weight_once(
     layout: Layout, tiny_run: MakeRun, no_rank: ProcessPoolExecutor
 ) -> None:
-    run = tiny_run(layout)
+    run = tiny_run(layout, micro=1)
     found: Finding = no_rank.submit(examine, run, OPTIONS).result()
     assert found.faults == ()
     counted = count_parameters(run.model)

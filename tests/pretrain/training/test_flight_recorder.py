@@ -33,7 +33,7 @@ def sequences(bundle: dict[str, Any]) -> dict[int, dict[str, Any]]:
 @pytest.fixture
 def losses_of_one_rank(tiny_run: MakeRun, one_rank: object) -> list[float]:
     """Return the loss of each slot of the first batch, by torch's cross entropy on one rank."""
-    trainer = make_trainer(tiny_run(spec={"num_mtp_layers": 0}))
+    trainer = make_trainer(tiny_run(micro=1, spec={"num_mtp_layers": 0}))
     (model,) = trainer.modules
     found: list[float] = []
     for batch in trainer.next_batch():
@@ -56,7 +56,7 @@ def losses_of_one_rank(tiny_run: MakeRun, one_rank: object) -> list[float]:
 def test_each_sequence_of_the_global_batch_has_the_loss_that_one_rank_computes(
     layout: str, tiny_run: MakeRun, two_ranks: RankPool, losses_of_one_rank: list[float]
 ) -> None:
-    run = tiny_run(LAYOUTS[layout], spec={"num_mtp_layers": 0})
+    run = tiny_run(LAYOUTS[layout], micro=1, spec={"num_mtp_layers": 0})
     (found, _) = two_ranks.run(recorded_steps, run, num_steps=1, event_at=0)
     (bundle,) = found.bundles
     by_slot = sequences(bundle)

@@ -41,7 +41,7 @@ def curriculum(code: float, *, tokens: int = 100 * 8 * 64) -> Curriculum:
 
 @pytest.fixture
 def run(tiny_run: MakeRun, tmp_path: Path) -> Run:
-    return tiny_run(curriculum=curriculum(0.2), output_root=tmp_path)
+    return tiny_run(micro=1, curriculum=curriculum(0.2), output_root=tmp_path)
 
 
 @pytest.fixture

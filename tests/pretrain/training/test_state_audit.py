@@ -46,7 +46,7 @@ def names(judged: list[Judged]) -> list[Any]:
 @pytest.mark.parametrize(
     ("layout", "action", "rank", "overlap"),
     [
-        ("ep2", "flip", 1, True),
+        pytest.param("ep2", "flip", 1, True, marks=pytest.mark.slow),
         ("ep2", "flip_moment", 0, True),
         ("pp2", "flip", 0, False),
         pytest.param("tp2", "flip_moment", 1, False, marks=pytest.mark.slow),

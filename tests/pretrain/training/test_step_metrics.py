@@ -52,7 +52,7 @@ def test_every_metric_is_in_the_registry(alone: dict[str, float]) -> None:
     [
         Layout(num_ranks=2, ep=2),
         Layout(num_ranks=2, pp=2),
-        Layout(num_ranks=2, cp=2),
+        pytest.param(Layout(num_ranks=2, cp=2), marks=pytest.mark.slow),
         Layout(num_ranks=2, tp=2, ep=2),
         pytest.param(Layout(num_ranks=2), marks=pytest.mark.slow),
         pytest.param(Layout(num_ranks=2, tp=2, etp=2), marks=pytest.mark.slow),
@@ -225,7 +225,7 @@ def test_the_bias_moves_by_its_rate(alone: dict[str, float]) -> None:
 def test_losses_of_domains_and_sequences_are_those_of_the_batch(
     tiny_run: MakeRun, one_rank: object
 ) -> None:
-    trainer = make_trainer(tiny_run(spec={"num_mtp_layers": 0}))
+    trainer = make_trainer(tiny_run(micro=1, spec={"num_mtp_layers": 0}))
     metrics = StepMetrics(trainer, device=join_world())
     metrics.begin_step(is_logged=True)
     batches = trainer.next_batch()

@@ -19,7 +19,7 @@ LAYOUTS = {"ep2": Layout(num_ranks=2, ep=2), "pp2": Layout(num_ranks=2, pp=2)}
 @pytest.mark.parametrize(
     ("layout", "rank"),
     [
-        ("ep2", 1),
+        pytest.param("ep2", 1, marks=pytest.mark.slow),
         ("pp2", 0),
         pytest.param("ep2", 0, marks=pytest.mark.slow),
         pytest.param("pp2", 1, marks=pytest.mark.slow),

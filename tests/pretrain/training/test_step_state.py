@@ -22,7 +22,9 @@ LAYOUTS = {
 FAST = ["ep2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pp2", "tp2"))]
 
 
-@pytest.mark.parametrize(("balance", "at_step"), [("bias", 1), ("global_aux", 0)])
+@pytest.mark.parametrize(
+    ("balance", "at_step"), [("bias", 1), pytest.param("global_aux", 0, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("layout", FAST)
 def test_a_step_computed_twice_is_the_step_computed_once(
     layout: str, balance: str, at_step: int, tiny_run: MakeRun, two_ranks: RankPool

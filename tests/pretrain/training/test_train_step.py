@@ -20,7 +20,7 @@ MakeRun = Callable[..., Run]
 def test_the_loss_is_the_cross_entropy_of_the_model_before_the_step(
     tiny_run: MakeRun, one_rank: object
 ) -> None:
-    trainer = make_trainer(tiny_run(spec={"num_mtp_layers": 0}))
+    trainer = make_trainer(tiny_run(micro=1, spec={"num_mtp_layers": 0}))
     batches = trainer.next_batch()
     (model,) = trainer.modules
     with torch.no_grad():
