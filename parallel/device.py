@@ -30,7 +30,7 @@ import torch
 
 from kernels.adamw import FlatAdamW
 from kernels.backend import has_cuda, has_transformer_engine
-from parallel import gloo
+from parallel import gloo, malloc
 
 TESTED_MEGATRON = "0.16.1"
 _CPU = torch.device("cpu")
@@ -113,6 +113,7 @@ def prepare() -> Device:
     # torch.compile would cost minutes on toy shapes: for imports to come, and for those done.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     torch.compiler.set_stance("force_eager")
+    malloc.share_one_heap()
     for patch in PATCHES:
         patch()
     return Device(kind="cpu", backend="gloo")
@@ -180,8 +181,8 @@ class _CpuCuda:
 
 
 _NEW = ("tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye", "as_tensor")
-_RANDOM = ("rand", "randn", "randint", "randperm")
-_FACTORIES = (*_NEW, *_RANDOM, "zeros_like", "ones_like", "empty_like", "full_like")
+_LIKE = ("zeros_like", "ones_like", "empty_like", "full_like")
+_FACTORIES = (*_NEW, *_LIKE, "rand", "randn", "randint", "randperm")
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
@@ -228,9 +229,8 @@ class _CpuViewFinder(importlib.abc.MetaPathFinder):
         if not _is_megatron(fullname):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next(
-            filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None
-        )
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next(filter(None, found), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

@@ -1,7 +1,5 @@
 """A conversion that was killed goes on, another one begins anew, and nothing is overwritten."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,27 +7,6 @@ import pytest
 from pretrain.serving.unfinished import PLAN_NAME, open_unfinished, publish_folder
 
 PLAN = {"step": 3, "files": {"a": [1, 2]}, "from": Path("somewhere")}
-
-# Between large pieces stand small ones that live on: what hinders a heap from shrinking.
-MEMORY_KEPT = """
-import sys
-from pathlib import Path
-import numpy as np
-from pretrain.serving.unfinished import give_back_pieces
-
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
-
-if sys.argv[1] == "given back":
-    give_back_pieces()
-np.ones(16 << 20, np.uint8)  # its end is what the C library learns from
-before, large, small = resident(), [], []
-for _ in range(8):
-    large.append(np.ones(16 << 20, np.uint8))
-    small.append(np.ones(60_000, np.uint8))
-del large
-print(resident() - before)
-"""
 
 
 @pytest.fixture
@@ -129,12 +106,3 @@ def test_a_refused_result_can_be_published_once_the_place_is_free(output: Path) 
     assert open_unfinished(output, PLAN) == (folder, True)
     publish_folder(folder, output)
     assert names(output) == {"whole"}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the C library's habit is glibc's")
-@pytest.mark.parametrize(("case", "kept"), [("given back", range(16)), ("kept", range(100, 200))])
-def test_freed_pieces_are_given_back(case: str, kept: range) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", MEMORY_KEPT, case], check=True, capture_output=True, text=True
-    )
-    assert int(result.stdout) in kept
