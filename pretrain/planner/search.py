@@ -17,6 +17,7 @@ from multiprocessing import get_all_start_methods, get_context
 from typing import Any
 
 from parallel.layout import Layout, LayoutError
+from pretrain.planner.memory_fit import MemoryFit
 from pretrain.planner.workload import Workload
 
 AXES = ("tp", "cp", "pp", "vp", "ep", "etp")
@@ -78,8 +79,12 @@ class Found:
     choice: Choice
     workload: Workload
     step_s: float
-    peak_bytes: float
-    """Of the fullest stage."""
+    fit: MemoryFit
+
+    @property
+    def peak_bytes(self) -> float:
+        """Of the fullest stage."""
+        return self.fit.needed_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,8 +106,6 @@ class SearchResult:
     """Those that fit, the fastest first."""
     refusals: tuple[Refusal, ...]
     """The rest by reason, the most frequent first."""
-    capacity_bytes: float
-    """That a rank may fill."""
 
     @property
     def num_choices(self) -> int:
@@ -125,9 +128,8 @@ def search(
     *,
     num_ranks: int,
     make_workload: Callable[[Choice], Workload],
-    peak_bytes: Callable[[Workload], float],
+    fit: Callable[[Workload], MemoryFit],
     step_s: Callable[[Workload], float],
-    capacity_bytes: float,
 ) -> SearchResult:
     """Return what becomes of every choice of a space.
 
@@ -135,24 +137,23 @@ def search(
         space: which sizes are tried.
         num_ranks: of the cluster.
         make_workload: the step of a choice; its ValueError is the reason why the choice is out.
-        peak_bytes: of the fullest stage.
-        step_s: asked only where the memory is enough; its ValueError is a reason, too.
-        capacity_bytes: that a rank may fill.
+        fit: whether a step's memory is enough; its ValueError is a reason, too.
+        step_s: asked only where it is; so is its ValueError.
     """
 
     def judge(choice: Choice) -> Found | str:
         try:
             workload = make_workload(choice)
-            peak = peak_bytes(workload)
-            if peak > capacity_bytes:
+            memory = fit(workload)
+            if not memory.fits:
                 return (
-                    f"{OUT_OF_MEMORY}: {peak / 1e9:.1f} GB on the fullest stage, a GPU may fill"
-                    f" {capacity_bytes / 1e9:.1f} GB"
+                    f"{OUT_OF_MEMORY}: {memory.needed_bytes / 1e9:.1f} GB on the fullest stage, a"
+                    f" GPU may fill {memory.capacity_bytes / 1e9:.1f} GB"
                 )
             seconds = step_s(workload)
         except ValueError as error:
             return str(error)
-        return Found(choice=choice, workload=workload, step_s=seconds, peak_bytes=peak)
+        return Found(choice=choice, workload=workload, step_s=seconds, fit=memory)
 
     refused = _Refused()
     choices: list[Choice] = []
@@ -170,7 +171,6 @@ def search(
     return SearchResult(
         found=tuple(sorted(found, key=lambda one: (one.step_s, one.peak_bytes))),
         refusals=refused.listed(),
-        capacity_bytes=capacity_bytes,
     )
 
 

@@ -15,11 +15,10 @@ from parallel.layout import Layout
 from pretrain.monitor.quantities import format_bytes
 from pretrain.planner.cpu import NAME, Cpu, counted_memory, cpu_memory, cpu_of
 from pretrain.planner.hardware import Hardware, gpu_names, hardware_of
-from pretrain.planner.memory import predict_memory
-from pretrain.planner.operators import own_operators
 from pretrain.planner.step_time import StepTime, predict_step
 from pretrain.planner.workload import Workload
 from pretrain.training.cpu_cache import cache_file, read_times
+from pretrain.training.gpu_memory import gpu_fit, stage_memory
 from pretrain.training.run import Run
 from pretrain.training.workloads import Machine, StepSize, step_sizes, workload_of
 
@@ -37,7 +36,6 @@ _WAITS = {
 }
 """What a run times of a step: its metric, and the planner's parts."""
 COMPUTING = "computing"
-BESIDE = "beside the allocator"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,9 +158,9 @@ def _on_gpu(run: Run, device_name: str) -> Expected:
     workloads = _workloads(run, gpu=name, gpus_per_node=node)
     memory: dict[int, Mapping[str, float]] = {}
     for size, workload in workloads.items():
-        parts = gpu_memory(run, workload)
-        del parts[BESIDE]  # the run measures what torch's allocator has given out
-        memory[size.window_tokens] = parts
+        fullest = max(stage_memory(run, workload), key=lambda stage: stage.device_bytes)
+        # the run measures what torch's allocator has given out
+        memory[size.window_tokens] = fullest.allocated_parts()
     return _made(f"constants of {name}", workloads, hardware, memory)
 
 
@@ -171,27 +169,6 @@ def known_gpu(device_name: str) -> str | None:
     if any(board in device_name for board in _SLOWER_BOARDS):
         return None
     return next((n for n in gpu_names() if re.search(rf"\b{re.escape(n)}\b", device_name)), None)
-
-
-def gpu_memory(run: Run, workload: Workload) -> dict[str, float]:
-    """Return the bytes of the fullest stage's GPU by what takes them, our operators.
-
-    Raises:
-        ValueError: if they cannot be counted.
-    """
-    operators = own_operators(workload, dual_norm=run.kernels.dual_norm)
-    fullest = max(
-        predict_memory(workload, operators=operators), key=lambda stage: stage.device_bytes
-    )
-    return {
-        "weights": fullest.state.weights,
-        "gradients": fullest.state.gradients,
-        "optimizer": fullest.state.optimizer,
-        "activations": fullest.kept_bytes,
-        "transient": fullest.moment_bytes,
-        "workspace": fullest.constants.workspace_bytes,
-        BESIDE: fullest.device_bytes - fullest.peak_bytes,
-    }
 
 
 def _workloads(run: Run, *, gpu: str, gpus_per_node: int) -> dict[StepSize, Workload]:
@@ -230,18 +207,21 @@ def check_fits(run: Run, *, window_tokens: int) -> list[str]:
         ValueError: with bytes needed, bytes there, and the keys to change.
     """
     cluster = run.cluster
-    if cluster is None or run.precision.kind == "fp32":
+    if cluster is None or run.precision.kind == "fp32":  # fp32 trains on CPUs
         return []
     found: list[str] = []
+    # the GPU's name says how fast it is; its memory is the cluster's
     workloads = _workloads(run, gpu="H200", gpus_per_node=cluster.gpus_per_node)
     for size, workload in workloads.items():
-        needed, there = _total(gpu_memory(run, workload)), cluster.gpu_memory_bytes
-        if needed <= there:
+        fit = gpu_fit(run, workload)
+        if fit.fits:
             continue
         text = (
             f"windows of {size.window_tokens:,} tokens on {_axes(run.layout)} need"
-            f" {needed / 1e9:.1f} GB of a GPU, as predicted, and cluster.gpu_memory_bytes="
-            f"{there:,} ({there / 1e9:.1f} GB) are there"
+            f" {fit.needed_bytes / 1e9:.1f} GB of a GPU, as predicted, and of"
+            f" cluster.gpu_memory_bytes={cluster.gpu_memory_bytes:,} all but"
+            f" prediction.reserved_bytes={fit.reserved_bytes:,.0f}"
+            f" ({fit.capacity_bytes / 1e9:.1f} GB) may be filled"
         )
         if size.window_tokens != window_tokens or run.prediction.allow_misfit:
             found.append(text)

@@ -146,9 +146,10 @@ def _step_lines(size: StepSize, forecast: Forecast) -> Iterator[str]:
         f" {forecast.step_s.high:.2f}), {step.tokens_per_s:,.0f} tokens/s and"
         f" {step.model_flop_per_s / 1e12:.1f} TFLOP/s on each GPU (causal, MTP counted)"
     )
-    verdict = "fits" if forecast.fits else "does NOT fit"
+    fit = forecast.fit
+    verdict = "fits" if fit.fits else "does NOT fit"
     yield (
-        f"  memory   {forecast.peak_bytes / 1e9:.1f} GB of {forecast.capacity_bytes / 1e9:.1f}"
+        f"  memory   {fit.needed_bytes / 1e9:.1f} GB of {fit.capacity_bytes / 1e9:.1f}"
         f" GB on the fullest stage: {verdict}"
     )
     for reason in step.outside:
@@ -156,7 +157,7 @@ def _step_lines(size: StepSize, forecast: Forecast) -> Iterator[str]:
     yield ""
     yield seconds_table(step.named_parts(), total_s=step.total_s)
     yield ""
-    yield memory_table(forecast.memory, capacity_bytes=forecast.capacity_bytes)
+    yield memory_table(forecast.memory, capacity_bytes=fit.capacity_bytes)
 
 
 def _step_record(size: StepSize, forecast: Forecast) -> dict[str, Any]:
@@ -172,9 +173,9 @@ def _step_record(size: StepSize, forecast: Forecast) -> dict[str, Any]:
         "parts_s": step.named_parts(),
         "outside": list(step.outside),
         "memory_bytes": [dict(stage) for stage in forecast.memory],
-        "peak_bytes": forecast.peak_bytes,
-        "capacity_bytes": forecast.capacity_bytes,
-        "fits": forecast.fits,
+        "peak_bytes": forecast.fit.needed_bytes,
+        "capacity_bytes": forecast.fit.capacity_bytes,
+        "fits": forecast.fit.fits,
     }
 
 
@@ -194,7 +195,7 @@ def _draw(
         heading = f"{title}: {size.window_tokens:,} tokens, {workload.layout}"
         stem = folder / f"timeline_{size.window_tokens}"
         picture, page = stem.with_suffix(".png"), stem.with_suffix(".html")
-        capacity_bytes = forecast.capacity_bytes
+        capacity_bytes = forecast.fit.capacity_bytes
         panels = [
             BarPanel(title="one step of the pipeline", unit="s", rows=_timeline_rows(timeline)),
             BarPanel(
@@ -318,7 +319,7 @@ def _search_lines(
         *(("Pareto", one) for one in front[: plan.search.best]),
     ]
     yield ""
-    yield search_table(rows, capacity_bytes=result.capacity_bytes)
+    yield search_table(rows)
     for name, reason in missing:
         yield f"  {name}: out: {reason}"
     yield ""
@@ -336,7 +337,6 @@ def _search_record(
     return {
         "window_tokens": size.window_tokens,
         "global_sequences": size.global_sequences,
-        "capacity_bytes": result.capacity_bytes,
         "num_choices": result.num_choices,
         "found": [_found_record(one) for one in result.found],
         "pareto": [_found_record(one) for one in front],
@@ -352,6 +352,7 @@ def _found_record(one: Found) -> dict[str, Any]:
         "recompute": one.choice.recompute,
         "step_s": one.step_s,
         "peak_bytes": one.peak_bytes,
+        "capacity_bytes": one.fit.capacity_bytes,
     }
 
 
