@@ -15,6 +15,7 @@ from parallel.layout import Layout
 from pretrain.monitor.quantities import format_bytes
 from pretrain.planner.cpu import NAME, Cpu, counted_memory, cpu_memory, cpu_of
 from pretrain.planner.hardware import Hardware, gpu_names, hardware_of
+from pretrain.planner.state_bytes import saved_bytes
 from pretrain.planner.step_time import StepTime, predict_step
 from pretrain.planner.workload import Workload
 from pretrain.training.cpu_cache import cache_file, read_times
@@ -135,8 +136,7 @@ def _on_cpu(run: Run, *, threads: int) -> Expected:
 def _cpu_memory(run: Run, cpu: Cpu, workload: Workload) -> dict[str, float]:
     found: list[dict[str, float]] = []
     for stage in counted_memory(workload, dual_norm=run.kernels.dual_norm):
-        # fp32: a checkpoint has this rank's share of the weights beside two moments of 4 bytes each
-        copies = stage.state.optimizer * 12 / 8
+        copies = saved_bytes(workload, stage.pipeline_rank)
         found.append(cpu_memory(cpu, stage, copies_bytes=copies))
     return max(found, key=_total)
 

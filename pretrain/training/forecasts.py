@@ -26,6 +26,7 @@ from pretrain.training.workloads import (
     check_choice,
     recompute_choices,
     segments_of,
+    shortest_step,
     trial,
     workload_of,
 )
@@ -172,7 +173,6 @@ class Forecaster:
             (one.stage, one.window_tokens, one.global_sequences, one.num_batches)
             for one in run.timetable.segments
         ]
-        state = state_of(run.model, is_low=run.precision.is_low, layout=run.layout)
         return WholeRun(
             legs=tuple(
                 self._leg(stretch, campaign, goodput)
@@ -180,7 +180,7 @@ class Forecaster:
             ),
             watts_per_gpu=campaign.watts_per_gpu,
             pue=campaign.pue,
-            checkpoint_bytes=state.total_bytes,
+            checkpoint_bytes=state_of(shortest_step(run)).total_bytes,
             interval_steps=run.checkpoints.interval_steps,
             keep=run.checkpoints.keep,
         )
@@ -197,7 +197,7 @@ class Forecaster:
             stretch=stretch,
             layout=str(layout),
             step_s=forecast.step_s,
-            ettr=self._ettr(forecast.step.total_s, layout, stretch, campaign, goodput),
+            ettr=self._ettr(forecast.step, stretch, campaign, goodput),
             flop_per_token=forecast.step.workload.architecture.flop_per_token(
                 sequence_tokens=stretch.window_tokens
             ),
@@ -205,12 +205,7 @@ class Forecaster:
         )
 
     def _ettr(
-        self,
-        step_s: float,
-        layout: Layout,
-        stretch: Stretch,
-        campaign: Campaign,
-        goodput: Goodput,
+        self, step: StepTime, stretch: Stretch, campaign: Campaign, goodput: Goodput
     ) -> float:
         run = self._run
         if campaign.failures not in RATES:
@@ -219,8 +214,8 @@ class Forecaster:
             )
         local = run.checkpoints.local
         times = times_of(
-            replace(goodput, step_time_s=step_s),
-            state=state_of(run.model, is_low=run.precision.is_low, layout=layout),
+            replace(goodput, step_time_s=step.total_s),
+            state=state_of(step.workload),
             measured={} if goodput.measured is None else read_measured(goodput.measured),
             interval_steps=run.checkpoints.interval_steps,
             local_interval_steps=None if local.folder is None else local.interval_steps,
