@@ -174,9 +174,12 @@ def hardware_of(name: str) -> Hardware:
         return Hardware(gpu=gpu, constants=Constants(), fitted_range={})
     names = {field.name for field in fields(Constants)}
     values = {key: entry["value"] for key, entry in fitted["constants"].items() if key in names}
+    error: dict[str, Any] = dict(fitted["step_error"])
+    gpus = tuple(error.pop("gpus"))
     return Hardware(
         gpu=gpu,
         constants=Constants(**values),
+        step_error=StepError(**error, gpus=gpus),
         fitted_on=tuple(fitted["rows"]),
         fitted_range={key: (low, high) for key, (low, high) in fitted["range"].items()},
     )

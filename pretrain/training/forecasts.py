@@ -45,13 +45,16 @@ class Assumed:
 
     gpu: str
     """Its name in planner/hardware.json."""
-    step_error: float
-    """Share by which a step may be faster or slower than predicted."""
+    step_error: float | None
+    """Share by which a step may be faster or slower than predicted; null: the percentiles of the
+    GPU's `StepError`."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.step_error < 1:
-            raise ValueError(f"assumed.step_error={self.step_error} given; 0 to 1 is allowed")
         hardware_of(self.gpu)
+        if self.step_error is not None and not 0 <= self.step_error < 1:
+            raise ValueError(
+                f"assumed.step_error={self.step_error} given; 0 to 1, or null, is allowed"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,16 +72,30 @@ class Forecaster:
 
     Attributes:
         hardware: the GPU.
+        step_error: share by which a step may be faster (below 0) and slower than predicted.
+        error_source: where that comes from, for people.
     """
 
     def __init__(self, run: Run, assumed: Assumed) -> None:
         """Look up the machine.
 
         Raises:
-            ValueError: if the GPU is not known.
+            ValueError: if the GPU is not known, or how far its predictions were off is not.
         """
-        self._run, self._assumed = run, assumed
+        self._run = run
         self.hardware: Hardware = hardware_of(assumed.gpu)
+        share, known = assumed.step_error, self.hardware.step_error
+        if share is not None:
+            self.step_error = (-share, share)
+            self.error_source = f"{share:.0%} either way: assumed.step_error"
+        elif known is not None:
+            self.step_error = (known.low, known.high)
+            self.error_source = str(known)
+        else:
+            raise ValueError(
+                f"assumed.step_error=null given for assumed.gpu={assumed.gpu}, whose predictions"
+                " were not compared with measurements; a share from 0 to 1 is allowed"
+            )
         cluster = run.cluster
         self._machine = Machine(
             gpu=assumed.gpu,
@@ -114,8 +131,8 @@ class Forecaster:
         )
 
     def _estimate(self, seconds: float) -> Estimate:
-        error = self._assumed.step_error
-        return Estimate(value=seconds, low=seconds * (1 - error), high=seconds * (1 + error))
+        low, high = self.step_error
+        return Estimate(value=seconds, low=seconds * (1 + low), high=seconds * (1 + high))
 
     def search(self, space: SearchSpace, size: StepSize, *, num_ranks: int) -> SearchResult:
         """Return what becomes of every layout for steps of a size."""

@@ -128,10 +128,17 @@ def _step(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
         forecast = forecaster.forecast(workload)
         forecasts.append((size, forecast))
         lines += [*_step_lines(size, forecast), ""]
+    lines += [f"intervals  {forecaster.error_source}", ""]
     if plan.figures is not None:
         lines += [*_draw(forecasts, plan.figures, title=run.name, forecaster=forecaster), ""]
     lines.append("next: python launch/plan.py <the same words> action=search")
-    return "\n".join(lines), {"steps": [_step_record(*pair) for pair in forecasts]}
+    record = {"steps": [_step_record(*pair) for pair in forecasts]}
+    return "\n".join(lines), {**_error_record(forecaster), **record}
+
+
+def _error_record(forecaster: Forecaster) -> dict[str, Any]:
+    low, high = forecaster.step_error
+    return {"step_error": {"low": low, "high": high, "source": forecaster.error_source}}
 
 
 def _step_lines(size: StepSize, forecast: Forecast) -> Iterator[str]:
@@ -360,7 +367,8 @@ def _found_record(one: Found) -> dict[str, Any]:
 
 
 def _whole_run(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
-    whole = Forecaster(run, plan.assumed).whole_run(plan.campaign, goodput=plan.goodput)
+    forecaster = Forecaster(run, plan.assumed)
+    whole = forecaster.whole_run(plan.campaign, goodput=plan.goodput)
     derived = {
         "tokens": whole.tokens,
         "num_steps": whole.num_steps,
@@ -372,6 +380,6 @@ def _whole_run(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
         "kept_bytes": whole.kept_bytes,
         "written_bytes": whole.written_bytes,
     }
-    text = whole_run_text(whole)
+    text = f"{whole_run_text(whole)}\n  intervals: {forecaster.error_source}"
     text += "\n\nnext: python launch/plan.py <the same words> action=goodput"
-    return text, {**asdict(whole), **derived}
+    return text, {**_error_record(forecaster), **asdict(whole), **derived}

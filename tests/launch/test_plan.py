@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch.compose import run
 from launch.plan import main
+from pretrain.planner.hardware import hardware_of
+from pretrain.training import forecasts
 from pretrain.training.start import USER_ERRORS
 
 Command = Callable[..., tuple[int, str, str]]
@@ -120,7 +123,7 @@ def test_measured_times_take_the_place_of_assumed_ones(plan: Command, tmp_path: 
         (["layout.vp=4"], ["64 stages", "lower layout.pp or layout.vp"]),
         (["layout.ep=7"], ["layout.ep=7", "1536 ranks"]),
         (["assumed.gpu=H900"], ["gpu=H900", "H200", "H100"]),
-        (["assumed.step_error=1"], ["assumed.step_error=1", "0 to 1"]),
+        (["assumed.step_error=1"], ["assumed.step_error=1", "0 to 1, or null"]),
         (["prediction.expert_imbalance=0.5"], ["prediction.expert_imbalance=0.5", "1 (balanced)"]),
         (["prediction.reserved_bytes=-1"], ["prediction.reserved_bytes=-1", "0 or more"]),
         (["action=run", "campaign.failures=never"], ["campaign.failures=never", "Llama 3"]),
@@ -169,7 +172,12 @@ def test_a_step_is_planned_for_every_length_of_the_curriculum(
         "next: python launch/plan.py <the same words> action=search",
     ):
         assert words in out, out
-    steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
+    record = json.loads(path.read_text(encoding="utf-8"))
+    known = hardware_of("H200").step_error
+    assert known is not None
+    assert record["step_error"] == {"low": known.low, "high": known.high, "source": str(known)}
+    assert f"intervals  {known}" in out
+    steps = record["steps"]
     for step in steps:
         parts = step["parts_s"]
         assert sum(parts.values()) == pytest.approx(step["step_s"]["value"])
@@ -177,9 +185,37 @@ def test_a_step_is_planned_for_every_length_of_the_curriculum(
         tokens = step["window_tokens"] * step["global_sequences"]
         pace = tokens / step["step_s"]["value"] / 1536
         assert step["tokens_per_s_per_gpu"] == pytest.approx(pace)
+        assert step["step_s"]["high"] == pytest.approx((1 + known.high) * step["step_s"]["value"])
+        assert step["step_s"]["low"] == pytest.approx((1 + known.low) * step["step_s"]["value"])
     # 62.9M tokens each, so longer windows differ by their attention
     assert len(steps) == 3
     assert steps[0]["step_s"]["value"] < steps[1]["step_s"]["value"] < steps[2]["step_s"]["value"]
+
+
+def test_an_error_that_is_given_takes_the_place_of_the_measured_one(
+    plan: Command, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    code, out, _ = plan("assumed.step_error=0.1", f"output={path}")
+    assert code == 0
+    assert "intervals  10% either way: assumed.step_error" in out
+    for step in json.loads(path.read_text(encoding="utf-8"))["steps"]:
+        seconds = step["step_s"]
+        assert (seconds["low"], seconds["high"]) == (
+            pytest.approx(0.9 * seconds["value"]),
+            pytest.approx(1.1 * seconds["value"]),
+        )
+
+
+def test_a_gpu_without_measured_errors_asks_for_one(
+    plan: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior = replace(hardware_of("H200"), step_error=None)
+    monkeypatch.setattr(forecasts, "hardware_of", lambda _: prior)
+    code, _, err = plan()
+    assert code == 2
+    assert "assumed.step_error=null given for assumed.gpu=H200" in err
+    assert plan("assumed.step_error=0.3")[0] == 0
 
 
 def test_the_figures_are_drawn_where_asked(plan: Command, tmp_path: Path) -> None:
@@ -218,7 +254,11 @@ def test_the_whole_run_stands_beside_the_reports(plan: Command, tmp_path: Path) 
         leg["step_s"]["value"] * leg["stretch"]["num_steps"] / leg["ettr"] / 86_400 for leg in legs
     )
     assert record["days"]["value"] == pytest.approx(days)
-    assert record["days"]["low"] == pytest.approx(0.8 * days)
+    known = hardware_of("H200").step_error
+    assert known is not None
+    assert record["days"]["low"] == pytest.approx((1 + known.low) * days)
+    assert record["days"]["high"] == pytest.approx((1 + known.high) * days)
+    assert f"  intervals: {known}" in out
     assert record["megawatt_hours"]["value"] == pytest.approx(
         record["gpu_hours"]["value"] * 1050 * 1.56 / 1e6
     )

@@ -57,13 +57,13 @@ def test_run_plan_and_search_agree_at_the_limit(
     kernels = ("recompute=none", f"kernels.dual_norm={dual_norm}", "layout.pp=32")
     run = composed(*WORDS, *kernels)
     size = step_sizes(run)[0]
-    forecaster = Forecaster(run, Assumed(gpu="H200", step_error=0.2))
+    forecaster = Forecaster(run, Assumed(gpu="H200", step_error=None))
     workload = forecaster.workload(size, layout=run.layout, recompute=run.recompute)
     needed = max(stage.device_bytes for stage in stage_memory(run, workload))
     room = math.ceil(needed + run.prediction.reserved_bytes + left_bytes)
     assert run.cluster is not None
     run = replace(run, cluster=replace(run.cluster, gpu_memory_bytes=room))
-    forecaster = Forecaster(run, Assumed(gpu="H200", step_error=0.2))
+    forecaster = Forecaster(run, Assumed(gpu="H200", step_error=None))
     fit = forecaster.forecast(workload).fit
     assert fit.needed_bytes == needed
     assert fit.left_bytes == pytest.approx(left_bytes, abs=2)
@@ -73,7 +73,7 @@ def test_run_plan_and_search_agree_at_the_limit(
 def test_what_is_needed_is_of_our_operators_and_not_of_published_runs() -> None:
     """megatron-core's fused loss keeps an fp32 softmax; Transformer Engine's overwrites it."""
     run = composed(*WORDS)
-    workload = Forecaster(run, Assumed(gpu="H200", step_error=0.2)).workload(
+    workload = Forecaster(run, Assumed(gpu="H200", step_error=None)).workload(
         step_sizes(run)[0], layout=Layout(num_ranks=1536, pp=2, ep=64), recompute=run.recompute
     )
     ours, published = stage_memory(run, workload), predict_memory(workload)
