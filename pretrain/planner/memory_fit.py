@@ -10,6 +10,8 @@ from pretrain.planner.memory import fullest_stage
 from pretrain.planner.operators import Operators
 from pretrain.planner.workload import Workload
 
+OUT_OF_MEMORY = "does not fit"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryFit:
@@ -36,6 +38,14 @@ class MemoryFit:
     def fits(self) -> bool:
         """Whether memory is enough."""
         return self.left_bytes >= 0
+
+    @property
+    def why_not(self) -> str:
+        """What is said of a step that does not fit."""
+        return (
+            f"{OUT_OF_MEMORY}: {self.needed_bytes / 1e9:.1f} GB on the fullest stage, a GPU may"
+            f" fill {self.capacity_bytes / 1e9:.1f} GB"
+        )
 
 
 def memory_fit(

@@ -68,6 +68,30 @@ def search_table(rows: Sequence[tuple[str, Found]]) -> str:
     return aligned([head, *cells])
 
 
+def side_by_side_table(rows: Sequence[tuple[int, str, Found, str, str]]) -> str:
+    """Return layouts that have names beside the fastest.
+
+    Args:
+        rows: tokens of a window, name, layout with its figures, how much slower it is than the
+            fastest, and which part of a step rises most.
+    """
+    head = ("", "window", *AXES, "step", "slower", "rises most", "peak", "")
+    cells = [
+        (
+            name,
+            f"{window:,}",
+            *(str(getattr(one.choice.layout, axis)) for axis in AXES),
+            f"{one.step_s:.2f} s",
+            slower,
+            part,
+            f"{one.peak_bytes / _GB:.1f} GB",
+            "" if one.fit.fits else "does not fit",
+        )
+        for window, name, one, slower, part in rows
+    ]
+    return aligned([head, *cells])
+
+
 def refusals_text(result: SearchResult, *, most: int) -> str:
     """Return why layouts are out, the most frequent reasons first."""
     lines = [

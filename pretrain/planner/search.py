@@ -21,7 +21,6 @@ from pretrain.planner.memory_fit import MemoryFit
 from pretrain.planner.workload import Workload
 
 AXES = ("tp", "cp", "pp", "vp", "ep", "etp")
-OUT_OF_MEMORY = "does not fit"
 _LEAST_CHOICES = 100
 """Of a process; fewer are judged sooner than it has begun."""
 _JUDGES: list[Callable[[Any], Any]] = []
@@ -96,6 +95,8 @@ class Refusal:
     number: int
     example: str
     """Which one that is."""
+    choices: tuple[tuple[str, str], ...]
+    """Each of them and its own reason; a layout that is none stands for all recomputations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,10 +147,7 @@ def search(
             workload = make_workload(choice)
             memory = fit(workload)
             if not memory.fits:
-                return (
-                    f"{OUT_OF_MEMORY}: {memory.needed_bytes / 1e9:.1f} GB on the fullest stage, a"
-                    f" GPU may fill {memory.capacity_bytes / 1e9:.1f} GB"
-                )
+                return memory.why_not
             seconds = step_s(workload)
         except ValueError as error:
             return str(error)
@@ -213,15 +211,20 @@ class _Refused:
 
     def __init__(self) -> None:
         self._numbers: Counter[str] = Counter()
-        self._first: dict[str, tuple[str, str]] = {}
+        self._choices: dict[str, list[tuple[str, str]]] = {}
 
     def add(self, reason: str, *, example: str, number: int = 1) -> None:
         kind = re.sub(r"[\d.,]+", "#", reason)
         self._numbers[kind] += number
-        self._first.setdefault(kind, (reason, example))
+        self._choices.setdefault(kind, []).append((example, reason))
 
     def listed(self) -> tuple[Refusal, ...]:
         return tuple(
-            Refusal(reason=self._first[kind][0], number=number, example=self._first[kind][1])
+            Refusal(
+                reason=self._choices[kind][0][1],
+                number=number,
+                example=self._choices[kind][0][0],
+                choices=tuple(self._choices[kind]),
+            )
             for kind, number in self._numbers.most_common()
         )

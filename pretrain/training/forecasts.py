@@ -116,13 +116,21 @@ class Forecaster:
             self._run, size, layout=layout, recompute=recompute, machine=self._machine
         )
 
+    def step(self, workload: Workload) -> StepTime:
+        """Return the time of a step and its parts.
+
+        Raises:
+            ValueError: if megatron-core could not run it.
+        """
+        return predict_step(workload, self.hardware)
+
     def forecast(self, workload: Workload) -> Forecast:
         """Return time and memory of a step.
 
         Raises:
             ValueError: if megatron-core could not run it.
         """
-        step = predict_step(workload, self.hardware)
+        step = self.step(workload)
         return Forecast(
             step=step,
             step_s=self._estimate(step.total_s),
@@ -156,7 +164,7 @@ class Forecaster:
             num_ranks=num_ranks,
             make_workload=make_workload,
             fit=lambda workload: gpu_fit(run, workload),
-            step_s=lambda workload: predict_step(workload, self.hardware).total_s,
+            step_s=lambda workload: self.step(workload).total_s,
         )
 
     def found(self, size: StepSize, *, layout: Layout, recompute: str) -> Found:

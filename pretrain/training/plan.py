@@ -4,12 +4,11 @@ Each action gives text for a person and a record for a file. No torch.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from parallel.layout import Layout
 from pretrain.monitor.plots import BarPanel, plot_bars
 from pretrain.monitor.provenance import provenance
 from pretrain.planner.campaign import Campaign
@@ -17,29 +16,20 @@ from pretrain.planner.goodput_table import as_text
 from pretrain.planner.pipeline import Timeline, simulate_pipeline
 from pretrain.planner.plan_tables import (
     memory_table,
-    refusals_text,
-    search_table,
     seconds_table,
     whole_run_text,
 )
 from pretrain.planner.scale import Goodput
-from pretrain.planner.search import Found, SearchResult, SearchSpace, pareto
+from pretrain.planner.search import SearchSpace
 from pretrain.planner.step_time import pass_times, pipeline_shape
 from pretrain.planner.timeline_page import timeline_page
 from pretrain.training.forecasts import Assumed, Forecast, Forecaster, Memory
 from pretrain.training.goodput import goodput_report, report_as_json
+from pretrain.training.layout_search import search_layouts, search_record, search_text
 from pretrain.training.row_predictions import as_text as as_rows_text
 from pretrain.training.row_predictions import predict_rows
 from pretrain.training.run import Run
-from pretrain.training.workloads import StepSize, recompute_choices, step_sizes
-
-REPORT_LAYOUTS: Mapping[str, Mapping[str, int]] = {
-    "report, first": {"tp": 1, "pp": 8, "vp": 1, "ep": 32, "etp": 1},
-    "report, final": {"tp": 1, "pp": 16, "vp": 1, "ep": 8, "etp": 1},
-}
-"""The layouts that the report names; what it is silent about is 1. Source: report,
-infrastructure."""
-_MAX_REASONS = 12
+from pretrain.training.workloads import StepSize, step_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,106 +251,9 @@ def _memory_rows(memory: Memory) -> list[dict[str, list[tuple[float, float]]]]:
 
 def _search(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
     forecaster = Forecaster(run, plan.assumed)
-    sizes = {size.window_tokens: size for size in step_sizes(run)}
-    asked = plan.search.window_tokens or tuple(sizes)
-    if unknown := sorted(set(asked) - set(sizes)):
-        raise ValueError(
-            f"search.window_tokens={unknown[0]} given; {sorted(sizes)}, the curriculum's windows,"
-            " are allowed"
-        )
-    if unknown := set(plan.search.recompute) - set(recompute_choices(run)):
-        raise ValueError(
-            f"search.recompute={sorted(unknown)[0]} given; {', '.join(recompute_choices(run))} are"
-            " allowed"
-        )
-    lines: list[str] = []
-    records: list[dict[str, Any]] = []
-    best: Found | None = None
-    for window in asked:
-        size = sizes[window]
-        result = forecaster.search(plan.search, size, num_ranks=run.layout.num_ranks)
-        named, missing = _named(run, plan, size, forecaster)
-        front = pareto(result.found)
-        lines += [*_search_lines(plan, size, result, front, named, missing), ""]
-        records.append(_search_record(size, result, front, named, missing))
-        best = best or (result.found[0] if result.found else None)
-    words = "" if best is None else f" {best.choice}".rpartition(" recompute=")[0]
-    lines.append(f"next: python launch/plan.py <the same words> action=plan{words}")
-    return "\n".join(lines), {"searches": records}
-
-
-def _named(
-    run: Run, plan: Plan, size: StepSize, forecaster: Forecaster
-) -> tuple[list[tuple[str, Found]], list[tuple[str, str]]]:
-    """Return the layouts that have names with their figures, and those that are out with why."""
-    cp = plan.campaign.cp(size.window_tokens, otherwise=run.layout.cp)
-    named: list[tuple[str, Found]] = []
-    missing: list[tuple[str, str]] = []
-    num_ranks = run.layout.num_ranks
-    for name, axes in {**REPORT_LAYOUTS, "this run": {}}.items():
-        try:
-            layout = (
-                Layout(num_ranks=num_ranks, cp=cp, **axes) if axes else replace(run.layout, cp=cp)
-            )
-            named.append((name, forecaster.found(size, layout=layout, recompute="run")))
-        except ValueError as error:
-            missing.append((name, str(error)))
-    return named, missing
-
-
-def _search_lines(
-    plan: Plan,
-    size: StepSize,
-    result: SearchResult,
-    front: list[Found],
-    named: list[tuple[str, Found]],
-    missing: list[tuple[str, str]],
-) -> Iterator[str]:
-    yield (
-        f"{size.global_sequences:,} sequences of {size.window_tokens:,} tokens:"
-        f" {result.num_choices:,} choices, {len(result.found):,} can be trained"
-    )
-    rows = [
-        *named,
-        *((f"fastest {idx + 1}", one) for idx, one in enumerate(result.found[: plan.search.best])),
-        *(("Pareto", one) for one in front[: plan.search.best]),
-    ]
-    yield ""
-    yield search_table(rows)
-    for name, reason in missing:
-        yield f"  {name}: out: {reason}"
-    yield ""
-    yield "out, by reason"
-    yield refusals_text(result, most=_MAX_REASONS)
-
-
-def _search_record(
-    size: StepSize,
-    result: SearchResult,
-    front: list[Found],
-    named: list[tuple[str, Found]],
-    missing: list[tuple[str, str]],
-) -> dict[str, Any]:
-    return {
-        "window_tokens": size.window_tokens,
-        "global_sequences": size.global_sequences,
-        "num_choices": result.num_choices,
-        "found": [_found_record(one) for one in result.found],
-        "pareto": [_found_record(one) for one in front],
-        "named": {name: _found_record(one) for name, one in named},
-        "named_out": dict(missing),
-        "refusals": [asdict(refusal) for refusal in result.refusals],
-    }
-
-
-def _found_record(one: Found) -> dict[str, Any]:
-    return {
-        "layout": asdict(one.choice.layout),
-        "recompute": one.choice.recompute,
-        "step_s": one.step_s,
-        "peak_bytes": one.peak_bytes,
-        "capacity_bytes": one.fit.capacity_bytes,
-    }
+    searched = search_layouts(run, plan.search, campaign=plan.campaign, forecaster=forecaster)
+    text = search_text(searched, most=plan.search.best, error_source=forecaster.error_source)
+    return text, {**_error_record(forecaster), "searches": search_record(searched)}
 
 
 # --- the whole run --------------------------------------------------------------------------------

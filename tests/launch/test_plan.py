@@ -192,6 +192,62 @@ def test_a_step_is_planned_for_every_length_of_the_curriculum(
     assert steps[0]["step_s"]["value"] < steps[1]["step_s"]["value"] < steps[2]["step_s"]["value"]
 
 
+SMALL_SEARCH = [
+    "action=search",
+    "search.tp=[1]",
+    "search.cp=[1,4,8]",
+    "search.pp=[8,16]",
+    "search.vp=[1]",
+    "search.ep=[8]",
+]
+
+
+def test_a_search_sets_the_reports_layouts_beside_the_fastest_at_every_length(
+    plan: Command, tmp_path: Path
+) -> None:
+    path = tmp_path / "search.json"
+    code, out, _ = plan(*SMALL_SEARCH, f"output={path}")
+    assert code == 0
+    searches = json.loads(path.read_text(encoding="utf-8"))["searches"]
+    assert [one["window_tokens"] for one in searches] == [4096, 16384, 32768]
+    table = out[out.index("side by side") :]
+    for one, cp in zip(searches, (1, 4, 8), strict=True):  # 4 and 8: the report, at long context
+        named = one["side_by_side"]
+        assert list(named) == ["fastest found", "report, first", "report, final", "this run"]
+        best, first, final = (
+            named[name] for name in ("fastest found", "report, first", "report, final")
+        )
+        assert best["step_s"] == min(found["step_s"] for found in one["found"])
+        assert {key: first["layout"][key] for key in ("pp", "ep", "cp")} == {
+            "pp": 8, "ep": 32, "cp": cp
+        }  # fmt: skip
+        assert final["layout"] == named["this run"]["layout"]
+        assert (final["layout"]["pp"], final["layout"]["ep"]) == (16, 8)
+        for layout in (first, final):
+            assert layout["over_fastest"] == pytest.approx(layout["step_s"] / best["step_s"] - 1)
+        # its experts are on four nodes, so three tokens in four leave theirs
+        assert first["rising_part"] == "expert_exchange"
+        assert f"{first['step_s']:.2f} s" in table
+        judged = sum(len(refusal["choices"]) for refusal in one["refusals"]) + len(one["found"])
+        assert judged == one["num_choices"] == 6
+        assert all(reason for refusal in one["refusals"] for _, reason in refusal["choices"])
+
+
+def test_a_named_layout_that_is_out_says_why(plan: Command, tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+    few = ["model.num_routed_experts=24", "cluster.gpu_memory_bytes=30_000_000_000"]
+    code, out, _ = plan(
+        *SMALL_SEARCH, *few, "search.window_tokens=[4096]", "search.pp=[16]", f"output={path}"
+    )
+    assert code == 0
+    named = json.loads(path.read_text(encoding="utf-8"))["searches"][0]["side_by_side"]
+    assert "model.num_routed_experts=24" in named["report, first"]["why_out"]
+    assert named["report, final"]["why_out"].startswith("does not fit: ")
+    assert named["report, final"]["peak_bytes"] > 23e9
+    assert "4,096, report, first: out: " in out
+    assert "nothing can be trained" in out
+
+
 def test_an_error_that_is_given_takes_the_place_of_the_measured_one(
     plan: Command, tmp_path: Path
 ) -> None:

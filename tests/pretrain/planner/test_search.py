@@ -63,6 +63,13 @@ def test_every_choice_is_found_or_refused_with_its_reason() -> None:
     assert "0.0 GB on the fullest stage" in said["does not fit"].reason
     assert said["too few micro-batches"].number == 2 * 2 * 2  # pp=4
     assert {one.choice.layout.pp for one in result.found} == {2}
+    for refusal in result.refusals:
+        layouts_alone = [words for words, _ in refusal.choices if "recompute=" not in words]
+        assert len(refusal.choices) + len(layouts_alone) == refusal.number  # run and full
+        assert refusal.choices[0] == (refusal.example, refusal.reason)
+    words = "layout.tp=2 layout.cp=1 layout.pp=1 layout.vp=1 layout.ep=2 layout.etp=1"
+    memory = dict(said["does not fit"].choices)
+    assert memory[f"{words} recompute=full"] == said["does not fit"].reason
     assert len(result.found) == 2 * 2 * 2
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from parallel.layout import Layout
 from pretrain.planner.memory import predict_memory
-from pretrain.planner.search import OUT_OF_MEMORY, SearchSpace
+from pretrain.planner.memory_fit import OUT_OF_MEMORY
+from pretrain.planner.search import SearchSpace
 from pretrain.training.expectation import check_fits
 from pretrain.training.forecasts import Assumed, Forecaster
 from pretrain.training.gpu_memory import gpu_fit, stage_memory
