@@ -39,10 +39,15 @@ def _by_source(record: Mapping[str, Any]) -> str:
     return markdown_table(rows)
 
 
-def _by_gpu(gpus: Mapping[str, Mapping[str, float]]) -> str:
-    rows = [("GPU", "n", "median", "90th percentile", "worst")]
+def _by_gpu(gpus: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [("GPU", "n", "median", "90th percentile", "worst", "step measured over predicted")]
     rows += [
-        (name, str(part["n"]), *(_percent(part[key]) for key in ("median", "p90", "worst")))
+        (
+            name,
+            str(part["n"]),
+            *(_percent(part[key]) for key in ("median", "p90", "worst")),
+            f"{part['step_error']['low']:+.1%} to {part['step_error']['high']:+.1%}",
+        )
         for name, part in gpus.items()
     ]
     return markdown_table(rows)

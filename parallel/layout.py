@@ -78,6 +78,18 @@ class Layout:
         """Whether norms and residuals are cut along the sequence; MoE with tp > 1 needs it."""
         return self.tp > 1
 
+    @property
+    def overlaps_hops(self) -> bool:
+        """Whether messages between pipeline stages travel while the stages compute.
+
+        With model chunks they do, on every device, which is Megatron-LM's default. In batches every
+        message would be waited for, and on pp = 2 one forward and one backward in a batch of the
+        same two ranks could not be told apart: Megatron-LM refuses that. Plain 1F1B waits always.
+
+        Source: Megatron-LM, megatron/training/arguments.py, validate_args.
+        """
+        return self.vp > 1
+
     def __str__(self) -> str:
         """Return every factor, as `tp1 cp1 pp2 vp1 ep1 etp1 dp1 (2 ranks)`."""
         axes = ("tp", "cp", "pp", "vp", "ep", "etp", "dp")

@@ -71,7 +71,7 @@ _TABLE: Mapping[KeyClass, Mapping[str, str]] = {
         "precision": "shadow_interval_steps",
         "recompute": "kind modules method num_layers loss_chunk_tokens",
         "kernels": "dual_norm router swiglu permute combine",
-        "prediction": "calibrate allow_misfit expert_imbalance",
+        "prediction": "calibrate allow_misfit expert_imbalance reserved_bytes",
         "recheck": "max_left_out memory_interval_steps replicas_interval_steps"
         " sample_interval_steps",
         "recovery": "policy max_skips margin_steps max_skipped_batches slow_batches max_rewinds"

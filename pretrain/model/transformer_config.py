@@ -61,7 +61,7 @@ def transformer_config(
     return MLATransformerConfig(
         **_sizes(spec),
         **_router(spec, load_balance),
-        **_layout(spec, layout, on_gpu),
+        **_layout(spec, layout),
         **_precision(precision),
         **_exchange(exchange),
         **_recompute(recompute),
@@ -142,7 +142,7 @@ def _router(spec: ModelSpec, balance: LoadBalance) -> dict[str, Any]:
     }
 
 
-def _layout(spec: ModelSpec, layout: Layout, on_gpu: bool) -> dict[str, Any]:
+def _layout(spec: ModelSpec, layout: Layout) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tp,
         "sequence_parallel": layout.sequence_parallel,
@@ -159,9 +159,7 @@ def _layout(spec: ModelSpec, layout: Layout, on_gpu: bool) -> dict[str, Any]:
             num_stages=layout.pp * layout.vp,
         )
         sizes["pipeline_model_parallel_layout"] = megatron_pipeline_layout(slots)
-    if layout.vp > 1 and not on_gpu:
-        # Two stages of an interleaved pipeline exchange forward and backward in pairs gloo cannot
-        # tell apart.
+    if layout.overlaps_hops:  # megatron-core's defaults are batched, with a host sync after each
         sizes |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     return sizes
 

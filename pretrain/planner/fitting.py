@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.planner.hardware import PRIOR_WIDTH, Constants, Gpu, Hardware
+from pretrain.planner.hardware import PRIOR_WIDTH, Constants, Gpu, Hardware, StepError
 from pretrain.planner.step_time import predict_step, ranged
 from pretrain.planner.workload import Workload
 
@@ -176,6 +176,24 @@ def scored(rows: Sequence[Measured], without: Mapping[str, Fit]) -> list[Score]:
             step = predict_step(row.workload, hardware(row.gpu, made.constants))
             scores.append(Score(row=row, predicted=step.tokens_per_s, fitted_on=made.rows))
     return scores
+
+
+def step_error(scores: Sequence[Score]) -> StepError:
+    """Return the percentiles of what rows took over what was predicted of them.
+
+    Tokens/s predicted over measured are seconds measured over predicted.
+
+    Args:
+        scores: of rows predicted by fits that never saw their models; at least one.
+    """
+    low, high = np.quantile([score.error for score in scores], [0.1, 0.9])
+    return StepError(
+        low=float(low),
+        high=float(high),
+        num_rows=len(scores),
+        num_models=len({score.row.model for score in scores}),
+        gpus=tuple(sorted({score.row.gpu.name for score in scores})),
+    )
 
 
 def intervals(made: Fit, without: Mapping[str, Fit]) -> dict[str, tuple[float, float]]:

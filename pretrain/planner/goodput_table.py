@@ -57,7 +57,7 @@ def as_text(report: Report) -> str:
     tiers = "none local" if local is None else f"local every {_minutes(local)}"
     head = [
         f"state      {state.num_parameters:,} parameters * {state.parameter_bytes} bytes ="
-        f" {state.total_bytes / 1e12:.2f} TB, {state.rank_bytes / 1e9:.2f} GB on each of"
+        f" {state.total_bytes / 1e12:.2f} TB, {state.rank_bytes / 1e9:.2f} GB of the heaviest of"
         f" {state.num_ranks:,} ranks",
         f"steps      {report.batch_tokens:,} tokens in {report.step_time_s:.1f} s",
         f"saves      every {report.interval_steps} steps = {_minutes(times.interval_s)}, {tiers};"

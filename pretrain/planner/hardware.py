@@ -92,6 +92,30 @@ PRIOR_WIDTH: Mapping[str, float] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StepError:
+    """How far measured steps were from predictions by fits that never saw their models."""
+
+    low: float
+    """Tenth percentile of the measured step's seconds over the predicted ones, less 1."""
+    high: float
+    """Ninetieth percentile of the same: eight of ten measured steps lie between both."""
+    num_rows: int
+    """Published measurements behind it."""
+    num_models: int
+    """That were left out one after the other."""
+    gpus: tuple[str, ...]
+    """On which they were measured."""
+
+    def __str__(self) -> str:
+        """Return where it comes from, for people."""
+        return (
+            f"{self.low:+.1%} to {self.high:+.1%}: 8 of 10 measured steps of models that were left"
+            f" out of the fit ({self.num_rows} rows of {self.num_models} models on"
+            f" {', '.join(self.gpus)})"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
     """A GPU and what was fitted for it."""
 
@@ -103,6 +127,8 @@ class Hardware:
     """Ids of the published rows; none: prior values."""
     fitted_range: Mapping[str, tuple[float, float]]
     """Least and largest value of each quantity in these rows; see `outside_range`."""
+    step_error: StepError | None = None
+    """Of predictions with these constants; None: it was not measured."""
     is_host: bool = False
     """Whether what computes is what launches, a CPU: launches add to the work."""
     exchange_s: float = 0.0
@@ -148,9 +174,12 @@ def hardware_of(name: str) -> Hardware:
         return Hardware(gpu=gpu, constants=Constants(), fitted_range={})
     names = {field.name for field in fields(Constants)}
     values = {key: entry["value"] for key, entry in fitted["constants"].items() if key in names}
+    error: dict[str, Any] = dict(fitted["step_error"])
+    gpus = tuple(error.pop("gpus"))
     return Hardware(
         gpu=gpu,
         constants=Constants(**values),
+        step_error=StepError(**error, gpus=gpus),
         fitted_on=tuple(fitted["rows"]),
         fitted_range={key: (low, high) for key, (low, high) in fitted["range"].items()},
     )

@@ -82,6 +82,26 @@ class StageMemory:
         beside = self.constants.context_bytes + self.constants.communicator_bytes
         return self.peak_bytes * (1 + self.constants.fragmentation) + beside
 
+    def allocated_parts(self) -> dict[str, float]:
+        """Return the bytes inside the allocator by name; their sum is `peak_bytes`."""
+        return {
+            "weights": self.state.weights,
+            "gradients": self.state.gradients,
+            "optimizer": self.state.optimizer,
+            "activations": self.kept_bytes,
+            "transient": self.moment_bytes,
+            "workspace": self.constants.workspace_bytes,
+        }
+
+    def named_parts(self) -> dict[str, float]:
+        """Return all bytes by name; their sum is `device_bytes`."""
+        constants = self.constants
+        return {
+            **self.allocated_parts(),
+            "fragmentation": self.peak_bytes * constants.fragmentation,
+            "CUDA and NCCL": constants.context_bytes + constants.communicator_bytes,
+        }
+
 
 def predict_memory(
     workload: Workload,
@@ -101,27 +121,25 @@ def predict_memory(
         ValueError: if weights are cut over data ranks (FSDP), recomputation is not megatron-core's,
             or the micro-batches do not fit the chunks.
     """
-    rows = round(balanced_rows(workload) * workload.expert_imbalance)
-    sizes = Sizes(
-        workload=workload,
-        operators=operators_of(workload) if operators is None else operators,
-        routed_rows=rows,
-    )
+    sizes = _sizes(workload, operators)
     own = _constants() if constants is None else constants
     return tuple(_stage(sizes, rank, own) for rank in range(workload.layout.pp))
 
 
-def fullest_stage(workload: Workload) -> StageMemory:
-    """Return the stage of `predict_memory` with the highest `device_bytes`, for searches.
+def fullest_stage(workload: Workload, *, operators: Operators | None = None) -> StageMemory:
+    """Return the stage of `predict_memory` with the highest `device_bytes`.
 
     Of stages that hold the same slots the first waits for most micro-batches, so only that one is
-    looked at; `predict_memory` is the definition.
+    looked at, as searches need it; `predict_memory` is the definition.
+
+    Args:
+        workload: as `predict_memory`.
+        operators: as `predict_memory`.
 
     Raises:
         ValueError: as `predict_memory`.
     """
-    rows = round(balanced_rows(workload) * workload.expert_imbalance)
-    sizes = Sizes(workload=workload, operators=operators_of(workload), routed_rows=rows)
+    sizes = _sizes(workload, operators)
     dense, pp = workload.architecture.num_dense_layers, workload.layout.pp
     first: dict[tuple[object, ...], int] = {}
     for rank in range(pp):
@@ -130,6 +148,14 @@ def fullest_stage(workload: Workload) -> StageMemory:
         first.setdefault(own, rank)
     stages = (_stage(sizes, rank, _constants()) for rank in first.values())
     return max(stages, key=lambda stage: stage.device_bytes)
+
+
+def _sizes(workload: Workload, operators: Operators | None) -> Sizes:
+    return Sizes(
+        workload=workload,
+        operators=operators_of(workload) if operators is None else operators,
+        routed_rows=round(balanced_rows(workload) * workload.expert_imbalance),
+    )
 
 
 def _stage(sizes: Sizes, rank: int, constants: MemoryConstants) -> StageMemory:

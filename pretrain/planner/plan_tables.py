@@ -49,7 +49,7 @@ def memory_table(memory: Sequence[Mapping[str, float]], *, capacity_bytes: float
     return aligned([head, *rows])
 
 
-def search_table(rows: Sequence[tuple[str, Found]], *, capacity_bytes: float) -> str:
+def search_table(rows: Sequence[tuple[str, Found]]) -> str:
     """Return layouts with time and memory; each row begins with why it is shown."""
     head = ("", *AXES, "dp", "recompute", "step", "tokens/s/GPU", "peak", "left")
     cells = [
@@ -61,9 +61,33 @@ def search_table(rows: Sequence[tuple[str, Found]], *, capacity_bytes: float) ->
             f"{one.step_s:.2f} s",
             f"{one.workload.step_tokens / one.step_s / one.choice.layout.num_ranks:,.0f}",
             f"{one.peak_bytes / _GB:.1f} GB",
-            f"{(capacity_bytes - one.peak_bytes) / _GB:.1f} GB",
+            f"{one.fit.left_bytes / _GB:.1f} GB",
         )
         for why, one in rows
+    ]
+    return aligned([head, *cells])
+
+
+def side_by_side_table(rows: Sequence[tuple[int, str, Found, str, str]]) -> str:
+    """Return layouts that have names beside the fastest.
+
+    Args:
+        rows: tokens of a window, name, layout with its figures, how much slower it is than the
+            fastest, and which part of a step rises most.
+    """
+    head = ("", "window", *AXES, "step", "slower", "rises most", "peak", "")
+    cells = [
+        (
+            name,
+            f"{window:,}",
+            *(str(getattr(one.choice.layout, axis)) for axis in AXES),
+            f"{one.step_s:.2f} s",
+            slower,
+            part,
+            f"{one.peak_bytes / _GB:.1f} GB",
+            "" if one.fit.fits else "does not fit",
+        )
+        for window, name, one, slower, part in rows
     ]
     return aligned([head, *cells])
 

@@ -16,15 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from parallel.layout import Layout
-from pretrain.model.count import count_parameters
-from pretrain.model.spec import ModelSpec
 from pretrain.planner.goodput import Costs
 from pretrain.planner.simulation import Scenario, Tier
+from pretrain.planner.state_bytes import held_bytes, parameter_bytes, saved_bytes
+from pretrain.planner.workload import Workload
 
 Origin = Literal["counted", "assumed", "measured"]
 _MEASURED_KEYS = ("blocking_s", "detection_s", "init_s")
-_MOMENTS, _FP32_BYTES, _BF16_BYTES = 2, 4, 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,46 +102,39 @@ class State:
     parameter_bytes: int
     """Of each: weight, fp32 master where the weight is bf16, two fp32 moments."""
     num_ranks: int
-    """That hold it, each about as much."""
+    """That hold it."""
+    rank_bytes: int
+    """The most that one of them writes to shared storage."""
     held_bytes: int
-    """Of what one rank needs to go on by itself: all its weights, other ranks' copies too, and its
-    part of masters and moments."""
+    """The most that one of them needs to go on by itself, and writes to its node's own disk."""
 
     @property
     def total_bytes(self) -> int:
         """Of the whole checkpoint."""
         return self.num_parameters * self.parameter_bytes
 
-    @property
-    def rank_bytes(self) -> float:
-        """Of one rank's part."""
-        return self.total_bytes / self.num_ranks
 
-
-def state_of(spec: ModelSpec, *, is_low: bool, layout: Layout) -> State:
-    """Return the size of a checkpoint of a model.
+def state_of(workload: Workload) -> State:
+    """Return the size of a checkpoint of a run.
 
     A.X K1 in bf16 with fp32 masters and moments: 14 bytes a parameter, 7.39 TB with MTP (7.27
-    without), 4.8 GB on each of 1,536 ranks. On PP 16, EP 8 a rank holds the weights of 1/128 of the
-    experts and of 1/16 of the rest, as every replica does: 13.7 GB with its part of the state.
+    without), 4.8 GB on each of 1,536 ranks in the mean. On PP 16, EP 8 the first replica of a
+    middle stage writes 13.9 GB, of four MoE layers all weights (9.6) and a 96th of masters and
+    moments (4.3). The last stage holds 15.7 GB, MTP's copy of the embedding among them, which the
+    first stage writes to shared storage.
 
     Args:
-        spec: the model.
-        is_low: whether weights are bf16 with fp32 masters (Precision.is_low).
-        layout: of the run; stages count as equally large.
+        workload: a step of it, on its ranks.
+
+    Raises:
+        ValueError: if weights are cut over data ranks (FSDP).
     """
-    weight_bytes, master_bytes = (_BF16_BYTES, _FP32_BYTES) if is_low else (_FP32_BYTES, 0)
-    state_bytes = master_bytes + _MOMENTS * _FP32_BYTES
-    total = count_parameters(spec).total
-    num_moe_layers = spec.num_moe_layers + spec.num_mtp_layers
-    expert = 3 * spec.hidden_size * spec.expert_ffn_size
-    experts = num_moe_layers * spec.num_routed_experts * expert
-    held = experts / (layout.ep * layout.etp) + (total - experts) / layout.tp
     return State(
-        num_parameters=total,
-        parameter_bytes=weight_bytes + state_bytes,
-        num_ranks=layout.num_ranks,
-        held_bytes=round(held / layout.pp * weight_bytes + total / layout.num_ranks * state_bytes),
+        num_parameters=workload.architecture.total_parameters,
+        parameter_bytes=parameter_bytes(workload),
+        num_ranks=workload.layout.num_ranks,
+        rank_bytes=max(saved_bytes(workload, rank) for rank in range(workload.layout.pp)),
+        held_bytes=max(held_bytes(workload, rank) for rank in range(workload.layout.pp)),
     )
 
 
@@ -175,7 +166,7 @@ class Times:
 
     @property
     def blocking_s(self) -> float:
-        """Training stands still for each save."""
+        """Training stands still for each save, until the rank that copies most is done."""
         return self.seconds("agreement", "copy to the host")
 
     @property

@@ -17,10 +17,10 @@ from multiprocessing import get_all_start_methods, get_context
 from typing import Any
 
 from parallel.layout import Layout, LayoutError
+from pretrain.planner.memory_fit import MemoryFit
 from pretrain.planner.workload import Workload
 
 AXES = ("tp", "cp", "pp", "vp", "ep", "etp")
-OUT_OF_MEMORY = "does not fit"
 _LEAST_CHOICES = 100
 """Of a process; fewer are judged sooner than it has begun."""
 _JUDGES: list[Callable[[Any], Any]] = []
@@ -78,8 +78,12 @@ class Found:
     choice: Choice
     workload: Workload
     step_s: float
-    peak_bytes: float
-    """Of the fullest stage."""
+    fit: MemoryFit
+
+    @property
+    def peak_bytes(self) -> float:
+        """Of the fullest stage."""
+        return self.fit.needed_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +95,8 @@ class Refusal:
     number: int
     example: str
     """Which one that is."""
+    choices: tuple[tuple[str, str], ...]
+    """Each of them and its own reason; a layout that is none stands for all recomputations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,8 +107,6 @@ class SearchResult:
     """Those that fit, the fastest first."""
     refusals: tuple[Refusal, ...]
     """The rest by reason, the most frequent first."""
-    capacity_bytes: float
-    """That a rank may fill."""
 
     @property
     def num_choices(self) -> int:
@@ -125,9 +129,8 @@ def search(
     *,
     num_ranks: int,
     make_workload: Callable[[Choice], Workload],
-    peak_bytes: Callable[[Workload], float],
+    fit: Callable[[Workload], MemoryFit],
     step_s: Callable[[Workload], float],
-    capacity_bytes: float,
 ) -> SearchResult:
     """Return what becomes of every choice of a space.
 
@@ -135,24 +138,20 @@ def search(
         space: which sizes are tried.
         num_ranks: of the cluster.
         make_workload: the step of a choice; its ValueError is the reason why the choice is out.
-        peak_bytes: of the fullest stage.
-        step_s: asked only where the memory is enough; its ValueError is a reason, too.
-        capacity_bytes: that a rank may fill.
+        fit: whether a step's memory is enough; its ValueError is a reason, too.
+        step_s: asked only where it is; so is its ValueError.
     """
 
     def judge(choice: Choice) -> Found | str:
         try:
             workload = make_workload(choice)
-            peak = peak_bytes(workload)
-            if peak > capacity_bytes:
-                return (
-                    f"{OUT_OF_MEMORY}: {peak / 1e9:.1f} GB on the fullest stage, a GPU may fill"
-                    f" {capacity_bytes / 1e9:.1f} GB"
-                )
+            memory = fit(workload)
+            if not memory.fits:
+                return memory.why_not
             seconds = step_s(workload)
         except ValueError as error:
             return str(error)
-        return Found(choice=choice, workload=workload, step_s=seconds, peak_bytes=peak)
+        return Found(choice=choice, workload=workload, step_s=seconds, fit=memory)
 
     refused = _Refused()
     choices: list[Choice] = []
@@ -170,7 +169,6 @@ def search(
     return SearchResult(
         found=tuple(sorted(found, key=lambda one: (one.step_s, one.peak_bytes))),
         refusals=refused.listed(),
-        capacity_bytes=capacity_bytes,
     )
 
 
@@ -213,15 +211,20 @@ class _Refused:
 
     def __init__(self) -> None:
         self._numbers: Counter[str] = Counter()
-        self._first: dict[str, tuple[str, str]] = {}
+        self._choices: dict[str, list[tuple[str, str]]] = {}
 
     def add(self, reason: str, *, example: str, number: int = 1) -> None:
         kind = re.sub(r"[\d.,]+", "#", reason)
         self._numbers[kind] += number
-        self._first.setdefault(kind, (reason, example))
+        self._choices.setdefault(kind, []).append((example, reason))
 
     def listed(self) -> tuple[Refusal, ...]:
         return tuple(
-            Refusal(reason=self._first[kind][0], number=number, example=self._first[kind][1])
+            Refusal(
+                reason=self._choices[kind][0][1],
+                number=number,
+                example=self._choices[kind][0][0],
+                choices=tuple(self._choices[kind]),
+            )
             for kind, number in self._numbers.most_common()
         )

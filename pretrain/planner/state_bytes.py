@@ -12,7 +12,7 @@ optimizer/distrib_optimizer.py:340-460.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from pretrain.planner.weights import Weight, chunk_weights
@@ -162,11 +162,7 @@ def state_bytes(workload: Workload, pipeline_rank: int) -> RankBytes:
     Raises:
         ValueError: if weights are cut over data ranks (FSDP), which is not counted here.
     """
-    if workload.fsdp_shards > 1:
-        raise ValueError(
-            f"fsdp_shards={workload.fsdp_shards} given; only 1, megatron-core's distributed"
-            " optimizer, is counted"
-        )
+    _check_sharding(workload)
     layout = workload.layout
     parts = [
         part
@@ -178,6 +174,71 @@ def state_bytes(workload: Workload, pipeline_rank: int) -> RankBytes:
         gradients=sum(part.gradients for part in parts),
         optimizer=sum(part.optimizer for part in parts),
     )
+
+
+def _check_sharding(workload: Workload) -> None:
+    if workload.fsdp_shards > 1:
+        raise ValueError(
+            f"fsdp_shards={workload.fsdp_shards} given; only 1, megatron-core's distributed"
+            " optimizer, is counted"
+        )
+
+
+def parameter_bytes(workload: Workload) -> int:
+    """Return the bytes of a parameter in a checkpoint: weight, master where it has one, moments.
+
+    bf16 and FP8: 2 + 4 + 8 = 14; fp32: 4 + 8 = 12.
+    """
+    optimizer = workload.optimizer
+    return BYTES[workload.number_format] + optimizer.master_bytes + optimizer.moment_bytes
+
+
+def held_bytes(workload: Workload, pipeline_rank: int) -> int:
+    """Return what a rank of a stage needs to go on by itself, as it keeps it on its node's disk.
+
+    All its weights and its part of masters and moments; FP8 copies are made anew. The padding of
+    buffers counts, a few values a parameter.
+
+    Args:
+        workload: as `state_bytes`.
+        pipeline_rank: 0 <= rank < pp.
+
+    Raises:
+        ValueError: as `state_bytes`.
+    """
+    state = state_bytes(_without_copies(workload), pipeline_rank)
+    return state.weights + state.optimizer
+
+
+def saved_bytes(workload: Workload, pipeline_rank: int) -> int:
+    """Return the most that a rank of a stage writes into a checkpoint on shared storage.
+
+    Of a value's replicas the first writes it (pretrain/checkpoint/boxes.py): one rank of each
+    stage, tensor and expert part all its weights, and each its part of masters and moments. A
+    second copy of the embedding on a later stage is not written. In the mean it is far less:
+    `parameter_bytes` times parameters over ranks.
+
+    Args:
+        workload: as `state_bytes`.
+        pipeline_rank: 0 <= rank < pp.
+
+    Raises:
+        ValueError: as `state_bytes`.
+    """
+    _check_sharding(workload)
+    plain = _without_copies(workload)
+    saved = 0
+    for stage in range(pipeline_rank, len(plain.stages), plain.layout.pp):
+        weights = [w for w in chunk_weights(plain, stage) if stage == 0 or not w.has_own_bucket]
+        part = _of(plain, weights, weight_bytes=BYTES[plain.number_format])
+        saved += part.weights + part.optimizer
+    return saved
+
+
+def _without_copies(workload: Workload) -> Workload:
+    """Return the step in bf16 if it is in FP8 or FP4."""
+    is_fp32 = workload.number_format == "fp32"
+    return replace(workload, number_format="fp32" if is_fp32 else "bf16", recipe="none")
 
 
 def _chunk(workload: Workload, stage: int) -> Iterator[RankBytes]:

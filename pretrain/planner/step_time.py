@@ -141,7 +141,7 @@ def pipeline_shape(workload: Workload) -> PipelineShape:
         num_stages=workload.layout.pp,
         num_micro_batches=workload.num_micro_batches,
         num_chunks=workload.layout.vp,
-        overlaps_hops=workload.layout.vp > 1,
+        overlaps_hops=workload.layout.overlaps_hops,
     )
 
 

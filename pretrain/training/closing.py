@@ -12,6 +12,7 @@ from pretrain.monitor.provenance import provenance
 from pretrain.monitor.records import METRICS_NAME, read_metrics
 from pretrain.monitor.summary import RunSummary, TextScore
 from pretrain.monitor.throughput import Throughput
+from pretrain.training.comparison import Compared
 from pretrain.training.corpus import SUMMARY_NAME, Corpus
 from pretrain.training.observe import Observer, Score
 from pretrain.training.run import Run
@@ -72,14 +73,20 @@ def _recorded_losses(path: Path) -> list[float]:
     return [float(record["loss"]) for record in read_metrics(path) if "loss" in record]
 
 
-def write_summary(summary: RunSummary, folder: Path) -> None:
+def write_summary(summary: RunSummary, compared: Compared, *, folder: Path) -> None:
     """Write the figures as `summary.json`, with the command and commit that made them.
 
-    With it the run is over (corpus.is_over): it comes last.
+    With it the run is over (corpus.is_over): it comes last. docs/run.md says what is in it.
+
+    Args:
+        summary: what came of the run.
+        compared: what was predicted of its last start, beside what was measured.
+        folder: of the run.
     """
     record = {
         **provenance(),
         **asdict(summary),
+        "prediction": asdict(compared),
     }
     writing = folder / ".summary.json"
     writing.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -182,11 +182,13 @@ class Course:
         summary = summarise(
             self._trainer, self._observer, self._throughput, scores, elapsed_s=elapsed_s
         )
-        write_summary(summary, self._run.folder)
+        compared = self._observer.comparison.result(
+            memory_peak_bytes=summary.memory_peak_bytes or 0
+        )
+        write_summary(summary, compared, folder=self._run.folder)
         say("\n" + summary_table(summary))
-        compared = self._observer.comparison.lines(memory_peak_bytes=summary.memory_peak_bytes or 0)
-        if compared:
-            say("\n" + "\n".join(compared))
+        if lines := compared.lines():
+            say("\n" + "\n".join(lines))
 
 
 def is_first() -> bool:

@@ -1,13 +1,11 @@
-"""What should each step of a run take and hold on this machine, and how far off was that?
+"""What should each step of a run take and hold on this machine, and does it fit there?
 
-The planner's prediction of the steps of a run, made when it starts, and its comparison with what
-the run has measured. Where nothing can be predicted, why. No torch.
+The planner's prediction of the steps of a run, made when it starts; how far off it was says
+comparison.py. Where nothing can be predicted, why. No torch.
 """
 
 import os
 import re
-import statistics
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,29 +13,15 @@ from parallel.layout import Layout
 from pretrain.monitor.quantities import format_bytes
 from pretrain.planner.cpu import NAME, Cpu, counted_memory, cpu_memory, cpu_of
 from pretrain.planner.hardware import Hardware, gpu_names, hardware_of
-from pretrain.planner.memory import predict_memory
-from pretrain.planner.operators import own_operators
+from pretrain.planner.state_bytes import saved_bytes
 from pretrain.planner.step_time import StepTime, predict_step
 from pretrain.planner.workload import Workload
 from pretrain.training.cpu_cache import cache_file, read_times
+from pretrain.training.gpu_memory import gpu_fit, stage_memory
 from pretrain.training.run import Run
 from pretrain.training.workloads import Machine, StepSize, step_sizes, workload_of
 
 _SLOWER_BOARDS = ("PCIe", "NVL")
-_SKIPPED = 2
-"""First steps of a start, which are not compared: allocation, cold caches."""
-_WAITS = {
-    "exchange of tokens between experts": ("all_to_all_s", ("expert_exchange",)),
-    "waiting for other stages": ("pipeline_wait_s", ("bubble",)),
-    "all other collectives": (
-        "collective_wait_s",
-        ("replicas", "tensor_exchange", "context_exchange", "weight_exchange"),
-    ),
-    "waiting for data": ("data_wait_s", ()),
-}
-"""What a run times of a step: its metric, and the planner's parts."""
-COMPUTING = "computing"
-BESIDE = "beside the allocator"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,8 +121,7 @@ def _on_cpu(run: Run, *, threads: int) -> Expected:
 def _cpu_memory(run: Run, cpu: Cpu, workload: Workload) -> dict[str, float]:
     found: list[dict[str, float]] = []
     for stage in counted_memory(workload, dual_norm=run.kernels.dual_norm):
-        # fp32: a checkpoint has this rank's share of the weights beside two moments of 4 bytes each
-        copies = stage.state.optimizer * 12 / 8
+        copies = saved_bytes(workload, stage.pipeline_rank)
         found.append(cpu_memory(cpu, stage, copies_bytes=copies))
     return max(found, key=_total)
 
@@ -160,9 +143,9 @@ def _on_gpu(run: Run, device_name: str) -> Expected:
     workloads = _workloads(run, gpu=name, gpus_per_node=node)
     memory: dict[int, Mapping[str, float]] = {}
     for size, workload in workloads.items():
-        parts = gpu_memory(run, workload)
-        del parts[BESIDE]  # the run measures what torch's allocator has given out
-        memory[size.window_tokens] = parts
+        fullest = max(stage_memory(run, workload), key=lambda stage: stage.device_bytes)
+        # the run measures what torch's allocator has given out
+        memory[size.window_tokens] = fullest.allocated_parts()
     return _made(f"constants of {name}", workloads, hardware, memory)
 
 
@@ -171,27 +154,6 @@ def known_gpu(device_name: str) -> str | None:
     if any(board in device_name for board in _SLOWER_BOARDS):
         return None
     return next((n for n in gpu_names() if re.search(rf"\b{re.escape(n)}\b", device_name)), None)
-
-
-def gpu_memory(run: Run, workload: Workload) -> dict[str, float]:
-    """Return the bytes of the fullest stage's GPU by what takes them, our operators.
-
-    Raises:
-        ValueError: if they cannot be counted.
-    """
-    operators = own_operators(workload, dual_norm=run.kernels.dual_norm)
-    fullest = max(
-        predict_memory(workload, operators=operators), key=lambda stage: stage.device_bytes
-    )
-    return {
-        "weights": fullest.state.weights,
-        "gradients": fullest.state.gradients,
-        "optimizer": fullest.state.optimizer,
-        "activations": fullest.kept_bytes,
-        "transient": fullest.moment_bytes,
-        "workspace": fullest.constants.workspace_bytes,
-        BESIDE: fullest.device_bytes - fullest.peak_bytes,
-    }
 
 
 def _workloads(run: Run, *, gpu: str, gpus_per_node: int) -> dict[StepSize, Workload]:
@@ -230,18 +192,21 @@ def check_fits(run: Run, *, window_tokens: int) -> list[str]:
         ValueError: with bytes needed, bytes there, and the keys to change.
     """
     cluster = run.cluster
-    if cluster is None or run.precision.kind == "fp32":
+    if cluster is None or run.precision.kind == "fp32":  # fp32 trains on CPUs
         return []
     found: list[str] = []
+    # the GPU's name says how fast it is; its memory is the cluster's
     workloads = _workloads(run, gpu="H200", gpus_per_node=cluster.gpus_per_node)
     for size, workload in workloads.items():
-        needed, there = _total(gpu_memory(run, workload)), cluster.gpu_memory_bytes
-        if needed <= there:
+        fit = gpu_fit(run, workload)
+        if fit.fits:
             continue
         text = (
             f"windows of {size.window_tokens:,} tokens on {_axes(run.layout)} need"
-            f" {needed / 1e9:.1f} GB of a GPU, as predicted, and cluster.gpu_memory_bytes="
-            f"{there:,} ({there / 1e9:.1f} GB) are there"
+            f" {fit.needed_bytes / 1e9:.1f} GB of a GPU, as predicted, and of"
+            f" cluster.gpu_memory_bytes={cluster.gpu_memory_bytes:,} all but"
+            f" prediction.reserved_bytes={fit.reserved_bytes:,.0f}"
+            f" ({fit.capacity_bytes / 1e9:.1f} GB) may be filled"
         )
         if size.window_tokens != window_tokens or run.prediction.allow_misfit:
             found.append(text)
@@ -255,89 +220,3 @@ def check_fits(run: Run, *, window_tokens: int) -> list[str]:
 
 def _axes(layout: Layout) -> str:
     return f"layout.tp={layout.tp} cp={layout.cp} pp={layout.pp} vp={layout.vp} ep={layout.ep}"
-
-
-# --- against what was measured --------------------------------------------------------------------
-
-
-class Comparison:
-    """What a start of a run measures, beside what was predicted of it."""
-
-    def __init__(self, expected: Expected) -> None:
-        """Begin with nothing measured.
-
-        Args:
-            expected: of the run.
-        """
-        self._expected = expected
-        self.memory_bytes = 0.0
-        """Predicted peak of the steps so far; 0: not known."""
-        self._num_steps = 0
-        self._steps_s: dict[StepSize, list[float]] = defaultdict(list)
-        self._waits_s: dict[StepSize, dict[str, list[float]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
-
-    def add(
-        self, *, size: StepSize, step_s: float, record: Mapping[str, float | int | str]
-    ) -> None:
-        """Take a step.
-
-        Args:
-            size: of its batch.
-            step_s: wall clock.
-            record: with the waits of a logged one.
-        """
-        own = self._expected.memory_bytes(size.window_tokens)
-        self.memory_bytes = max(self.memory_bytes, own)
-        self._num_steps += 1
-        if self._num_steps <= _SKIPPED:
-            return
-        self._steps_s[size].append(step_s)
-        if "all_to_all_s" in record:
-            for part, (metric, _) in _WAITS.items():
-                self._waits_s[size][part].append(float(record[metric]))
-
-    def lines(self, *, memory_peak_bytes: int) -> list[str]:
-        """Return predicted beside measured, and which part differs most.
-
-        Args:
-            memory_peak_bytes: of the fullest rank.
-        """
-        expected = self._expected
-        if not expected.steps:
-            return []
-        found = [f"predicted beside measured ({expected.source})"]
-        for size, step in expected.steps.items():
-            if not self._steps_s[size]:
-                continue
-            actual_s = statistics.median(self._steps_s[size])
-            found.append(
-                f"  {size.global_sequences:,} windows of {size.window_tokens:,} tokens: step"
-                f" {step.total_s:.3g} s predicted, {actual_s:.3g} s measured (median of"
-                f" {len(self._steps_s[size]):,}), {step.total_s / actual_s - 1:+.0%};"
-                f" {size.tokens / step.total_s:,.0f} and {size.tokens / actual_s:,.0f} tokens/s"
-            )
-            found += self._why(size, step, actual_s)
-        if memory_peak_bytes and self.memory_bytes:
-            found.append(
-                f"  peak memory: {format_bytes(self.memory_bytes)} predicted,"
-                f" {format_bytes(memory_peak_bytes)} measured,"
-                f" {self.memory_bytes / memory_peak_bytes - 1:+.0%}"
-            )
-        return found
-
-    def _why(self, size: StepSize, step: StepTime, actual_s: float) -> list[str]:
-        """Return which part differs most; none where a run times no parts, as on GPUs."""
-        waits = {name: statistics.median(v) for name, v in self._waits_s[size].items()}
-        if not waits:
-            return []
-        parts = step.named_parts()
-        predicted = {name: sum(parts[key] for key in _WAITS[name][1]) for name in waits}
-        predicted[COMPUTING] = step.total_s - sum(predicted.values())
-        waits[COMPUTING] = actual_s - sum(waits.values())
-        worst = max(waits, key=lambda name: abs(waits[name] - predicted[name]))
-        return [
-            f"    differs most: {worst}, {predicted[worst]:.3g} s predicted, {waits[worst]:.3g} s"
-            " measured"
-        ]

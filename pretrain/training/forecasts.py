@@ -12,12 +12,13 @@ from pretrain.planner.campaign import Campaign, Estimate, Leg, Stretch, WholeRun
 from pretrain.planner.failure_rates import RATES
 from pretrain.planner.goodput import expected_ettr
 from pretrain.planner.hardware import Hardware, hardware_of
-from pretrain.planner.memory import StageMemory, fullest_stage, predict_memory
+from pretrain.planner.memory_fit import MemoryFit
 from pretrain.planner.scale import Goodput, state_of, times_of
 from pretrain.planner.search import Choice, Found, SearchResult, SearchSpace, search
-from pretrain.planner.step_time import StepTime, predict_step, resident_parameters
+from pretrain.planner.step_time import StepTime, predict_step
 from pretrain.planner.workload import Workload
 from pretrain.training.goodput import read_measured
+from pretrain.training.gpu_memory import gpu_fit, stage_memory
 from pretrain.training.run import Run
 from pretrain.training.workloads import (
     Machine,
@@ -25,12 +26,11 @@ from pretrain.training.workloads import (
     check_choice,
     recompute_choices,
     segments_of,
+    shortest_step,
     trial,
     workload_of,
 )
 
-_LEAST_BYTES = 6
-"""Of a weight: bf16 and an fp32 gradient; FP8 copies, masters and moments come on top."""
 Memory = tuple[Mapping[str, float], ...]
 """Of each pipeline stage, part -> bytes of one GPU at its fullest."""
 
@@ -45,24 +45,16 @@ class Assumed:
 
     gpu: str
     """Its name in planner/hardware.json."""
-    expert_imbalance: float
-    """Tokens of the busiest rank's experts over the mean."""
-    step_error: float
-    """Share by which a step may be faster or slower than predicted."""
-    reserved_bytes: float
-    """Memory of a GPU that no plan may fill."""
+    step_error: float | None
+    """Share by which a step may be faster or slower than predicted; null: the percentiles of the
+    GPU's `StepError`."""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.step_error < 1 and self.expert_imbalance >= 1):
-            raise ValueError(
-                f"assumed.step_error={self.step_error}, assumed.expert_imbalance="
-                f"{self.expert_imbalance} given; 0 to 1, and 1 or more, are allowed"
-            )
-        if not self.reserved_bytes >= 0:
-            raise ValueError(
-                f"assumed.reserved_bytes={self.reserved_bytes} given, 0 or more is allowed"
-            )
         hardware_of(self.gpu)
+        if self.step_error is not None and not 0 <= self.step_error < 1:
+            raise ValueError(
+                f"assumed.step_error={self.step_error} given; 0 to 1, or null, is allowed"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,18 +64,7 @@ class Forecast:
     step: StepTime
     step_s: Estimate
     memory: Memory
-    capacity_bytes: float
-    """That a GPU may fill."""
-
-    @property
-    def peak_bytes(self) -> float:
-        """Of the fullest stage."""
-        return max(sum(stage.values()) for stage in self.memory)
-
-    @property
-    def fits(self) -> bool:
-        """Whether memory is enough."""
-        return self.peak_bytes <= self.capacity_bytes
+    fit: MemoryFit
 
 
 class Forecaster:
@@ -91,26 +72,37 @@ class Forecaster:
 
     Attributes:
         hardware: the GPU.
-        capacity_bytes: that a GPU may fill.
+        step_error: share by which a step may be faster (below 0) and slower than predicted.
+        error_source: where that comes from, for people.
     """
 
     def __init__(self, run: Run, assumed: Assumed) -> None:
         """Look up the machine.
 
         Raises:
-            ValueError: if the GPU is not known.
+            ValueError: if the GPU is not known, or how far its predictions were off is not.
         """
-        self._run, self._assumed = run, assumed
+        self._run = run
         self.hardware: Hardware = hardware_of(assumed.gpu)
+        share, known = assumed.step_error, self.hardware.step_error
+        if share is not None:
+            self.step_error = (-share, share)
+            self.error_source = f"{share:.0%} either way: assumed.step_error"
+        elif known is not None:
+            self.step_error = (known.low, known.high)
+            self.error_source = str(known)
+        else:
+            raise ValueError(
+                f"assumed.step_error=null given for assumed.gpu={assumed.gpu}, whose predictions"
+                " were not compared with measurements; a share from 0 to 1 is allowed"
+            )
         cluster = run.cluster
-        memory = self.hardware.gpu.memory_bytes if cluster is None else cluster.gpu_memory_bytes
-        self.capacity_bytes = memory - assumed.reserved_bytes
         self._machine = Machine(
             gpu=assumed.gpu,
             gpus_per_node=(
                 self.hardware.gpu.gpus_per_node if cluster is None else cluster.gpus_per_node
             ),
-            expert_imbalance=assumed.expert_imbalance,
+            expert_imbalance=run.prediction.expert_imbalance,
         )
 
     def workload(self, size: StepSize, *, layout: Layout, recompute: Recompute) -> Workload:
@@ -124,23 +116,31 @@ class Forecaster:
             self._run, size, layout=layout, recompute=recompute, machine=self._machine
         )
 
+    def step(self, workload: Workload) -> StepTime:
+        """Return the time of a step and its parts.
+
+        Raises:
+            ValueError: if megatron-core could not run it.
+        """
+        return predict_step(workload, self.hardware)
+
     def forecast(self, workload: Workload) -> Forecast:
         """Return time and memory of a step.
 
         Raises:
             ValueError: if megatron-core could not run it.
         """
-        step = predict_step(workload, self.hardware)
+        step = self.step(workload)
         return Forecast(
             step=step,
             step_s=self._estimate(step.total_s),
-            memory=stage_memory(workload),
-            capacity_bytes=self.capacity_bytes,
+            memory=tuple(stage.named_parts() for stage in stage_memory(self._run, workload)),
+            fit=gpu_fit(self._run, workload),
         )
 
     def _estimate(self, seconds: float) -> Estimate:
-        error = self._assumed.step_error
-        return Estimate(value=seconds, low=seconds * (1 - error), high=seconds * (1 + error))
+        low, high = self.step_error
+        return Estimate(value=seconds, low=seconds * (1 + low), high=seconds * (1 + high))
 
     def search(self, space: SearchSpace, size: StepSize, *, num_ranks: int) -> SearchResult:
         """Return what becomes of every layout for steps of a size."""
@@ -163,21 +163,9 @@ class Forecaster:
             space,
             num_ranks=num_ranks,
             make_workload=make_workload,
-            peak_bytes=self._peak_bytes,
-            step_s=lambda workload: predict_step(workload, self.hardware).total_s,
-            capacity_bytes=self.capacity_bytes,
+            fit=lambda workload: gpu_fit(run, workload),
+            step_s=lambda workload: self.step(workload).total_s,
         )
-
-    def _peak_bytes(self, workload: Workload) -> float:
-        """Return a stage's bytes, or those of weights and gradients alone where they are too many.
-
-        Most layouts that do not fit do not fit these, which are known at once.
-        """
-        for rank in {0, min(1, workload.layout.pp - 1), workload.layout.pp - 1}:
-            held = sum(resident_parameters(workload, rank)) * _LEAST_BYTES
-            if held > self.capacity_bytes:
-                return held
-        return fullest_stage(workload).device_bytes
 
     def found(self, size: StepSize, *, layout: Layout, recompute: str) -> Found:
         """Return one choice as a search has it, whether it fits or not.
@@ -191,7 +179,7 @@ class Forecaster:
             choice=Choice(layout=layout, recompute=recompute),
             workload=forecast.step.workload,
             step_s=forecast.step.total_s,
-            peak_bytes=forecast.peak_bytes,
+            fit=forecast.fit,
         )
 
     def whole_run(self, campaign: Campaign, *, goodput: Goodput) -> WholeRun:
@@ -210,7 +198,6 @@ class Forecaster:
             (one.stage, one.window_tokens, one.global_sequences, one.num_batches)
             for one in run.timetable.segments
         ]
-        state = state_of(run.model, is_low=run.precision.is_low, layout=run.layout)
         return WholeRun(
             legs=tuple(
                 self._leg(stretch, campaign, goodput)
@@ -218,7 +205,7 @@ class Forecaster:
             ),
             watts_per_gpu=campaign.watts_per_gpu,
             pue=campaign.pue,
-            checkpoint_bytes=state.total_bytes,
+            checkpoint_bytes=state_of(shortest_step(run)).total_bytes,
             interval_steps=run.checkpoints.interval_steps,
             keep=run.checkpoints.keep,
         )
@@ -235,20 +222,15 @@ class Forecaster:
             stretch=stretch,
             layout=str(layout),
             step_s=forecast.step_s,
-            ettr=self._ettr(forecast.step.total_s, layout, stretch, campaign, goodput),
+            ettr=self._ettr(forecast.step, stretch, campaign, goodput),
             flop_per_token=forecast.step.workload.architecture.flop_per_token(
                 sequence_tokens=stretch.window_tokens
             ),
-            fits=forecast.fits,
+            fits=forecast.fit.fits,
         )
 
     def _ettr(
-        self,
-        step_s: float,
-        layout: Layout,
-        stretch: Stretch,
-        campaign: Campaign,
-        goodput: Goodput,
+        self, step: StepTime, stretch: Stretch, campaign: Campaign, goodput: Goodput
     ) -> float:
         run = self._run
         if campaign.failures not in RATES:
@@ -257,8 +239,8 @@ class Forecaster:
             )
         local = run.checkpoints.local
         times = times_of(
-            replace(goodput, step_time_s=step_s),
-            state=state_of(run.model, is_low=run.precision.is_low, layout=layout),
+            replace(goodput, step_time_s=step.total_s),
+            state=state_of(step.workload),
             measured={} if goodput.measured is None else read_measured(goodput.measured),
             interval_steps=run.checkpoints.interval_steps,
             local_interval_steps=None if local.folder is None else local.interval_steps,
@@ -266,26 +248,3 @@ class Forecaster:
         )
         mtbf_s = RATES[campaign.failures].mtbf_s(stretch.num_ranks)
         return expected_ettr(times.interval_s, costs=times.costs, mtbf_s=mtbf_s)
-
-
-def stage_memory(workload: Workload) -> Memory:
-    """Return the memory of each stage; the parts add up to what a GPU has lost.
-
-    Raises:
-        ValueError: if the memory of such a step is not known.
-    """
-    return tuple(_parts(stage) for stage in predict_memory(workload))
-
-
-def _parts(stage: StageMemory) -> Mapping[str, float]:
-    constants = stage.constants
-    return {
-        "weights": stage.state.weights,
-        "gradients": stage.state.gradients,
-        "optimizer": stage.state.optimizer,
-        "activations": stage.kept_bytes,
-        "transient": stage.moment_bytes,
-        "workspace": constants.workspace_bytes,
-        "fragmentation": stage.peak_bytes * constants.fragmentation,
-        "CUDA and NCCL": constants.context_bytes + constants.communicator_bytes,
-    }

@@ -16,6 +16,7 @@ from pretrain.planner.goodput_table import Report, Row
 from pretrain.planner.scale import Goodput, Times, state_of, step_time_s, times_of
 from pretrain.planner.simulation import simulate
 from pretrain.training.run import Run
+from pretrain.training.workloads import shortest_step
 
 
 def goodput_report(run: Run, goodput: Goodput) -> Report:
@@ -28,7 +29,7 @@ def goodput_report(run: Run, goodput: Goodput) -> Report:
         segment.global_sequences * segment.window_tokens for segment in run.timetable.segments
     )
     ranks = run.layout.num_ranks
-    state = state_of(run.model, is_low=run.precision.is_low, layout=run.layout)
+    state = state_of(shortest_step(run))
     local = run.checkpoints.local
     times = times_of(
         goodput,

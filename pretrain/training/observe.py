@@ -19,8 +19,9 @@ from pretrain.monitor.metrics import THOROUGH_EVERY
 from pretrain.monitor.quantities import bits_per_byte
 from pretrain.monitor.telemetry import Telemetry
 from pretrain.monitor.throughput import Throughput, ThroughputConfig, find_peak_flop_per_s
+from pretrain.training.comparison import Comparison
 from pretrain.training.evaluate import ValidationLoss
-from pretrain.training.expectation import NOT_PREDICTED, Comparison, Expected
+from pretrain.training.expectation import NOT_PREDICTED, Expected
 from pretrain.training.run import Run
 from pretrain.training.step_metrics import StepMetrics
 from pretrain.training.train_step import StepResult

@@ -4,12 +4,11 @@ Each action gives text for a person and a record for a file. No torch.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from parallel.layout import Layout
 from pretrain.monitor.plots import BarPanel, plot_bars
 from pretrain.monitor.provenance import provenance
 from pretrain.planner.campaign import Campaign
@@ -17,29 +16,20 @@ from pretrain.planner.goodput_table import as_text
 from pretrain.planner.pipeline import Timeline, simulate_pipeline
 from pretrain.planner.plan_tables import (
     memory_table,
-    refusals_text,
-    search_table,
     seconds_table,
     whole_run_text,
 )
 from pretrain.planner.scale import Goodput
-from pretrain.planner.search import Found, SearchResult, SearchSpace, pareto
+from pretrain.planner.search import SearchSpace
 from pretrain.planner.step_time import pass_times, pipeline_shape
 from pretrain.planner.timeline_page import timeline_page
 from pretrain.training.forecasts import Assumed, Forecast, Forecaster, Memory
 from pretrain.training.goodput import goodput_report, report_as_json
+from pretrain.training.layout_search import search_layouts, search_record, search_text
 from pretrain.training.row_predictions import as_text as as_rows_text
 from pretrain.training.row_predictions import predict_rows
 from pretrain.training.run import Run
-from pretrain.training.workloads import StepSize, recompute_choices, step_sizes
-
-REPORT_LAYOUTS: Mapping[str, Mapping[str, int]] = {
-    "report, first": {"tp": 1, "pp": 8, "vp": 1, "ep": 32, "etp": 1},
-    "report, final": {"tp": 1, "pp": 16, "vp": 1, "ep": 8, "etp": 1},
-}
-"""The layouts that the report names; what it is silent about is 1. Source: report,
-infrastructure."""
-_MAX_REASONS = 12
+from pretrain.training.workloads import StepSize, step_sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,10 +118,17 @@ def _step(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
         forecast = forecaster.forecast(workload)
         forecasts.append((size, forecast))
         lines += [*_step_lines(size, forecast), ""]
+    lines += [f"intervals  {forecaster.error_source}", ""]
     if plan.figures is not None:
         lines += [*_draw(forecasts, plan.figures, title=run.name, forecaster=forecaster), ""]
     lines.append("next: python launch/plan.py <the same words> action=search")
-    return "\n".join(lines), {"steps": [_step_record(*pair) for pair in forecasts]}
+    record = {"steps": [_step_record(*pair) for pair in forecasts]}
+    return "\n".join(lines), {**_error_record(forecaster), **record}
+
+
+def _error_record(forecaster: Forecaster) -> dict[str, Any]:
+    low, high = forecaster.step_error
+    return {"step_error": {"low": low, "high": high, "source": forecaster.error_source}}
 
 
 def _step_lines(size: StepSize, forecast: Forecast) -> Iterator[str]:
@@ -146,9 +143,10 @@ def _step_lines(size: StepSize, forecast: Forecast) -> Iterator[str]:
         f" {forecast.step_s.high:.2f}), {step.tokens_per_s:,.0f} tokens/s and"
         f" {step.model_flop_per_s / 1e12:.1f} TFLOP/s on each GPU (causal, MTP counted)"
     )
-    verdict = "fits" if forecast.fits else "does NOT fit"
+    fit = forecast.fit
+    verdict = "fits" if fit.fits else "does NOT fit"
     yield (
-        f"  memory   {forecast.peak_bytes / 1e9:.1f} GB of {forecast.capacity_bytes / 1e9:.1f}"
+        f"  memory   {fit.needed_bytes / 1e9:.1f} GB of {fit.capacity_bytes / 1e9:.1f}"
         f" GB on the fullest stage: {verdict}"
     )
     for reason in step.outside:
@@ -156,7 +154,7 @@ def _step_lines(size: StepSize, forecast: Forecast) -> Iterator[str]:
     yield ""
     yield seconds_table(step.named_parts(), total_s=step.total_s)
     yield ""
-    yield memory_table(forecast.memory, capacity_bytes=forecast.capacity_bytes)
+    yield memory_table(forecast.memory, capacity_bytes=fit.capacity_bytes)
 
 
 def _step_record(size: StepSize, forecast: Forecast) -> dict[str, Any]:
@@ -172,9 +170,9 @@ def _step_record(size: StepSize, forecast: Forecast) -> dict[str, Any]:
         "parts_s": step.named_parts(),
         "outside": list(step.outside),
         "memory_bytes": [dict(stage) for stage in forecast.memory],
-        "peak_bytes": forecast.peak_bytes,
-        "capacity_bytes": forecast.capacity_bytes,
-        "fits": forecast.fits,
+        "peak_bytes": forecast.fit.needed_bytes,
+        "capacity_bytes": forecast.fit.capacity_bytes,
+        "fits": forecast.fit.fits,
     }
 
 
@@ -194,7 +192,7 @@ def _draw(
         heading = f"{title}: {size.window_tokens:,} tokens, {workload.layout}"
         stem = folder / f"timeline_{size.window_tokens}"
         picture, page = stem.with_suffix(".png"), stem.with_suffix(".html")
-        capacity_bytes = forecast.capacity_bytes
+        capacity_bytes = forecast.fit.capacity_bytes
         panels = [
             BarPanel(title="one step of the pipeline", unit="s", rows=_timeline_rows(timeline)),
             BarPanel(
@@ -253,113 +251,17 @@ def _memory_rows(memory: Memory) -> list[dict[str, list[tuple[float, float]]]]:
 
 def _search(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
     forecaster = Forecaster(run, plan.assumed)
-    sizes = {size.window_tokens: size for size in step_sizes(run)}
-    asked = plan.search.window_tokens or tuple(sizes)
-    if unknown := sorted(set(asked) - set(sizes)):
-        raise ValueError(
-            f"search.window_tokens={unknown[0]} given; {sorted(sizes)}, the curriculum's windows,"
-            " are allowed"
-        )
-    if unknown := set(plan.search.recompute) - set(recompute_choices(run)):
-        raise ValueError(
-            f"search.recompute={sorted(unknown)[0]} given; {', '.join(recompute_choices(run))} are"
-            " allowed"
-        )
-    lines: list[str] = []
-    records: list[dict[str, Any]] = []
-    best: Found | None = None
-    for window in asked:
-        size = sizes[window]
-        result = forecaster.search(plan.search, size, num_ranks=run.layout.num_ranks)
-        named, missing = _named(run, plan, size, forecaster)
-        front = pareto(result.found)
-        lines += [*_search_lines(plan, size, result, front, named, missing), ""]
-        records.append(_search_record(size, result, front, named, missing))
-        best = best or (result.found[0] if result.found else None)
-    words = "" if best is None else f" {best.choice}".rpartition(" recompute=")[0]
-    lines.append(f"next: python launch/plan.py <the same words> action=plan{words}")
-    return "\n".join(lines), {"searches": records}
-
-
-def _named(
-    run: Run, plan: Plan, size: StepSize, forecaster: Forecaster
-) -> tuple[list[tuple[str, Found]], list[tuple[str, str]]]:
-    """Return the layouts that have names with their figures, and those that are out with why."""
-    cp = plan.campaign.cp(size.window_tokens, otherwise=run.layout.cp)
-    named: list[tuple[str, Found]] = []
-    missing: list[tuple[str, str]] = []
-    num_ranks = run.layout.num_ranks
-    for name, axes in {**REPORT_LAYOUTS, "this run": {}}.items():
-        try:
-            layout = (
-                Layout(num_ranks=num_ranks, cp=cp, **axes) if axes else replace(run.layout, cp=cp)
-            )
-            named.append((name, forecaster.found(size, layout=layout, recompute="run")))
-        except ValueError as error:
-            missing.append((name, str(error)))
-    return named, missing
-
-
-def _search_lines(
-    plan: Plan,
-    size: StepSize,
-    result: SearchResult,
-    front: list[Found],
-    named: list[tuple[str, Found]],
-    missing: list[tuple[str, str]],
-) -> Iterator[str]:
-    yield (
-        f"{size.global_sequences:,} sequences of {size.window_tokens:,} tokens:"
-        f" {result.num_choices:,} choices, {len(result.found):,} can be trained"
-    )
-    rows = [
-        *named,
-        *((f"fastest {idx + 1}", one) for idx, one in enumerate(result.found[: plan.search.best])),
-        *(("Pareto", one) for one in front[: plan.search.best]),
-    ]
-    yield ""
-    yield search_table(rows, capacity_bytes=result.capacity_bytes)
-    for name, reason in missing:
-        yield f"  {name}: out: {reason}"
-    yield ""
-    yield "out, by reason"
-    yield refusals_text(result, most=_MAX_REASONS)
-
-
-def _search_record(
-    size: StepSize,
-    result: SearchResult,
-    front: list[Found],
-    named: list[tuple[str, Found]],
-    missing: list[tuple[str, str]],
-) -> dict[str, Any]:
-    return {
-        "window_tokens": size.window_tokens,
-        "global_sequences": size.global_sequences,
-        "capacity_bytes": result.capacity_bytes,
-        "num_choices": result.num_choices,
-        "found": [_found_record(one) for one in result.found],
-        "pareto": [_found_record(one) for one in front],
-        "named": {name: _found_record(one) for name, one in named},
-        "named_out": dict(missing),
-        "refusals": [asdict(refusal) for refusal in result.refusals],
-    }
-
-
-def _found_record(one: Found) -> dict[str, Any]:
-    return {
-        "layout": asdict(one.choice.layout),
-        "recompute": one.choice.recompute,
-        "step_s": one.step_s,
-        "peak_bytes": one.peak_bytes,
-    }
+    searched = search_layouts(run, plan.search, campaign=plan.campaign, forecaster=forecaster)
+    text = search_text(searched, most=plan.search.best, error_source=forecaster.error_source)
+    return text, {**_error_record(forecaster), "searches": search_record(searched)}
 
 
 # --- the whole run --------------------------------------------------------------------------------
 
 
 def _whole_run(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
-    whole = Forecaster(run, plan.assumed).whole_run(plan.campaign, goodput=plan.goodput)
+    forecaster = Forecaster(run, plan.assumed)
+    whole = forecaster.whole_run(plan.campaign, goodput=plan.goodput)
     derived = {
         "tokens": whole.tokens,
         "num_steps": whole.num_steps,
@@ -371,6 +273,6 @@ def _whole_run(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
         "kept_bytes": whole.kept_bytes,
         "written_bytes": whole.written_bytes,
     }
-    text = whole_run_text(whole)
+    text = f"{whole_run_text(whole)}\n  intervals: {forecaster.error_source}"
     text += "\n\nnext: python launch/plan.py <the same words> action=goodput"
-    return text, {**asdict(whole), **derived}
+    return text, {**_error_record(forecaster), **asdict(whole), **derived}

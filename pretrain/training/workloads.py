@@ -197,5 +197,16 @@ def workload_of(
     )
 
 
+def shortest_step(run: Run) -> Workload:
+    """Return a run's step of the shortest windows on its own layout, on no machine in particular.
+
+    For what a step's machine and length do not decide, such as the bytes of its state.
+    """
+    machine = Machine(gpu="any", gpus_per_node=1, expert_imbalance=1.0)
+    return workload_of(
+        run, step_sizes(run)[0], layout=run.layout, recompute=run.recompute, machine=machine
+    )
+
+
 def _plain_format(precision: Precision) -> Literal["bf16", "fp32"]:
     return "bf16" if precision.is_low else "fp32"

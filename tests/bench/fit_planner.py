@@ -14,7 +14,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from pretrain.planner.fitting import (
     intervals,
     leave_one_out,
     scored,
+    step_error,
 )
 from pretrain.planner.hardware import FILE, Constants, gpu_of
 from pretrain.planner.published import (
@@ -105,6 +106,7 @@ def summary(scores: Sequence[Score]) -> dict[str, Any]:
         "median": float(np.median(errors)),
         "p90": float(np.quantile(errors, 0.9)),
         "worst": float(errors.max()),
+        "step_error": asdict(step_error(scores)),
     }
 
 
@@ -137,8 +139,10 @@ def score_record(score: Score, row: Row) -> dict[str, Any]:
     }
 
 
-def constants_record(made: Fit, without: Mapping[str, Fit], rows: Sequence[Measured]) -> Any:
-    """Return fitted constants as hardware.json has them."""
+def constants_record(
+    made: Fit, without: Mapping[str, Fit], rows: Sequence[Measured], scores: Sequence[Score]
+) -> Any:
+    """Return fitted constants as hardware.json has them, with the errors of their predictions."""
     ranges = intervals(made, without)
     return {
         "constants": {
@@ -152,6 +156,7 @@ def constants_record(made: Fit, without: Mapping[str, Fit], rows: Sequence[Measu
         },
         "rows": list(made.rows),
         "range": fitted_range(rows),
+        "step_error": asdict(step_error(scores)),
     }
 
 
@@ -172,9 +177,9 @@ def main() -> int:
     for name, group in table.fitted.items():
         parent = table.fitted.get(gpu_of(name).parent, [])
         without, made = leave_one_out(group, parent=parent)
-        fitted[name] = constants_record(made, without, group)
-        record["without"][name] = {model: list(one.rows) for model, one in without.items()}
         scores = scored(table.newest[name], without)
+        fitted[name] = constants_record(made, without, group, scores)
+        record["without"][name] = {model: list(one.rows) for model, one in without.items()}
         record["gpus"][name] = summary(scores)
         print(name, summary(scores))
         record["rows"] += [score_record(score, by_id[score.row.row_id]) for score in scores]

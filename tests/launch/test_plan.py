@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch.compose import run
 from launch.plan import main
+from pretrain.planner.hardware import hardware_of
+from pretrain.training import forecasts
 from pretrain.training.start import USER_ERRORS
 
 Command = Callable[..., tuple[int, str, str]]
@@ -36,7 +39,7 @@ def test_the_reports_run_trains_as_much_of_its_time_as_we_want(
     code, out, _ = plan("action=goodput", f"output={path}")
     assert code == 0
     for words in (
-        "527,688,113,152 parameters * 14 bytes = 7.39 TB, 4.81 GB on each of 1,536 ranks",
+        "527,688,113,152 parameters * 14 bytes = 7.39 TB, 13.93 GB of the heaviest of 1,536 ranks",
         "62,914,560 tokens in 40.9 s",
         "27,648 GPU-hours of 75 days",
         "write to storage       184.69  counted  goodput.persist_bytes_per_s",
@@ -120,9 +123,9 @@ def test_measured_times_take_the_place_of_assumed_ones(plan: Command, tmp_path: 
         (["layout.vp=4"], ["64 stages", "lower layout.pp or layout.vp"]),
         (["layout.ep=7"], ["layout.ep=7", "1536 ranks"]),
         (["assumed.gpu=H900"], ["gpu=H900", "H200", "H100"]),
-        (["assumed.step_error=1"], ["assumed.step_error=1", "0 to 1"]),
-        (["assumed.expert_imbalance=0.5"], ["assumed.expert_imbalance=0.5", "1 or more"]),
-        (["assumed.reserved_bytes=-1"], ["assumed.reserved_bytes=-1", "0 or more"]),
+        (["assumed.step_error=1"], ["assumed.step_error=1", "0 to 1, or null"]),
+        (["prediction.expert_imbalance=0.5"], ["prediction.expert_imbalance=0.5", "1 (balanced)"]),
+        (["prediction.reserved_bytes=-1"], ["prediction.reserved_bytes=-1", "0 or more"]),
         (["action=run", "campaign.failures=never"], ["campaign.failures=never", "Llama 3"]),
         (["action=run", "campaign.token_shares=[1.0]"], ["campaign.token_shares", "[1024, 1536]"]),
         (["campaign.token_shares=[0.5,0.6]"], ["campaign.token_shares", "sum is 1"]),
@@ -169,7 +172,12 @@ def test_a_step_is_planned_for_every_length_of_the_curriculum(
         "next: python launch/plan.py <the same words> action=search",
     ):
         assert words in out, out
-    steps = json.loads(path.read_text(encoding="utf-8"))["steps"]
+    record = json.loads(path.read_text(encoding="utf-8"))
+    known = hardware_of("H200").step_error
+    assert known is not None
+    assert record["step_error"] == {"low": known.low, "high": known.high, "source": str(known)}
+    assert f"intervals  {known}" in out
+    steps = record["steps"]
     for step in steps:
         parts = step["parts_s"]
         assert sum(parts.values()) == pytest.approx(step["step_s"]["value"])
@@ -177,9 +185,93 @@ def test_a_step_is_planned_for_every_length_of_the_curriculum(
         tokens = step["window_tokens"] * step["global_sequences"]
         pace = tokens / step["step_s"]["value"] / 1536
         assert step["tokens_per_s_per_gpu"] == pytest.approx(pace)
+        assert step["step_s"]["high"] == pytest.approx((1 + known.high) * step["step_s"]["value"])
+        assert step["step_s"]["low"] == pytest.approx((1 + known.low) * step["step_s"]["value"])
     # 62.9M tokens each, so longer windows differ by their attention
     assert len(steps) == 3
     assert steps[0]["step_s"]["value"] < steps[1]["step_s"]["value"] < steps[2]["step_s"]["value"]
+
+
+SMALL_SEARCH = [
+    "action=search",
+    "search.tp=[1]",
+    "search.cp=[1,4,8]",
+    "search.pp=[8,16]",
+    "search.vp=[1]",
+    "search.ep=[8]",
+]
+
+
+def test_a_search_sets_the_reports_layouts_beside_the_fastest_at_every_length(
+    plan: Command, tmp_path: Path
+) -> None:
+    path = tmp_path / "search.json"
+    code, out, _ = plan(*SMALL_SEARCH, f"output={path}")
+    assert code == 0
+    searches = json.loads(path.read_text(encoding="utf-8"))["searches"]
+    assert [one["window_tokens"] for one in searches] == [4096, 16384, 32768]
+    table = out[out.index("side by side") :]
+    for one, cp in zip(searches, (1, 4, 8), strict=True):  # 4 and 8: the report, at long context
+        named = one["side_by_side"]
+        assert list(named) == ["fastest found", "report, first", "report, final", "this run"]
+        best, first, final = (
+            named[name] for name in ("fastest found", "report, first", "report, final")
+        )
+        assert best["step_s"] == min(found["step_s"] for found in one["found"])
+        assert {key: first["layout"][key] for key in ("pp", "ep", "cp")} == {
+            "pp": 8, "ep": 32, "cp": cp
+        }  # fmt: skip
+        assert final["layout"] == named["this run"]["layout"]
+        assert (final["layout"]["pp"], final["layout"]["ep"]) == (16, 8)
+        for layout in (first, final):
+            assert layout["over_fastest"] == pytest.approx(layout["step_s"] / best["step_s"] - 1)
+        # its experts are on four nodes, so three tokens in four leave theirs
+        assert first["rising_part"] == "expert_exchange"
+        assert f"{first['step_s']:.2f} s" in table
+        judged = sum(len(refusal["choices"]) for refusal in one["refusals"]) + len(one["found"])
+        assert judged == one["num_choices"] == 6
+        assert all(reason for refusal in one["refusals"] for _, reason in refusal["choices"])
+
+
+def test_a_named_layout_that_is_out_says_why(plan: Command, tmp_path: Path) -> None:
+    path = tmp_path / "search.json"
+    few = ["model.num_routed_experts=24", "cluster.gpu_memory_bytes=30_000_000_000"]
+    code, out, _ = plan(
+        *SMALL_SEARCH, *few, "search.window_tokens=[4096]", "search.pp=[16]", f"output={path}"
+    )
+    assert code == 0
+    named = json.loads(path.read_text(encoding="utf-8"))["searches"][0]["side_by_side"]
+    assert "model.num_routed_experts=24" in named["report, first"]["why_out"]
+    assert named["report, final"]["why_out"].startswith("does not fit: ")
+    assert named["report, final"]["peak_bytes"] > 23e9
+    assert "4,096, report, first: out: " in out
+    assert "nothing can be trained" in out
+
+
+def test_an_error_that_is_given_takes_the_place_of_the_measured_one(
+    plan: Command, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.json"
+    code, out, _ = plan("assumed.step_error=0.1", f"output={path}")
+    assert code == 0
+    assert "intervals  10% either way: assumed.step_error" in out
+    for step in json.loads(path.read_text(encoding="utf-8"))["steps"]:
+        seconds = step["step_s"]
+        assert (seconds["low"], seconds["high"]) == (
+            pytest.approx(0.9 * seconds["value"]),
+            pytest.approx(1.1 * seconds["value"]),
+        )
+
+
+def test_a_gpu_without_measured_errors_asks_for_one(
+    plan: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior = replace(hardware_of("H200"), step_error=None)
+    monkeypatch.setattr(forecasts, "hardware_of", lambda _: prior)
+    code, _, err = plan()
+    assert code == 2
+    assert "assumed.step_error=null given for assumed.gpu=H200" in err
+    assert plan("assumed.step_error=0.3")[0] == 0
 
 
 def test_the_figures_are_drawn_where_asked(plan: Command, tmp_path: Path) -> None:
@@ -218,7 +310,11 @@ def test_the_whole_run_stands_beside_the_reports(plan: Command, tmp_path: Path) 
         leg["step_s"]["value"] * leg["stretch"]["num_steps"] / leg["ettr"] / 86_400 for leg in legs
     )
     assert record["days"]["value"] == pytest.approx(days)
-    assert record["days"]["low"] == pytest.approx(0.8 * days)
+    known = hardware_of("H200").step_error
+    assert known is not None
+    assert record["days"]["low"] == pytest.approx((1 + known.low) * days)
+    assert record["days"]["high"] == pytest.approx((1 + known.high) * days)
+    assert f"  intervals: {known}" in out
     assert record["megawatt_hours"]["value"] == pytest.approx(
         record["gpu_hours"]["value"] * 1050 * 1.56 / 1e6
     )

@@ -205,6 +205,11 @@ def test_a_stopped_run_goes_on_finishes_generates_and_then_does_nothing(
     assert "launch/generate.py" in output
     for name in ("config.yaml", "metrics.jsonl", "curves.png", "summary.json"):
         assert (folder / name).stat().st_size > 0, name
+    compared = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["prediction"]
+    assert "as its probe measured" in compared["source"], compared
+    assert all(pair > 0 for step in compared["steps"] for pair in step["step_s"].values())
+    assert len(compared["steps"]) == 1  # three more steps, of which the first two are left out
+    assert compared["memory_peak_bytes"]["measured"] > 0
 
     code, output = finish(launch("pretrain.py", *more))
     assert code == 0

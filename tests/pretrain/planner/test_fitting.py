@@ -9,7 +9,7 @@ import pytest
 
 from parallel.layout import Layout
 from pretrain.planner.fitting import Measured, fit, hardware, intervals, leave_one_out, scored
-from pretrain.planner.hardware import FILE, Constants, gpu_of
+from pretrain.planner.hardware import FILE, Constants, gpu_of, hardware_of
 from pretrain.planner.known_models import KNOWN_MODELS
 from pretrain.planner.step_time import predict_step
 from pretrain.planner.workload import Workload, even_stages
@@ -111,6 +111,24 @@ def test_scored_and_fitted_rows_of_the_published_table_are_disjoint() -> None:
         assert row["id"] not in fitted
         assert row["model"] not in {models[other] for other in fitted}
         assert len(fitted) == row["num_fitted"]
+
+
+def test_the_intervals_of_plans_are_the_errors_of_models_that_were_left_out() -> None:
+    fitted = json.loads(FILE.read_text())["fitted"]
+    rows = figures()["rows"]
+    for name in ("H100", "H200", "GB200", "B300"):
+        like = gpu_of(name).like
+        # seconds measured over predicted; rows have tokens/s
+        took = [r["predicted"] / r["measured"] for r in rows if gpu_of(r["gpu"]).like == like]
+        known = hardware_of(name).step_error
+        assert known is not None
+        assert known.num_rows == len(took) == fitted[like]["step_error"]["num_rows"]
+        assert known.num_models < known.num_rows
+        # a percentile lies between two of the sorted rows
+        outside = math.ceil(0.1 * (len(took) - 1))
+        assert sum(share < 1 + known.low for share in took) == outside
+        assert sum(share > 1 + known.high for share in took) == outside
+        assert known.low < 0 < known.high
 
 
 def test_the_published_errors_meet_the_bar() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from parallel.layout import Layout
+from pretrain.planner.memory_fit import MemoryFit
 from pretrain.planner.search import Choice, Found, SearchSpace, layouts, pareto, search
 from pretrain.planner.workload import Workload
 from tests.pretrain.planner.test_workload import WORKLOAD
@@ -30,8 +31,12 @@ def made(choice: Choice) -> Workload:
     return replace(WORKLOAD, expert_imbalance=1.0 + choice.layout.pp)
 
 
-def peak_bytes(workload: Workload) -> float:
-    return 100.0 / (workload.expert_imbalance - 1)
+def fit(workload: Workload) -> MemoryFit:
+    return of_bytes(100.0 / (workload.expert_imbalance - 1))
+
+
+def of_bytes(needed: float) -> MemoryFit:
+    return MemoryFit(needed_bytes=needed, memory_bytes=100.0, reserved_bytes=1.0)
 
 
 def step_s(workload: Workload) -> float:
@@ -45,9 +50,8 @@ def test_every_choice_is_found_or_refused_with_its_reason() -> None:
         SPACE,
         num_ranks=8,
         make_workload=made,
-        peak_bytes=peak_bytes,
+        fit=fit,
         step_s=step_s,
-        capacity_bytes=99.0,
     )
     assert result.num_choices == 2 * 3 * 2 * 3 * 2 == 72
     said = {refusal.reason.split(":")[0].split(" given")[0]: refusal for refusal in result.refusals}
@@ -59,6 +63,13 @@ def test_every_choice_is_found_or_refused_with_its_reason() -> None:
     assert "0.0 GB on the fullest stage" in said["does not fit"].reason
     assert said["too few micro-batches"].number == 2 * 2 * 2  # pp=4
     assert {one.choice.layout.pp for one in result.found} == {2}
+    for refusal in result.refusals:
+        layouts_alone = [words for words, _ in refusal.choices if "recompute=" not in words]
+        assert len(refusal.choices) + len(layouts_alone) == refusal.number  # run and full
+        assert refusal.choices[0] == (refusal.example, refusal.reason)
+    words = "layout.tp=2 layout.cp=1 layout.pp=1 layout.vp=1 layout.ep=2 layout.etp=1"
+    memory = dict(said["does not fit"].choices)
+    assert memory[f"{words} recompute=full"] == said["does not fit"].reason
     assert len(result.found) == 2 * 2 * 2
 
 
@@ -86,7 +97,7 @@ def test_the_front_is_what_no_other_beats(seed: int) -> None:
             choice=choice,
             workload=WORKLOAD,
             step_s=float(draw.randrange(12)),
-            peak_bytes=float(draw.randrange(12)),
+            fit=of_bytes(float(draw.randrange(12))),
         )
         for _ in range(40)
     ]

@@ -11,10 +11,18 @@ from parallel.coordinates import coordinates
 from parallel.layout import Layout
 from parallel.spawn import RankPool
 from parallel.stages import stage_slots
+from pretrain.checkpoint.pieces import pieces_of_rank
 from pretrain.model.precision import Precision
 from pretrain.model.spec import ModelSpec
 from pretrain.planner.architecture import architecture_of
-from pretrain.planner.state_bytes import Piece, lay_out, state_bytes
+from pretrain.planner.state_bytes import (
+    Piece,
+    held_bytes,
+    lay_out,
+    parameter_bytes,
+    saved_bytes,
+    state_bytes,
+)
 from pretrain.planner.workload import OptimizerState, Workload
 from pretrain.training.dry_run import read_shares
 from pretrain.training.rank_bytes import rank_bytes
@@ -124,6 +132,50 @@ def test_two_ranks_hold_what_is_counted(
         assert {rank[1] for rank in held} == {counted.weights}
         assert {rank[2] for rank in held} == {counted.gradients}
         assert max(rank[3] for rank in held) == counted.optimizer
+
+
+def of_checkpoint(run: Run) -> tuple[int, int, int]:
+    """Return pipeline rank, and bytes of what this rank writes to shared storage and to its own.
+
+    Random states and router biases, a few kB, are left out.
+    """
+    trainer = make_trainer(run)
+    trainer.step(trainer.next_batch())
+    place = coordinates(torch.distributed.get_rank(), layout=run.layout)
+    sizes = [
+        sum(
+            piece.values.nbytes
+            for piece in pieces_of_rank(trainer.chunks, trainer.optimizer, alone=alone)
+            if "random_state" not in piece.key and "expert_bias" not in piece.key
+        )
+        for alone in (False, True)
+    ]
+    return place.pp, sizes[0], sizes[1]
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(num_ranks=2),
+        Layout(num_ranks=2, ep=2),
+        Layout(num_ranks=2, pp=2),
+        Layout(num_ranks=2, tp=2, etp=2),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_takes_of_each_rank_what_is_counted(
+    layout: Layout, bf16: bool, tiny_run: MakeRun, two_ranks: RankPool
+) -> None:
+    found = two_ranks.run(of_checkpoint, tiny_run(layout, bf16=bf16))
+    step = workload(layout, is_low=bf16)
+    for pp in range(layout.pp):
+        ranks = [rank for rank in found if rank[0] == pp]
+        padding = 1e-3 * held_bytes(step, pp)  # of buffers, large beside so small a model
+        assert max(rank[1] for rank in ranks) == pytest.approx(saved_bytes(step, pp), abs=padding)
+        assert max(rank[2] for rank in ranks) == pytest.approx(held_bytes(step, pp), abs=padding)
+    total = parameter_bytes(step) * step.architecture.total_parameters
+    assert sum(rank[1] for rank in found) == pytest.approx(total, rel=1e-3)
 
 
 def test_a_buffer_is_padded_as_in_the_source() -> None:

@@ -10,9 +10,8 @@ from hydra import compose, initialize_config_dir
 from launch.compose import build
 from parallel.spawn import threads_per_rank
 from pretrain.model.precision import Precision
-from pretrain.training.expectation import Comparison, check_fits, expect, known_gpu
+from pretrain.training.expectation import check_fits, expect, known_gpu
 from pretrain.training.run import Run
-from pretrain.training.workloads import StepSize
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 
@@ -69,18 +68,3 @@ def test_a_cpu_that_was_measured_predicts_and_another_says_why_not(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "was not measured" in expect(run, device_name="cpu", threads=threads).lines()[0]
     assert "no constants of NVIDIA A10" in expect(run, device_name="NVIDIA A10", threads=1).source
-
-
-def test_the_part_that_differs_most_is_named(tiny_run: Callable[..., Run]) -> None:
-    found = expect(tiny_run(), device_name="cpu", threads=threads_per_rank(1))
-    size = StepSize(window_tokens=64, global_sequences=8)
-    predicted_s = found.steps[size].total_s
-    comparison = Comparison(found)
-    waits = {"pipeline_wait_s": 0.0, "collective_wait_s": 0.0, "data_wait_s": 5.0}
-    for _ in range(5):  # the first two are not compared
-        record = {"all_to_all_s": 0.0, **waits}
-        comparison.add(size=size, step_s=predicted_s + 5.0, record=record)
-    text = "\n".join(comparison.lines(memory_peak_bytes=2 * int(found.memory_bytes(64))))
-    assert "differs most: waiting for data, 0 s predicted, 5 s measured" in text
-    assert "(median of 3)" in text
-    assert "-50%" in text
