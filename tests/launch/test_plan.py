@@ -187,6 +187,13 @@ def test_a_step_is_planned_for_every_length_of_the_curriculum(
         assert step["tokens_per_s_per_gpu"] == pytest.approx(pace)
         assert step["step_s"]["high"] == pytest.approx((1 + known.high) * step["step_s"]["value"])
         assert step["step_s"]["low"] == pytest.approx((1 + known.low) * step["step_s"]["value"])
+        pipeline = step["pipeline"]
+        replicas = 1536 // (16 * step["layout"]["cp"])
+        micro_batches = step["global_sequences"] // replicas
+        assert [stage["num_passes"] for stage in pipeline["stages"]] == [2 * micro_batches] * 16
+        assert pipeline["stages"][0]["first_s"] == 0
+        assert max(stage["last_s"] for stage in pipeline["stages"]) == pipeline["seconds"]
+        assert pipeline["seconds"] < step["step_s"]["value"]
     # 62.9M tokens each, so longer windows differ by their attention
     assert len(steps) == 3
     assert steps[0]["step_s"]["value"] < steps[1]["step_s"]["value"] < steps[2]["step_s"]["value"]
