@@ -240,6 +240,21 @@ def test_a_search_sets_the_reports_layouts_beside_the_fastest_at_every_length(
         assert all(reason for refusal in one["refusals"] for _, reason in refusal["choices"])
 
 
+def test_the_command_that_a_search_suggests_runs(plan: Command) -> None:
+    """Interleaved, 20 micro-batches of the longest windows are not whole rounds of 8 stages."""
+    grid = ["search.tp=[1,2]", "search.pp=[8]", "search.vp=[1,4]", "search.window_tokens=[4096]"]
+    code, out, _ = plan(*SMALL_SEARCH, *grid)
+    assert code == 0
+    fastest = next(line for line in out.splitlines() if "fastest 1" in line).split()
+    assert fastest[5] == "4"  # chunks, which the fastest has, and the curriculum does not allow
+    suggested = out.splitlines()[-1]
+    assert "that the run may have at every length" in suggested
+    words = suggested.partition("action=plan ")[2].split()
+    assert "layout.vp=1" in words
+    assert plan("action=plan", *words)[0] == 0
+    assert plan("action=plan", *words, "layout.vp=4")[0] == 2
+
+
 def test_a_named_layout_that_is_out_says_why(plan: Command, tmp_path: Path) -> None:
     path = tmp_path / "search.json"
     few = ["model.num_routed_experts=24", "cluster.gpu_memory_bytes=30_000_000_000"]
