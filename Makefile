@@ -55,7 +55,7 @@ serve-check: $(STAMP) ## compare a real vLLM with transformers on an exported mo
 slurm-check: $(STAMP) ## run chains of jobs on a SLURM of their own (installs it as root; 8 minutes)
 	$(VENV) tests/slurm/slurm_check.py $(ARGS)
 
-screens: $(STAMP) ## look at the page of a small run in Chromium (installs it as root; 2 minutes)
+screens: $(STAMP) ## look at the pages of a small run and of two plans in Chromium (installs it as root; 3 minutes)
 	$(VENV) tests/screens/screens.py $(ARGS)
 
 bench: $(STAMP) ## run each benchmark of tests/bench in turn, one table each; 2: it needs a GPU

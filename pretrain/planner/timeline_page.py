@@ -35,7 +35,7 @@ def timeline_page(
         said: one line beside it.
         memory: of each stage, part -> bytes of one GPU, every stage with the same parts; empty:
             the page says that it is not predicted.
-        capacity_bytes: of a GPU.
+        capacity_bytes: that a step may fill of a GPU.
 
     Raises:
         ValueError: if memory is of another number of stages, or the parts differ.
@@ -52,6 +52,7 @@ def timeline_page(
         "seconds": timeline.seconds,
         "num_chunks": len(timeline.times.forward_s[0]),
         "left_out": _left_out(timeline),
+        "gap": _gap(timeline),
         "stages": [_stage(timeline, stage) for stage in range(timeline.num_stages)],
         "parts": parts,
         "memory": [[round(row[part] / _GB, 4) for part in parts] for row in memory],
@@ -71,6 +72,12 @@ def _kept(timeline: Timeline, stage: int) -> list[int]:
     if number <= most:
         return list(range(number))
     return [*range(most // 2), *range(number - most // 2, number)]
+
+
+def _gap(timeline: Timeline) -> int | None:
+    """Return how many of a stage's shown passes come before those left out; None: all are shown."""
+    kept = _kept(timeline, 0)
+    return len(kept) // 2 if len(kept) < len(timeline.passes[0]) else None
 
 
 def _left_out(timeline: Timeline) -> str:

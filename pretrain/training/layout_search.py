@@ -54,6 +54,8 @@ class Searched:
     """Those that no other beats in time and memory at once."""
     placed: tuple[Placed, ...]
     """The report's, the run's own, and the fastest."""
+    for_all: Found | None
+    """The fastest here that the run may have at every length of its windows; None: none may."""
 
 
 def search_layouts(
@@ -94,9 +96,19 @@ def search_layouts(
                 result=result,
                 front=tuple(pareto(result.found)),
                 placed=tuple(placed),
+                for_all=next((one for one in result.found if _is_legal(run, one)), None),
             )
         )
     return tuple(searched)
+
+
+def _is_legal(run: Run, found: Found) -> bool:
+    """Whether the whole run may have a layout that was found for one length of windows."""
+    try:
+        replace(run, layout=found.choice.layout)
+    except ValueError:
+        return False
+    return True
 
 
 def _named(
@@ -194,15 +206,14 @@ def _lines(one: Searched, *, most: int) -> Iterator[str]:
 
 
 def _next_command(searched: Sequence[Searched]) -> str:
-    best = next(((s.size, s.result.found[0]) for s in searched if s.result.found), None)
-    if best is None:
+    one = next((one for one in searched if one.for_all is not None), None)
+    if one is None or one.for_all is None:
         return "nothing can be trained: more ranks, recompute=full, or other sizes of search.*"
-    size, found = best
-    words = str(found.choice).rpartition(" recompute=")[0]
-    return (
-        f"next, the fastest for {size.window_tokens:,} tokens: python launch/plan.py"
-        f" <the same words> action=plan {words}"
-    )
+    words = str(one.for_all.choice).rpartition(" recompute=")[0]
+    which = f"the fastest for {one.size.window_tokens:,} tokens"
+    if one.for_all is not one.result.found[0]:
+        which += " that the run may have at every length"
+    return f"next, {which}: python launch/plan.py <the same words> action=plan {words}"
 
 
 def search_record(searched: Sequence[Searched]) -> list[dict[str, Any]]:

@@ -104,25 +104,37 @@ def _goodput(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
     return as_text(report), report_as_json(report)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedStep:
+    """A step of one window length, with all its passes."""
+
+    size: StepSize
+    forecast: Forecast
+    timeline: Timeline
+
+
 # --- one step -------------------------------------------------------------------------------------
 
 
 def _step(run: Run, plan: Plan) -> tuple[str, dict[str, Any]]:
     forecaster = Forecaster(run, plan.assumed)
-    forecasts: list[tuple[StepSize, Forecast]] = []
+    planned: list[PlannedStep] = []
     lines: list[str] = []
     for size in step_sizes(run):
         cp = plan.campaign.cp(size.window_tokens, otherwise=run.layout.cp)
         layout = replace(run.layout, cp=cp)
         workload = forecaster.workload(size, layout=layout, recompute=run.recompute)
         forecast = forecaster.forecast(workload)
-        forecasts.append((size, forecast))
+        timeline = simulate_pipeline(
+            pipeline_shape(workload), times=pass_times(workload, forecaster.hardware)
+        )
+        planned.append(PlannedStep(size=size, forecast=forecast, timeline=timeline))
         lines += [*_step_lines(size, forecast), ""]
     lines += [f"intervals  {forecaster.error_source}", ""]
     if plan.figures is not None:
-        lines += [*_draw(forecasts, plan.figures, title=run.name, forecaster=forecaster), ""]
+        lines += [*_draw(planned, plan.figures, title=run.name), ""]
     lines.append("next: python launch/plan.py <the same words> action=search")
-    record = {"steps": [_step_record(*pair) for pair in forecasts]}
+    record = {"steps": [_step_record(one) for one in planned]}
     return "\n".join(lines), {**_error_record(forecaster), **record}
 
 
@@ -157,7 +169,8 @@ def _step_lines(size: StepSize, forecast: Forecast) -> Iterator[str]:
     yield memory_table(forecast.memory, capacity_bytes=fit.capacity_bytes)
 
 
-def _step_record(size: StepSize, forecast: Forecast) -> dict[str, Any]:
+def _step_record(planned: PlannedStep) -> dict[str, Any]:
+    size, forecast = planned.size, planned.forecast
     step = forecast.step
     return {
         "window_tokens": size.window_tokens,
@@ -173,22 +186,32 @@ def _step_record(size: StepSize, forecast: Forecast) -> dict[str, Any]:
         "peak_bytes": forecast.fit.needed_bytes,
         "capacity_bytes": forecast.fit.capacity_bytes,
         "fits": forecast.fit.fits,
+        "pipeline": _pipeline_record(planned.timeline),
     }
 
 
-def _draw(
-    forecasts: list[tuple[StepSize, Forecast]],
-    folder: Path,
-    *,
-    title: str,
-    forecaster: Forecaster,
-) -> Iterator[str]:
+def _pipeline_record(timeline: Timeline) -> dict[str, Any]:
+    """Return when each stage begins and ends, in seconds, and the share of them that it waits."""
+    stages = zip(timeline.starts_s, timeline.ends_s, timeline.bubble_shares, strict=True)
+    return {
+        "seconds": timeline.seconds,
+        "stages": [
+            {
+                "num_passes": len(starts),
+                "first_s": starts[0],
+                "last_s": ends[-1],
+                "idle_share": idle,
+            }
+            for starts, ends, idle in stages
+        ],
+    }
+
+
+def _draw(planned: list[PlannedStep], folder: Path, *, title: str) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
-    for size, forecast in forecasts:
+    for one in planned:
+        size, forecast, timeline = one.size, one.forecast, one.timeline
         workload = forecast.step.workload
-        timeline = simulate_pipeline(
-            pipeline_shape(workload), times=pass_times(workload, forecaster.hardware)
-        )
         heading = f"{title}: {size.window_tokens:,} tokens, {workload.layout}"
         stem = folder / f"timeline_{size.window_tokens}"
         picture, page = stem.with_suffix(".png"), stem.with_suffix(".html")

@@ -187,6 +187,13 @@ def test_a_step_is_planned_for_every_length_of_the_curriculum(
         assert step["tokens_per_s_per_gpu"] == pytest.approx(pace)
         assert step["step_s"]["high"] == pytest.approx((1 + known.high) * step["step_s"]["value"])
         assert step["step_s"]["low"] == pytest.approx((1 + known.low) * step["step_s"]["value"])
+        pipeline = step["pipeline"]
+        replicas = 1536 // (16 * step["layout"]["cp"])
+        micro_batches = step["global_sequences"] // replicas
+        assert [stage["num_passes"] for stage in pipeline["stages"]] == [2 * micro_batches] * 16
+        assert pipeline["stages"][0]["first_s"] == 0
+        assert max(stage["last_s"] for stage in pipeline["stages"]) == pipeline["seconds"]
+        assert pipeline["seconds"] < step["step_s"]["value"]
     # 62.9M tokens each, so longer windows differ by their attention
     assert len(steps) == 3
     assert steps[0]["step_s"]["value"] < steps[1]["step_s"]["value"] < steps[2]["step_s"]["value"]
@@ -231,6 +238,21 @@ def test_a_search_sets_the_reports_layouts_beside_the_fastest_at_every_length(
         judged = sum(len(refusal["choices"]) for refusal in one["refusals"]) + len(one["found"])
         assert judged == one["num_choices"] == 6
         assert all(reason for refusal in one["refusals"] for _, reason in refusal["choices"])
+
+
+def test_the_command_that_a_search_suggests_runs(plan: Command) -> None:
+    """Interleaved, 20 micro-batches of the longest windows are not whole rounds of 8 stages."""
+    grid = ["search.tp=[1,2]", "search.pp=[8]", "search.vp=[1,4]", "search.window_tokens=[4096]"]
+    code, out, _ = plan(*SMALL_SEARCH, *grid)
+    assert code == 0
+    fastest = next(line for line in out.splitlines() if "fastest 1" in line).split()
+    assert fastest[5] == "4"  # chunks, which the fastest has, and the curriculum does not allow
+    suggested = out.splitlines()[-1]
+    assert "that the run may have at every length" in suggested
+    words = suggested.partition("action=plan ")[2].split()
+    assert "layout.vp=1" in words
+    assert plan("action=plan", *words)[0] == 0
+    assert plan("action=plan", *words, "layout.vp=4")[0] == 2
 
 
 def test_a_named_layout_that_is_out_says_why(plan: Command, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def test_every_pass_is_on_the_page() -> None:
     assert record["memory"] == [[2.0, 5.0], [3.0, 4.0]]
     assert record["parts"] == ["weights", "activations"]
     assert record["left_out"] == ""
+    assert record["gap"] is None
 
 
 def test_the_page_asks_nothing_of_a_network() -> None:
@@ -76,6 +77,7 @@ def test_a_long_step_leaves_out_its_middle_and_says_so(monkeypatch: pytest.Monke
     stages = record["stages"]
     assert isinstance(stages, list)
     assert record["left_out"] == "20 passes in the middle of each stage are not drawn"
+    assert record["gap"] == 6
     for stage, shown in enumerate(stages):
         kept = [*whole.passes[stage][:6], *whole.passes[stage][-6:]]
         assert shown["micro_batch"] == [one.micro_batch for one in kept]
