@@ -71,8 +71,8 @@ class FlatAdamW(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         beta1, beta2 = group["betas"]
-        # The kernel increments and reads one step tensor per parameter; ours lives in the group.
-        steps = [torch.tensor(float(group["step"]), device=p.device) for p in params]
+        # The kernel reads one step tensor per parameter; ours lives in the group.
+        steps = [torch.tensor(float(group["step"]), device=params[0].device)] * len(params)
         # torch has no public name for its fused kernel.
         torch._fused_adamw_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
             params,

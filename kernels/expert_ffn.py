@@ -109,8 +109,9 @@ class _ExpertFFN(torch.autograd.Function):
         main_grads: Sequence[Tensor] | None = ctx.main_grads
         handed_out = [] if main_grads else [torch.empty_like(m) for m in (*fc1s, *fc2s)]
         sums, old = main_grads or handed_out, 1 if main_grads else 0  # 0: nothing is read
-        da_rows, a_rows = (_rows(fc2s[0], num_tokens) for _ in range(2))
+        da_rows, a_rows, slope_rows = (_rows(fc2s[0], num_tokens) for _ in range(3))
         dh_rows = _rows(fc1s[0].t(), num_tokens)
+        one = x_TD.new_ones(())
         for x, w, dy, dx, dw, fc1, fc2, dfc1, dfc2, h in zip(
             x_TD.split_with_sizes(num_tokens),
             weight_T.unsqueeze(-1).split_with_sizes(num_tokens),
@@ -124,17 +125,20 @@ class _ExpertFFN(torch.autograd.Function):
             hidden,
             strict=True,
         ):
-            da, a, dh = (rows[: len(x)] for rows in (da_rows, a_rows, dh_rows))
+            da, a, slope, dh = (rows[: len(x)] for rows in (da_rows, a_rows, slope_rows, dh_rows))
             gate, up = h.chunk(2, dim=-1)
             dgate, dup = dh.chunk(2, dim=-1)
             torch.mm(dy, fc2, out=da)
-            torch.ops.aten.silu.out(gate, out=a)
+            # one exponential for both: silu = g s, and silu' = s + g s (1 - s), from a to 1 by s
+            torch.sigmoid(gate, out=slope)
+            torch.mul(gate, slope, out=a)
+            torch.lerp(a, one, slope, out=slope)
             torch.mul(da, a, out=dup)
             torch.linalg.vecdot(dup, up, out=dw)  # pyright: ignore[reportUnknownMemberType]  no stub
             dup.mul_(w)
             a.mul_(up).mul_(w)
             torch.addmm(dfc2, dy.t(), a, beta=old, out=dfc2)
-            torch.ops.aten.silu_backward.grad_input(da.mul_(up).mul_(w), gate, grad_input=dgate)
+            torch.mul(da.mul_(up).mul_(w), slope, out=dgate)
             torch.mm(dh, fc1, out=dx)
             torch.addmm(dfc1, dh.t(), x, beta=old, out=dfc1)
         return dx_TD, dweight_T, None, None, *(handed_out or [None] * len(sums))

@@ -2,7 +2,8 @@
 
 megatron's layer specs, with a few modules exchanged: the layer and the router of MoE blocks (second
 RMSNorm, scale of the auxiliary loss), and, where there is no Transformer Engine, the norms, the
-core attention, the experts and the two down-projections of MLA. Nothing of megatron is copied.
+core attention, the experts, the two down-projections of MLA and, in fp32, the loss. Nothing of
+megatron is copied.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from kernels.cross_entropy import cross_entropy
+from kernels.early_cross_entropy import early_cross_entropy
 from parallel import groups
 from parallel.context import put_right_megatron
 from parallel.device import Device
@@ -144,11 +147,7 @@ def build_chunk(
     decoder = decoder_spec(spec, config=config, device=device, vp_stage=stage.vp_stage)
     norm = decoder.layer_norm
     exchange = _exchange_modules(spec, norm, device)
-    model = (
-        partial(ChunkedLossModel, loss_chunk_tokens=loss_chunk_tokens)
-        if loss_chunk_tokens
-        else GPTModel
-    )
+    model = _model_class(config, device, loss_chunk_tokens)
     mtp = _mtp_spec(config, exchange, norm, device, stage.vp_stage)
     if mtp is not None and precision is not None and precision.kind == "fp8":
         mtp = _without_fp8_projection(mtp, precision)
@@ -164,6 +163,18 @@ def build_chunk(
         mtp_block_spec=mtp,
         vp_stage=stage.vp_stage,
     )
+
+
+def _model_class(
+    config: MLATransformerConfig, device: Device, loss_chunk_tokens: int
+) -> Callable[..., GPTModel]:
+    """Return megatron's model, or the one with a loss of ours."""
+    if loss_chunk_tokens:
+        loss = partial(cross_entropy, chunk_tokens=loss_chunk_tokens)
+        return partial(ChunkedLossModel, loss=loss)
+    if device.uses_transformer_engine or config.bf16:
+        return GPTModel
+    return partial(ChunkedLossModel, loss=early_cross_entropy)
 
 
 def decoder_spec(

@@ -5,14 +5,16 @@
 megatron-core's model calls its head, an output layer, for logits and then turns these into losses,
 once for the decoder and once for each MTP module. `ChunkedLossModel` puts the head's product off:
 where labels are given its head returns the hidden states that it would multiply, and the loss takes
-them and the head's weight chunk by chunk (kernels/cross_entropy.py). Without labels (generating,
-scoring) it is megatron's. Parameters, names and checkpoints are megatron's, too.
+them and the head's weight chunk by chunk. Without labels (generating, scoring) it is megatron's.
+Parameters, names and checkpoints are megatron's, too.
 
-The logits of 4,096 tokens of A.X K1 are 1.3 GB in bf16 and 2.7 GB in fp32, for each of two heads;
-what is computed again is one product of the head: 2.4 of 215 GFLOP a token.
+Two losses go with it: `cross_entropy` for the memory of the logits (recompute.loss_chunk_tokens),
+and `early_cross_entropy`, in fp32 on a CPU, because it is faster. The logits of 4,096 tokens of
+A.X K1 are 1.3 GB in bf16 and 2.7 GB in fp32, for each of two heads; what the first computes again
+is one product of the head: 2.4 of 215 GFLOP a token.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -24,7 +26,17 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from kernels.cross_entropy import VocabularySlice, cross_entropy
+from kernels.cross_entropy import VocabularySlice
+
+
+class TokenLoss(Protocol):
+    """The head's product and the loss in one: each token's loss, `[T]` fp32 in nats."""
+
+    def __call__(
+        self, hidden_TD: Tensor, *, weight_VD: Tensor, labels_T: Tensor, vocabulary: VocabularySlice
+    ) -> Tensor:
+        """See kernels/cross_entropy.py."""
+        ...
 
 
 class _Head(ColumnParallelLinear):
@@ -43,18 +55,18 @@ class _Head(ColumnParallelLinear):
 
 
 class ChunkedLossModel(GPTModel):
-    """megatron's model with the loss of `loss_chunk_tokens` tokens at a time."""
+    """megatron's model with the logits of a chunk of tokens at a time."""
 
-    def __init__(self, *args: Any, loss_chunk_tokens: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loss: TokenLoss, **kwargs: Any) -> None:
         """Build megatron's model.
 
         Args:
             args: as megatron's GPTModel.
-            loss_chunk_tokens: tokens whose logits exist at once, at least 1.
+            loss: from hidden states, chunk by chunk.
             kwargs: as megatron's GPTModel; embeddings and head share no weight.
         """
         super().__init__(*args, **kwargs)
-        self._chunk_tokens = loss_chunk_tokens
+        self._loss = loss
         if self.post_process:
             # the layer is built inside megatron's constructor, and is to stay the same but for
             # one method
@@ -92,12 +104,11 @@ class ChunkedLossModel(GPTModel):
         weight_VD: Tensor = self._head.weight
         group = self._head.tp_group
         labels_SB = labels.transpose(0, 1).contiguous()
-        loss_T = cross_entropy(
+        loss_T = self._loss(
             logits.reshape(-1, logits.shape[-1]),
             weight_VD=weight_VD,
             labels_T=labels_SB.view(-1),
             vocabulary=_slice_of(group, num_words=len(weight_VD)),
-            chunk_tokens=self._chunk_tokens,
         )
         return loss_T.view_as(labels_SB).transpose(0, 1).contiguous()
 

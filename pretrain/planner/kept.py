@@ -321,6 +321,11 @@ def head_and_loss(sizes: Sizes) -> Ledger:
         whole = tokens * model.hidden_size * operators.value_bytes
         ledger["loss"] = heads * (whole + tokens * (_INT64 + _FP32))
         return ledger
+    if operators.loss == "early":
+        whole = tokens * model.hidden_size * operators.value_bytes
+        weight = words * model.hidden_size * operators.value_bytes
+        ledger["loss"] = heads * (2 * whole + weight + tokens * _INT64)
+        return ledger
     ledger["output_layer"] = heads * sizes.stream
     if operators.loss == "in_place":
         ledger["loss"] = heads * tokens * words * operators.value_bytes

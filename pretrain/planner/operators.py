@@ -48,9 +48,10 @@ class Operators:
     permutation: Literal["fused", "elementary"] = "fused"
     """How tokens are sorted by expert. fused: a map of 2 E + 1 int32 a token; elementary: scores,
     choices and the sorted order."""
-    loss: Literal["in_place", "fp32_softmax"] = "in_place"
+    loss: Literal["in_place", "fp32_softmax", "early"] = "in_place"
     """in_place: the gradient overwrites the logits (Transformer Engine); fp32_softmax: the softmax
-    is kept in fp32 (megatron-core's, fused or not)."""
+    is kept in fp32 (megatron-core's, fused or not). early (kernels/early_cross_entropy.py): no
+    logits, but the gradients of the head's input and weight."""
     gradient_products: Literal["accumulated", "separate"] = "accumulated"
     """Where a weight's gradient goes. accumulated: into the fp32 buffer, with one bf16 dummy for
     each shape of a weight, which Transformer Engine keeps; separate: into a tensor of its own that
@@ -109,6 +110,6 @@ def cpu_operators(workload: Workload, *, dual_norm: Literal["separate", "fused"]
         gate="elementary",
         experts="shared_buffers" if is_fp32 else "one_by_one",
         permutation="elementary",
-        loss="fp32_softmax",
+        loss="early" if is_fp32 else "fp32_softmax",
         gradient_products="separate",
     )

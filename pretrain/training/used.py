@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
+from kernels.early_cross_entropy import early_cross_entropy
 from parallel.device import PATCHES, Device, prepare
 from parallel.layout import Layout
 from parallel.machine import Cpu, read_cpu
@@ -71,6 +72,7 @@ def what_is_used(spec_json: str) -> dict[str, Any]:
         **{part: _class_name(_part_of(layer, place)) for part, place in MODULES.items()},
         **_experts(device),
         "cross-entropy": cross_entropy(config),
+        **_loss_in_fp32(device),
         "optimizer": _name(adam_class()),
         "collectives": device.backend,
         "all-to-all": ", ".join(_allowed(Exchange, "dispatcher", check_exchange_available)),
@@ -98,6 +100,14 @@ def _experts(device: Device) -> dict[str, str]:
         return {}
     why = why_one_by_one(torch.bfloat16)
     return {"experts in bf16": f"one by one: {why}" if why else "as experts"}
+
+
+def _loss_in_fp32(device: Device) -> dict[str, str]:
+    return (
+        {}
+        if device.uses_transformer_engine
+        else {"cross-entropy in fp32": _name(early_cross_entropy)}
+    )
 
 
 def _part_of(layer: Any, place: str) -> Any:

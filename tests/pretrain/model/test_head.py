@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from kernels import cross_entropy as kernel
 from parallel.layout import Layout
 from parallel.spawn import RankPool
+from pretrain.model import assemble
 from pretrain.model.head import ChunkedLossModel
 from pretrain.model.recompute import Recompute
 from pretrain.training.run import Run
@@ -76,9 +77,16 @@ def test_no_tensor_of_logits_is_larger_than_a_chunk(
     num_micro = trainer.segment.global_sequences // 2
     assert len(rows) == 2 * num_heads * num_micro * per_pass  # forward, and again for the gradient
     assert max(rows) == 48
-    (plain,) = make_trainer(tiny_run(micro=2)).modules
+    (plain,) = make_trainer(tiny_run(micro=2, bf16=True)).modules
     assert type(plain) is GPTModel
     assert keys == set(plain.state_dict())
+
+
+def test_the_loss_in_fp32_trains_what_megatrons_trains(
+    whole: Curve, tiny_run: MakeRun, one_rank: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble, "_model_class", lambda *_: GPTModel)
+    assert_same(loss_curve(tiny_run(micro=2), num_steps=3), whole, rel=2e-6)
 
 
 def test_without_labels_the_model_gives_logits(tiny_run: MakeRun, one_rank: object) -> None:

@@ -14,7 +14,7 @@ import torch
 from parallel.device import Device
 from parallel.machine import Cpu
 from pretrain.checkpoint.staging import Staging
-from pretrain.model import exchange, precision
+from pretrain.model import assemble, exchange, precision
 from pretrain.training import used
 from pretrain.training.run import Run
 from pretrain.training.used import MODULES, cross_entropy, machine_line, what_is_used
@@ -70,8 +70,10 @@ def test_a_step_calls_the_loss_and_the_experts_that_are_named(
             f"{module}.{name}", lambda *args, **words: called.append(what) or real(*args, **words)
         )
 
-    module, _, name = told["parts"]["cross-entropy"].rpartition(".")
-    count(module, name, "loss")
+    module, _, name = told["parts"][
+        "cross-entropy" if bf16 else "cross-entropy in fp32"
+    ].rpartition(".")
+    count(module if bf16 else assemble.__name__, name, "loss")
     count("pretrain.model.experts", "expert_ffn", "written out")
     trainer = make_trainer(tiny_run(bf16=bf16))
     trainer.step(trainer.next_batch())

@@ -1,0 +1,122 @@
+"""How does a loss for each token have its gradient computed while the logits are in the cache?
+
+`summed_cross_entropy` (cross_entropy.py) turns a chunk of logits into its gradient where it stands,
+but must be told what each token counts. A model that returns a loss for each token is not told.
+But nearly all tokens count alike: the loss mask is 1 for most, and what the sum is divided by is
+one number. So the gradient is computed in the forward pass as if each token counted 1. In the
+backward pass that of the hidden states is multiplied row by row, that of the weight by the number
+that most tokens count, and what the others lack is added, for which their logits, and only theirs,
+are computed again. The result is right for any gradient; all tokens with weights of their own cost
+one product more than with kept logits.
+
+Logits are never held, nor is anything as large read from memory; between forward and backward a
+gradient of the weight is held instead. 2,048 tokens of 256 dims, 4,096 words, one thread, forward
+and backward: 204 ms with megatron-core's loss, 180 so (150 are the three products).
+
+T tokens, D model, V this rank's vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.cross_entropy import WHOLE, VocabularySlice, cross_entropy, summed_cross_entropy
+
+CHUNK_TOKENS = 512
+"""Tokens whose logits exist at once; 256 and 1,024 are as fast within 2 %."""
+
+
+def early_cross_entropy(
+    hidden_TD: Tensor,
+    *,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    vocabulary: VocabularySlice = WHOLE,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    """Return each token's loss, `[T]` fp32 in nats, its gradient being ready already.
+
+    Arguments and labels without an owner are those of `summed_cross_entropy`.
+
+    Raises:
+        ValueError: as `summed_cross_entropy`; for another dtype than fp32, whose gradients would be
+            rounded before they are multiplied.
+
+    Collective over the ranks of `vocabulary`, forward and backward: each must have the same
+    gradient of the losses.
+    """
+    if hidden_TD.dtype != torch.float32:
+        raise ValueError(f"hidden states of {hidden_TD.dtype} given, torch.float32 is allowed")
+    arguments = (hidden_TD, weight_VD, labels_T, vocabulary, chunk_tokens)
+    if not torch.is_grad_enabled():
+        return cross_entropy(
+            hidden_TD,
+            weight_VD=weight_VD,
+            labels_T=labels_T,
+            vocabulary=vocabulary,
+            chunk_tokens=chunk_tokens,
+        )
+    return _EarlyCrossEntropy.apply(*arguments)  # type: ignore[no-any-return]  apply is untyped
+
+
+class _EarlyCrossEntropy(torch.autograd.Function):
+    """With g of most tokens: dweight = g sum_t dweight_t + sum over the others of (g_t - g) ..."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        vocabulary: VocabularySlice,
+        chunk_tokens: int,
+    ) -> Tensor:
+        ones_T = torch.ones_like(labels_T, dtype=torch.float32)
+        how = (labels_T, vocabulary, chunk_tokens)
+        loss_T, dhidden_TD, dweight_VD = _gradients(hidden_TD, weight_VD, ones_T, *how)
+        ctx.save_for_backward(hidden_TD, weight_VD, labels_T, dhidden_TD, dweight_VD)
+        ctx.how = (vocabulary, chunk_tokens)
+        return loss_T
+
+    @staticmethod
+    @once_differentiable  # an untyped decorator, hence the silenced rule
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (grad_T,) = grad_outputs
+        hidden_TD, weight_VD, labels_T, dhidden_TD, dweight_VD = ctx.saved_tensors
+        most = grad_T.median()
+        dweight_VD = dweight_VD * most
+        (others,) = ((grad_T != most) & (labels_T >= 0)).nonzero(as_tuple=True)
+        if len(others):
+            surplus = (grad_T - most)[others]
+            _, _, missing_VD = _gradients(
+                hidden_TD[others], weight_VD, surplus, labels_T[others], *ctx.how
+            )
+            dweight_VD += missing_VD
+        return dhidden_TD * grad_T[:, None], dweight_VD, None, None, None
+
+
+def _gradients(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    token_weight_T: Tensor,
+    labels_T: Tensor,
+    vocabulary: VocabularySlice,
+    chunk_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each token's loss, and the gradients of their weighted sum."""
+    with torch.enable_grad():
+        hidden_TD, weight_VD = (x.detach().requires_grad_() for x in (hidden_TD, weight_VD))
+        total, loss_T = summed_cross_entropy(
+            hidden_TD,
+            weight_VD=weight_VD,
+            labels_T=labels_T,
+            token_weight_T=token_weight_T,
+            vocabulary=vocabulary,
+            chunk_tokens=chunk_tokens,
+        )
+        dhidden_TD, dweight_VD = torch.autograd.grad(total, (hidden_TD, weight_VD))
+    return loss_T, dhidden_TD, dweight_VD
