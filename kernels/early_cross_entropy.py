@@ -90,16 +90,16 @@ class _EarlyCrossEntropy(torch.autograd.Function):
         (grad_T,) = grad_outputs
         hidden_TD, weight_VD, labels_T, dhidden_TD, dweight_VD = ctx.saved_tensors
         most = grad_T.median()
-        dweight_VD = dweight_VD * most
+        sum_VD: Tensor = dweight_VD * most
         (others,) = ((grad_T != most) & (labels_T >= 0)).nonzero(as_tuple=True)
         if len(others):
             h_TD, labels_T, surplus_T = hidden_TD[others], labels_T[others], (grad_T - most)[others]
             with torch.enable_grad():
                 w_VD = weight_VD.detach().requires_grad_()
                 total, _ = _weighted(h_TD, w_VD, labels_T, surplus_T, *ctx.how)
-                (missing_VD,) = torch.autograd.grad(total, w_VD)
-            dweight_VD = dweight_VD + missing_VD
-        return dhidden_TD * grad_T[:, None], dweight_VD, None, None, None
+                (missing_VD,) = torch.autograd.grad(total, (w_VD,))
+            sum_VD += missing_VD
+        return dhidden_TD * grad_T[:, None], sum_VD, None, None, None
 
 
 def _weighted(
