@@ -349,7 +349,7 @@ def _losses(
 def _add_product_(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
     """Add a product of fp32 or bf16 matrices to fp32, without rounding it to bf16 before."""
     if left_VC.dtype == torch.float32:
-        sum_VD.addmm_(left_VC, right_CD)
+        torch.addmm(sum_VD, left_VC, right_CD, out=sum_VD)
     elif _on_cpu(sum_VD):  # torch 2.13 has no product there that widens
         sum_VD.addmm_(left_VC.float(), right_CD.float())
     else:

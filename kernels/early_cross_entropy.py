@@ -74,8 +74,10 @@ class _EarlyCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
     ) -> Tensor:
         ones_T = torch.ones_like(labels_T, dtype=torch.float32)
-        how = (labels_T, vocabulary, chunk_tokens)
-        loss_T, dhidden_TD, dweight_VD = _gradients(hidden_TD, weight_VD, ones_T, *how)
+        with torch.enable_grad():
+            h_TD, w_VD = (x.detach().requires_grad_() for x in (hidden_TD, weight_VD))
+            total, loss_T = _weighted(h_TD, w_VD, labels_T, ones_T, vocabulary, chunk_tokens)
+            dhidden_TD, dweight_VD = torch.autograd.grad(total, (h_TD, w_VD))
         ctx.save_for_backward(hidden_TD, weight_VD, labels_T, dhidden_TD, dweight_VD)
         ctx.how = (vocabulary, chunk_tokens)
         return loss_T
@@ -88,35 +90,32 @@ class _EarlyCrossEntropy(torch.autograd.Function):
         (grad_T,) = grad_outputs
         hidden_TD, weight_VD, labels_T, dhidden_TD, dweight_VD = ctx.saved_tensors
         most = grad_T.median()
-        dweight_VD = dweight_VD * most
+        sum_VD: Tensor = dweight_VD * most
         (others,) = ((grad_T != most) & (labels_T >= 0)).nonzero(as_tuple=True)
         if len(others):
-            surplus = (grad_T - most)[others]
-            _, _, missing_VD = _gradients(
-                hidden_TD[others], weight_VD, surplus, labels_T[others], *ctx.how
-            )
-            dweight_VD += missing_VD
-        return dhidden_TD * grad_T[:, None], dweight_VD, None, None, None
+            h_TD, labels_T, surplus_T = hidden_TD[others], labels_T[others], (grad_T - most)[others]
+            with torch.enable_grad():
+                w_VD = weight_VD.detach().requires_grad_()
+                total, _ = _weighted(h_TD, w_VD, labels_T, surplus_T, *ctx.how)
+                (missing_VD,) = torch.autograd.grad(total, (w_VD,))
+            sum_VD += missing_VD
+        return dhidden_TD * grad_T[:, None], sum_VD, None, None, None
 
 
-def _gradients(
+def _weighted(
     hidden_TD: Tensor,
     weight_VD: Tensor,
-    token_weight_T: Tensor,
     labels_T: Tensor,
+    token_weight_T: Tensor,
     vocabulary: VocabularySlice,
     chunk_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each token's loss, and the gradients of their weighted sum."""
-    with torch.enable_grad():
-        hidden_TD, weight_VD = (x.detach().requires_grad_() for x in (hidden_TD, weight_VD))
-        total, loss_T = summed_cross_entropy(
-            hidden_TD,
-            weight_VD=weight_VD,
-            labels_T=labels_T,
-            token_weight_T=token_weight_T,
-            vocabulary=vocabulary,
-            chunk_tokens=chunk_tokens,
-        )
-        dhidden_TD, dweight_VD = torch.autograd.grad(total, (hidden_TD, weight_VD))
-    return loss_T, dhidden_TD, dweight_VD
+) -> tuple[Tensor, Tensor]:
+    """Return `summed_cross_entropy`, the weighted sum and each token's loss."""
+    return summed_cross_entropy(
+        hidden_TD,
+        weight_VD=weight_VD,
+        labels_T=labels_T,
+        token_weight_T=token_weight_T,
+        vocabulary=vocabulary,
+        chunk_tokens=chunk_tokens,
+    )
