@@ -54,6 +54,20 @@ class _Head(ColumnParallelLinear):
         return copy_to_tensor_model_parallel_region(input_, group=self.tp_group), None
 
 
+def logits_of(head: object, output: Tensor) -> Tensor:
+    """Return the logits of what a head has given, `[S, B, V / tp]` without a gradient.
+
+    Args:
+        head: the model's output layer, during its call.
+        output: `[S, B, V / tp]`, or `[S, B, D]` where the product was put off to the loss.
+    """
+    with torch.no_grad():
+        if isinstance(head, _Head) and head.puts_off:
+            weight_VD: Any = head.weight  # its own: embeddings and head share none
+            return torch.matmul(output, weight_VD.t())
+        return output
+
+
 class ChunkedLossModel(GPTModel):
     """megatron's model with the logits of a chunk of tokens at a time."""
 

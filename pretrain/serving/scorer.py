@@ -27,6 +27,7 @@ from parallel.seeds import seed_ranks
 from pretrain.checkpoint.boxes import boxes
 from pretrain.checkpoint.sharded import load_weights
 from pretrain.model.assemble import build_chunks
+from pretrain.model.head import logits_of
 from pretrain.model.precision import Precision
 from pretrain.model.router import ScaledAuxLossRouter
 from pretrain.model.transformer_config import transformer_config
@@ -277,9 +278,9 @@ class _Observed:
         for hook in self._hooks:
             hook.remove()
 
-    def _head(self, _module: object, _inputs: object, output: tuple[Tensor, Any]) -> None:
+    def _head(self, module: object, _inputs: object, output: tuple[Tensor, Any]) -> None:
         # A copy: megatron's cross entropy works in place on what the head returns.
-        logits_SBV = output[0].detach().to(torch.float32, copy=True)
+        logits_SBV = logits_of(module, output[0]).detach().to(torch.float32, copy=True)
         self.logits.append(logits_SBV.transpose(0, 1).cpu().numpy())
 
     def _router(self, layer: int) -> Any:
