@@ -1,8 +1,9 @@
 """What is known of this machine's CPU, and how does it become known?
 
 Its times (pretrain/planner/cpu.py) stand in `$XDG_CACHE_HOME/pretrain/` (`~/.cache/pretrain/`), one
-file for each processor, torch, number of threads and of ranks, and probe. No torch: the ranks that
-measure are processes of their own (cpu_probe.py).
+file for each processor, torch, number of threads and of ranks, probe, and code of the operators:
+what another code took and kept says nothing of this one. No torch: the ranks that measure are
+processes of their own (cpu_probe.py).
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from parallel.agent import Death, run_ranks
@@ -23,6 +24,8 @@ from pretrain.planner.cpu import ATTENTION, CASES, EXCHANGED_BYTES, PRODUCTS, Cp
 log = logging.getLogger(__name__)
 
 PROBE = "pretrain.training.cpu_probe:measure"
+_ROOT = Path(__file__).resolve().parents[2]
+_OPERATORS = (_ROOT / "kernels", _ROOT / "pretrain" / "model")
 
 
 class StoppedError(Exception):
@@ -43,11 +46,20 @@ def cache_file(ranks: int, *, environment: Mapping[str, str], threads: int | Non
         "threads": threads_per_rank(ranks) if threads is None else threads,
         "ranks": ranks,
         "probe": repr((CASES, PRODUCTS, ATTENTION, EXCHANGED_BYTES)),
+        "code": _digest_of(_OPERATORS),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     root = environment.get("XDG_CACHE_HOME", "")
     folder = Path(root) if Path(root).is_absolute() else Path.home() / ".cache"
     return folder / "pretrain" / f"cpu_{digest}.json"
+
+
+def _digest_of(folders: Sequence[Path]) -> str:
+    """Return a digest of the Python files of folders and their names."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def read_times(path: Path) -> CpuTimes | None:
