@@ -31,6 +31,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from kernels import native
+
 TILE_TOKENS = 256
 """Queries that share one mask; their surplus is at most so many keys a query."""
 _SCORE_ROWS = 64
@@ -196,8 +198,7 @@ class _ShortAttention(torch.autograd.Function):
             weights = q.new_empty(len(q), stop - start, stop)
             keys = k[:, :stop].mT
             torch.baddbmm(weights, q[:, start:stop], keys, beta=0, alpha=scale, out=weights)
-            weights[:, :, start:] += future_TT[: stop - start, : stop - start]
-            torch.softmax(weights, -1, out=weights)
+            _softmax_(weights, future_TT[: stop - start, : stop - start])
             out[:, start:stop] = weights @ v[:, :stop]
             tiles.append(weights)
         ctx.scale = scale
@@ -218,10 +219,7 @@ class _ShortAttention(torch.autograd.Function):
             start = stop - weights.shape[1]
             d = dout[:, start:stop]
             dscores = d @ v[:, :stop].mT
-            torch.ops.aten._softmax_backward_data.out(
-                dscores, weights, -1, dscores.dtype, grad_input=dscores
-            )
-            dscores *= ctx.scale
+            _softmax_backward_(dscores, weights, scale=ctx.scale)
             dq[:, start:stop] = dscores @ k[:, :stop]
             for whole, part in ((dk, dscores.mT @ q[:, start:stop]), (dv, weights.mT @ d)):
                 if stop == whole.shape[1]:
@@ -231,6 +229,27 @@ class _ShortAttention(torch.autograd.Function):
             stop = start
         shape_q, shape_k, shape_v = ctx.shapes
         return dq.view(shape_q), dk.view(shape_k), dv.view(shape_v), None
+
+
+def _softmax_(scores_GTK: Tensor, future_TT: Tensor) -> None:
+    """Make scores of a causal attention's last rows weights, in place."""
+    if native.computes(scores_GTK):
+        native.call("causal_softmax", scores_GTK, *scores_GTK.shape)
+        return
+    scores_GTK[:, :, -len(future_TT) :] += future_TT
+    torch.softmax(scores_GTK, -1, out=scores_GTK)
+
+
+def _softmax_backward_(dweights_GTK: Tensor, weights_GTK: Tensor, *, scale: float) -> None:
+    """Make the gradient of weights that of the products that became scores, in place."""
+    if native.computes(weights_GTK):
+        shape = weights_GTK.shape
+        native.call("causal_softmax_backward", weights_GTK, dweights_GTK, *shape, scale)
+        return
+    torch.ops.aten._softmax_backward_data.out(
+        dweights_GTK, weights_GTK, -1, dweights_GTK.dtype, grad_input=dweights_GTK
+    )
+    dweights_GTK *= scale
 
 
 def _sequence_first(like_GSH: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels import native
 from kernels.backend import triton_side
 
 CHUNK_TOKENS = 256
@@ -314,7 +315,7 @@ def _softmax_(
     picked_C = logits_CV.gather(1, place_C[:, None])[:, 0].float()
     if _on_cpu(logits_CV):
         max_C = vocabulary.reduce_max(logits_CV.amax(1))
-        own_sum_C = logits_CV.sub_(max_C[:, None]).exp_().sum(1)
+        own_sum_C = _exp_(logits_CV, max_C)
     else:
         own_max_C, own_sum_C = triton_side("cross_entropy").row_sums(logits_CV)
         max_C = vocabulary.reduce_max(own_max_C.clone())
@@ -325,6 +326,15 @@ def _softmax_(
     log_C = sum_C.log()
     loss_C = torch.where(owners_C == 1, log_C - picked_C, torch.nan).masked_fill(~counts_C, 0.0)
     return loss_C, log_C + max_C, sum_C
+
+
+def _exp_(logits_CV: Tensor, max_C: Tensor) -> Tensor:
+    """Return the sums of exp(logit - max), which is what the logits become."""
+    if native.computes(logits_CV):
+        sum_C = torch.empty_like(max_C)
+        native.call("exp_rows", logits_CV, max_C, sum_C, *logits_CV.shape)
+        return sum_C
+    return logits_CV.sub_(max_C[:, None]).exp_().sum(1)
 
 
 def _losses(

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels import native
+
 
 def expert_ffn(
     x_TD: Tensor,
@@ -84,8 +86,7 @@ class _ExpertFFN(torch.autograd.Function):
             strict=True,
         ):
             h = x @ fc1.t()
-            gate, up = h.chunk(2, dim=-1)
-            a = torch.ops.aten.silu.out(gate, out=a_rows[: len(x)]).mul_(up).mul_(w)
+            a = _activate(h, w, out=a_rows[: len(x)])
             torch.mm(a, fc2.t(), out=y)
             hidden.append(h)
         ctx.num_tokens = num_tokens
@@ -111,7 +112,6 @@ class _ExpertFFN(torch.autograd.Function):
         sums, old = main_grads or handed_out, 1 if main_grads else 0  # 0: nothing is read
         da_rows, a_rows, slope_rows = (_rows(fc2s[0], num_tokens) for _ in range(3))
         dh_rows = _rows(fc1s[0].t(), num_tokens)
-        one = x_TD.new_ones(())
         for x, w, dy, dx, dw, fc1, fc2, dfc1, dfc2, h in zip(
             x_TD.split_with_sizes(num_tokens),
             weight_T.unsqueeze(-1).split_with_sizes(num_tokens),
@@ -126,22 +126,41 @@ class _ExpertFFN(torch.autograd.Function):
             strict=True,
         ):
             da, a, slope, dh = (rows[: len(x)] for rows in (da_rows, a_rows, slope_rows, dh_rows))
-            gate, up = h.chunk(2, dim=-1)
-            dgate, dup = dh.chunk(2, dim=-1)
             torch.mm(dy, fc2, out=da)
-            # one exponential for both: silu = g s, and silu' = s + g s (1 - s), from a to 1 by s
-            torch.sigmoid(gate, out=slope)
-            torch.mul(gate, slope, out=a)
-            torch.lerp(a, one, slope, out=slope)
-            torch.mul(da, a, out=dup)
-            torch.linalg.vecdot(dup, up, out=dw)  # pyright: ignore[reportUnknownMemberType]  no stub
-            dup.mul_(w)
-            a.mul_(up).mul_(w)
+            _walk_back(h, w, da=da, a=a, dh=dh, dw=dw, slope=slope)
             torch.addmm(dfc2, dy.t(), a, beta=old, out=dfc2)
-            torch.mul(da.mul_(up).mul_(w), slope, out=dgate)
             torch.mm(dh, fc1, out=dx)
             torch.addmm(dfc1, dh.t(), x, beta=old, out=dfc1)
         return dx_TD, dweight_T, None, None, *(handed_out or [None] * len(sums))
+
+
+def _activate(h: Tensor, w: Tensor, *, out: Tensor) -> Tensor:
+    """Return silu(gate) * up * w in `out`, [n, F], with gate and up the halves of `h`."""
+    if native.computes(h):
+        native.call("swiglu", h, w, out, *out.shape)
+        return out
+    gate, up = h.chunk(2, dim=-1)
+    return torch.ops.aten.silu.out(gate, out=out).mul_(up).mul_(w)  # type: ignore[no-any-return]  untyped
+
+
+def _walk_back(
+    h: Tensor, w: Tensor, *, da: Tensor, a: Tensor, dh: Tensor, dw: Tensor, slope: Tensor
+) -> None:
+    """Fill `a` again and `dh` and `dw`, its gradients, from `da`, which is used up with `slope`."""
+    if native.computes(h):
+        native.call("swiglu_backward", h, w, da, a, dh, dw, *a.shape)
+        return
+    gate, up = h.chunk(2, dim=-1)
+    dgate, dup = dh.chunk(2, dim=-1)
+    # one exponential for both: silu = g s, and silu' = s + g s (1 - s), from a to 1 by s
+    torch.sigmoid(gate, out=slope)
+    torch.mul(gate, slope, out=a)
+    torch.lerp(a, a.new_ones(()), slope, out=slope)
+    torch.mul(da, a, out=dup)
+    torch.linalg.vecdot(dup, up, out=dw)  # pyright: ignore[reportUnknownMemberType]  no stub
+    dup.mul_(w)
+    a.mul_(up).mul_(w)
+    torch.mul(da.mul_(up).mul_(w), slope, out=dgate)
 
 
 def _rows(matrix_DF: Tensor, num_tokens: list[int]) -> Tensor:

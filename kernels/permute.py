@@ -12,13 +12,14 @@ however many tokens there are.
 T tokens, E experts of this rank, K chosen (at most), R rows, D model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels import native
 from kernels.backend import triton_side
 from kernels.fp8 import BLOCK_SIZE, Quantised, quantise_by_blocks
 
@@ -39,6 +40,9 @@ class RowMap:
     """`[E]`, those of them that are no padding."""
     multiple: int
     """What each of `num_rows` is a multiple of."""
+
+
+_TENSORS = tuple(field.name for field in fields(RowMap) if field.name != "multiple")
 
 
 def row_map(chosen_TE: Tensor, *, num_chosen: int, multiple: int) -> RowMap:
@@ -214,7 +218,7 @@ def permute_reference(x_TD: Tensor, chosen_TE: Tensor, *, multiple: int) -> Tens
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, rows: RowMap) -> Tensor:
-        ctx.rows = rows
+        _keep(ctx, rows)
         return _copied(x_TD, rows)
 
     @staticmethod
@@ -222,13 +226,13 @@ class _Permute(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor, None]:
-        return _added_up(grad_outputs[0].contiguous(), ctx.rows), None
+        return _added_up(grad_outputs[0].contiguous(), _kept(ctx)), None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, rows: RowMap) -> Tensor:
-        ctx.rows = rows
+        _keep(ctx, rows)
         return _added_up(x_RD, rows)
 
     @staticmethod
@@ -236,13 +240,27 @@ class _Unpermute(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor, None]:
-        return _copied(grad_outputs[0].contiguous(), ctx.rows), None
+        return _copied(grad_outputs[0].contiguous(), _kept(ctx)), None
+
+
+def _keep(ctx: Any, rows: RowMap) -> None:
+    """Keep a map where autograd counts it, and frees it, as anything else that it keeps."""
+    ctx.save_for_backward(*(getattr(rows, name) for name in _TENSORS))
+    ctx.multiple = rows.multiple
+
+
+def _kept(ctx: Any) -> RowMap:
+    return RowMap(**dict(zip(_TENSORS, ctx.saved_tensors, strict=True)), multiple=ctx.multiple)
 
 
 def _copied(x_TD: Tensor, rows: RowMap) -> Tensor:
     """Return the tokens in their rows."""
     if x_TD.device.type != "cpu":
         return triton_side("permute").copied(x_TD, rows)
+    if native.computes(x_TD):
+        x_RD = x_TD.new_empty(len(rows.token_of_row), x_TD.shape[1])
+        native.call("take_rows", x_TD, rows.token_of_row, x_RD, *x_RD.shape)
+        return x_RD
     return _gathered(x_TD, rows, padding=0)
 
 
@@ -256,6 +274,11 @@ def _added_up(x_RD: Tensor, rows: RowMap) -> Tensor:
     """Return the sum of each token's rows."""
     if x_RD.device.type != "cpu":
         return triton_side("permute").added_up(x_RD, rows)
+    if native.computes(x_RD):
+        sum_TD = x_RD.new_empty(len(rows.rows_of_token), x_RD.shape[1])
+        sizes = (*rows.rows_of_token.shape, x_RD.shape[1])
+        native.call("add_rows", x_RD, rows.rows_of_token, sum_TD, *sizes)
+        return sum_TD
     sum_TD = x_RD.new_zeros(len(rows.rows_of_token), x_RD.shape[1], dtype=torch.float32)
     if len(x_RD):
         for row_T in rows.rows_of_token.unbind(1):

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from kernels import native
+
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """Return `x` normalised over its last dimension and scaled.
@@ -46,7 +48,12 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.empty_like(x[..., 0])
+        inverse = torch.empty_like(x[..., 0], memory_format=torch.contiguous_format)
+        if native.computes(x):
+            x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+            native.call("rms_norm", x, weight, y, inverse, inverse.numel(), x.shape[-1], eps)
+            ctx.save_for_backward(x, weight, inverse.unsqueeze(-1))
+            return y
         torch.linalg.vecdot(x, x, out=inverse)  # pyright: ignore[reportUnknownMemberType]  no stub
         inverse = inverse.unsqueeze(-1)
         inverse.div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -61,6 +68,12 @@ class _RMSNorm(torch.autograd.Function):
         (grad,) = grad_outputs
         x, weight, inverse = ctx.saved_tensors
         size = x.shape[-1]
+        if native.computes(x):
+            num_tokens, grad_x = inverse.numel(), torch.empty_like(x)
+            parts = x.new_empty(-(-num_tokens // native.BLOCK_ROWS), size)
+            arrays = (grad.contiguous(), x, weight, inverse, grad_x, parts)
+            native.call("rms_norm_backward", *arrays, num_tokens, size)
+            return grad_x, parts.sum(0), None
         product_TD = (grad * x).reshape(-1, size)
         grad_weight = product_TD.t() @ inverse.reshape(-1)
         along_x = (product_TD @ weight).view_as(inverse).mul_(inverse.pow(3)).div_(-size)

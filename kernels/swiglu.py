@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from kernels import native
 from kernels.backend import triton_side
 from kernels.fp8 import BLOCK_SIZE, Quantised, quantise_by_blocks
 
@@ -122,6 +123,12 @@ def swiglu_backward(
     if hidden_T2F.device.type != "cpu":
         side = triton_side("swiglu")
         return side.backward(grad_TF.contiguous(), hidden_T2F.contiguous(), weight_T)
+    if native.computes(hidden_T2F) and grad_TF.dtype == torch.float32:
+        a_TF, grad_T2F = torch.empty_like(grad_TF), torch.empty_like(hidden_T2F)
+        dweight_T = torch.empty_like(weight_T)
+        arrays = (hidden_T2F, weight_T, grad_TF.contiguous(), a_TF, grad_T2F, dweight_T)
+        native.call("swiglu_backward", *arrays, *a_TF.shape)
+        return grad_T2F, dweight_T
     grad_TF = grad_TF.float()
     gate_TF, up_TF = hidden_T2F.float().chunk(2, dim=-1)
     grad_T2F = torch.empty_like(hidden_T2F, dtype=torch.float32)
@@ -162,6 +169,10 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _forward(hidden_T2F: Tensor, weight_T: Tensor) -> Tensor:
+    if native.computes(hidden_T2F):
+        a_TF = hidden_T2F.new_empty(len(hidden_T2F), hidden_T2F.shape[1] // 2)
+        native.call("swiglu", hidden_T2F.contiguous(), weight_T.contiguous(), a_TF, *a_TF.shape)
+        return a_TF
     gate_TF, up_TF = hidden_T2F.float().chunk(2, dim=-1)
     return F.silu(gate_TF).mul_(up_TF).mul_(weight_T[:, None]).to(hidden_T2F.dtype)
 

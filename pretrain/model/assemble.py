@@ -41,6 +41,7 @@ from pretrain.model.head import ChunkedLossModel
 from pretrain.model.kernels import Kernels
 from pretrain.model.norm import LATENT_NORM_EPS, RMSNorm
 from pretrain.model.precision import Precision
+from pretrain.model.rotation import fuse_rotation
 from pretrain.model.router import ScaledAuxLossRouter, fuse_routers
 from pretrain.model.spec import ModelSpec
 
@@ -98,7 +99,7 @@ def build_chunks(
     ]
     for chunk in chunks:
         mark_expert_parameters(chunk, layout)
-        _use_kernels(chunk, kernels or Kernels())
+        _use_kernels(chunk, kernels or Kernels(), config=config, device=device)
         if precision is not None and precision.is_emulated:
             products = list(emulate_fp8(chunk, precision=precision, spec=spec).values())
             if products and precision.is_delayed:
@@ -106,8 +107,19 @@ def build_chunks(
     return chunks
 
 
-def _use_kernels(chunk: GPTModel, kernels: Kernels) -> None:
+def _use_kernels(
+    chunk: GPTModel, kernels: Kernels, *, config: MLATransformerConfig, device: Device
+) -> None:
     """Put the chosen kernels of ours into a built chunk: the one place where that is done."""
+    is_written_out = _is_written_out(config, device)
+    kernels = kernels.made_out(
+        is_written_out=is_written_out,
+        dispatcher=str(config.moe_token_dispatcher_type),
+        is_taken_apart=config.moe_shared_expert_overlap,
+        recomputes_activation="moe_act" in (config.recompute_modules or ()),
+    )
+    if is_written_out:
+        fuse_rotation(chunk)
     if kernels.dual_norm == "fused":
         fuse_dual_norms(chunk)
     if kernels.router == "fused":
@@ -172,9 +184,14 @@ def _model_class(
     if loss_chunk_tokens:
         loss = partial(cross_entropy, chunk_tokens=loss_chunk_tokens)
         return partial(ChunkedLossModel, loss=loss)
-    if device.uses_transformer_engine or config.bf16:
-        return GPTModel
-    return partial(ChunkedLossModel, loss=early_cross_entropy)
+    if _is_written_out(config, device):
+        return partial(ChunkedLossModel, loss=early_cross_entropy)
+    return GPTModel
+
+
+def _is_written_out(config: MLATransformerConfig, device: Device) -> bool:
+    """Return whether operators of ours run wherever there is one: fp32 without a GPU."""
+    return not device.uses_transformer_engine and not config.bf16
 
 
 def decoder_spec(

@@ -4,7 +4,7 @@ Each choice is a field whose default is what was measured to be better; what was
 stays megatron's. No torch.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 from pretrain.model.exchange import Exchange
@@ -12,6 +12,7 @@ from pretrain.model.recompute import Recompute
 from pretrain.model.spec import ModelSpec
 
 Owner = Literal["megatron", "fused"]
+Chosen = Literal["auto", "megatron", "fused"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,12 +32,12 @@ class Kernels:
     router: Owner = "megatron"
     """fused: scores, groups, the best experts, their weights and what the auxiliary loss is about
     in one pass (kernels/router.py); on a CPU megatron-core's operations, to the bit."""
-    swiglu: Owner = "megatron"
-    """fused: the activation of dense FFN, shared and routed experts with the router's weight in it,
+    swiglu: Chosen = "auto"
+    """auto: fused in fp32 on a CPU, where it is faster, else megatron. fused: the activation of dense FFN, shared and routed experts with the router's weight in it,
     rounded once (kernels/swiglu.py); its inputs alone are kept for the gradient. Routed experts
     that are written out (experts.py) have it in them already."""
-    permute: Owner = "megatron"
-    """fused: tokens go to the rows of their experts, padding included where FP8 on a GPU wants
+    permute: Chosen = "auto"
+    """auto: as of `swiglu`. fused: tokens go to the rows of their experts, padding included where FP8 on a GPU wants
     it, and come back (kernels/permute.py); sums of a token's rows are rounded once."""
     combine: Owner = "megatron"
     """fused: the operator of `dual_norm` begins with a token's rows as they come back, their sum
@@ -50,6 +51,34 @@ class Kernels:
                 raise ValueError(
                     f"kernels.{field.name}={given} given, {' or '.join(allowed)} is allowed"
                 )
+
+    def made_out(
+        self,
+        *,
+        is_written_out: bool,
+        dispatcher: str,
+        is_taken_apart: bool,
+        recomputes_activation: bool,
+    ) -> "Kernels":
+        """Return the same without `auto`.
+
+        Args:
+            is_written_out: whether the model computes in fp32 on a CPU.
+            dispatcher: as of Exchange.
+            is_taken_apart: whether the shared expert runs piece by piece beside the exchange.
+            recomputes_activation: whether moe_act is computed twice.
+        """
+        goes = is_written_out and not is_taken_apart
+        fits = {
+            "swiglu": goes and not recomputes_activation,
+            "permute": goes and dispatcher == "alltoall",
+        }
+        made_out = {
+            name: "fused" if is_fit else "megatron"
+            for name, is_fit in fits.items()
+            if getattr(self, name) == "auto"
+        }
+        return replace(self, **made_out)
 
 
 def check_kernels(

@@ -27,8 +27,9 @@ class Operators:
     linear layer (Transformer Engine's LayerNormLinear): layernorm then does not recompute it."""
     dual_norm: Literal["separate", "fused"] = "separate"
     """fused: the end of an MoE layer and the norm that follows are one operator."""
-    rotary: Literal["fused", "elementary"] = "fused"
-    """elementary: cosines and sines of the sequence are kept by each layer, twice."""
+    rotary: Literal["fused", "tables", "elementary"] = "fused"
+    """tables (kernels/mla_rotation.py): cosines and sines of the sequence are kept by each layer.
+    elementary: cosines and sines of the sequence are kept by each layer, twice."""
     attention_core: Literal["flash", "padded_flash", "short_tiles"] = "flash"
     """flash: queries, keys, values, output and the logarithm of each row's sum. padded_flash
     (kernels/attention.py): the same with values as wide as queries; where they were narrower, the
@@ -45,9 +46,10 @@ class Operators:
     """one_by_one: megatron's experts as modules, whose activation is elementary and whose weight by
     the router keeps one more copy. shared_buffers (kernels/expert_ffn.py): the first product
     alone."""
-    permutation: Literal["fused", "elementary"] = "fused"
-    """How tokens are sorted by expert. fused: a map of 2 E + 1 int32 a token; elementary: scores,
-    choices and the sorted order."""
+    permutation: Literal["fused", "rows", "elementary"] = "fused"
+    """How tokens are sorted by expert. fused: a map of 2 E + 1 int32 a token; rows
+    (kernels/permute.py): maps from rows to tokens and back; elementary: scores, choices and the
+    sorted order."""
     loss: Literal["in_place", "fp32_softmax", "early"] = "in_place"
     """in_place: the gradient overwrites the logits (Transformer Engine); fp32_softmax: the softmax
     is kept in fp32 (megatron-core's, fused or not). early (kernels/early_cross_entropy.py): no
@@ -93,7 +95,8 @@ def cpu_operators(workload: Workload, *, dual_norm: Literal["separate", "fused"]
     """Return the operators of our model on a CPU.
 
     Args:
-        workload: `number_format` is read; fp32 has norms and experts of our own.
+        workload: `number_format` is read; fp32 has operators of our own, as with `auto` in the
+            run's other kernels.
         dual_norm: the run's `kernels.dual_norm`.
     """
     is_fp32 = workload.number_format == "fp32"
@@ -104,12 +107,12 @@ def cpu_operators(workload: Workload, *, dual_norm: Literal["separate", "fused"]
         norm="fused" if is_fp32 else "elementary",
         norm_in_linear=False,
         dual_norm=dual_norm,
-        rotary="elementary",
+        rotary="tables" if is_fp32 else "elementary",
         attention_core="short_tiles" if is_fp32 else "padded_flash",
         context_exchange="gather",
-        gate="elementary",
+        gate="fused" if is_fp32 else "elementary",
         experts="shared_buffers" if is_fp32 else "one_by_one",
-        permutation="elementary",
+        permutation="rows" if is_fp32 else "elementary",
         loss="early" if is_fp32 else "fp32_softmax",
         gradient_products="separate",
     )

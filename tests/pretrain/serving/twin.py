@@ -12,7 +12,7 @@ from transformers import AXK1Config, AXK1ForCausalLM
 from parallel.groups import join_world, start_groups
 from parallel.layout import Layout
 from parallel.seeds import seed_ranks
-from pretrain.model.assemble import Stage, build_chunk
+from pretrain.model.assemble import build_chunks
 from pretrain.model.initialise import initialise_weights
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
@@ -76,12 +76,8 @@ def build_ours(spec: ModelSpec, *, balance: LoadBalance = NO_BALANCE) -> Any:
         load_balance=balance,
         mtp_loss_weight=0.3,
     )
-    model = build_chunk(
-        spec,
-        config=config,
-        device=device,
-        stage=Stage(is_first=True, is_last=True),
-        max_tokens=spec.max_context_tokens,
+    [model] = build_chunks(
+        spec, config=config, device=device, layout=layout, max_tokens=spec.max_context_tokens
     )
     initialise_weights([model], std=spec.init_std, seed=0)
     return model
