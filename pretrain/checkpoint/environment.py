@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from kernels import native
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -23,13 +24,16 @@ _NOT_INSTALLED = "not installed"
 def running_versions() -> Mapping[str, str]:
     """Return what the numbers of this process may depend on, by name; asked once in a process.
 
-    `python`, each package (`not installed` where it is absent), and `code`, the commit. One rank
-    is enough to ask: git looks at every file of the checkout.
+    `python`, each package (`not installed` where it is absent), `code`, the commit, and, without
+    Transformer Engine, `cpu operators`: what compiled those between matrix products, or `torch`.
+    One rank is enough to ask: git looks at every file of the checkout.
     """
+    is_on_cpu = _version("transformer-engine") == _NOT_INSTALLED
     return {
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
         "code": code_commit(),
+        **({"cpu operators": native.version()} if is_on_cpu else {}),
     }
 
 

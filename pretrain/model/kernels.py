@@ -33,12 +33,14 @@ class Kernels:
     """fused: scores, groups, the best experts, their weights and what the auxiliary loss is about
     in one pass (kernels/router.py); on a CPU megatron-core's operations, to the bit."""
     swiglu: Chosen = "auto"
-    """auto: fused in fp32 on a CPU, where it is faster, else megatron. fused: the activation of dense FFN, shared and routed experts with the router's weight in it,
+    """fused: the activation of dense FFN, shared and routed experts with the router's weight in it,
     rounded once (kernels/swiglu.py); its inputs alone are kept for the gradient. Routed experts
-    that are written out (experts.py) have it in them already."""
+    that are written out (experts.py) have it in them already. auto: fused in fp32 on a CPU, where
+    it is faster, else megatron."""
     permute: Chosen = "auto"
-    """auto: as of `swiglu`. fused: tokens go to the rows of their experts, padding included where FP8 on a GPU wants
-    it, and come back (kernels/permute.py); sums of a token's rows are rounded once."""
+    """fused: tokens go to the rows of their experts, padding included where FP8 on a GPU wants
+    it, and come back (kernels/permute.py); sums of a token's rows are rounded once. auto: as of
+    `swiglu`."""
     combine: Owner = "megatron"
     """fused: the operator of `dual_norm` begins with a token's rows as they come back, their sum
     and that with the shared experts included (kernels/combine_dual_norm.py); needs `dual_norm` and

@@ -1,7 +1,7 @@
 """What is known of this machine's CPU, and how does it become known?
 
 Its times (pretrain/planner/cpu.py) stand in `$XDG_CACHE_HOME/pretrain/` (`~/.cache/pretrain/`), one
-file for each processor, torch, number of threads and of ranks, probe, and code of the operators:
+file for each processor, torch, number of threads and of ranks, probe, code of the operators and their compiler:
 what another code took and kept says nothing of this one. No torch: the ranks that measure are
 processes of their own (cpu_probe.py).
 """
@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kernels import native
 from parallel.agent import Death, run_ranks
 from parallel.machine import read_cpu
 from parallel.spawn import threads_per_rank
@@ -47,6 +48,7 @@ def cache_file(ranks: int, *, environment: Mapping[str, str], threads: int | Non
         "ranks": ranks,
         "probe": repr((CASES, PRODUCTS, ATTENTION, EXCHANGED_BYTES)),
         "code": _digest_of(_OPERATORS),
+        "operators": native.version(),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     root = environment.get("XDG_CACHE_HOME", "")
@@ -55,9 +57,9 @@ def cache_file(ranks: int, *, environment: Mapping[str, str], threads: int | Non
 
 
 def _digest_of(folders: Sequence[Path]) -> str:
-    """Return a digest of the Python files of folders and their names."""
+    """Return a digest of the source files of folders and their names."""
     digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in folder.glob("*.py")):
+    for path in sorted(path for folder in folders for path in folder.glob("*.[pc]*") if path.is_file()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

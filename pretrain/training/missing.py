@@ -121,9 +121,9 @@ def pieces() -> Mapping[str, Piece]:
             source="setup.py: it compiles against the torch that is installed",
         ),
         "c_compiler": Piece(
-            does="the first call of each Triton kernel on a GPU",
-            cost="that call fails",
-            source="triton, runtime/build.py",
+            does="the first call of each Triton kernel on a GPU; on a CPU, operators between products",
+            cost="that call fails; on a CPU torch's operators, slower by 7 % of a step",
+            source="triton, runtime/build.py; docs/decisions/0011",
         ),
         "nvcc": Piece(
             does="building Transformer Engine, apex or DeepEP from source",

@@ -40,10 +40,11 @@ from pretrain.model.precision import Precision
 from pretrain.model.spec import ModelSpec
 from pretrain.model.transformer_config import transformer_config
 from tests.bench.provenance import parser, write_result
+from tests.pretrain.serving.twin import MEGATRONS
 
 NUM_SEQUENCES, SEQUENCE_TOKENS = 4, 256
 NAMES = ("dual_norm", "router", "swiglu", "permute")
-FUSED = {name: replace(Kernels(), **{name: "fused"}) for name in NAMES}
+FUSED = {name: replace(MEGATRONS, **{name: "fused"}) for name in NAMES}
 FUSED["combine"] = Kernels(dual_norm="fused", permute="fused", combine="fused")
 WARM_ROUNDS = 3
 Step = Callable[[], None]
@@ -149,7 +150,7 @@ def main() -> int:
         join_world(store=FileStore(f"{folder}/store", 1), rank=0, num_ranks=1)
         for kind in ("fp32", "bf16"):
             precision = Precision(kind=kind)
-            plain = build(spec, Kernels(), precision)
+            plain = build(spec, MEGATRONS, precision)
             for name, kernels in FUSED.items():
                 fused = build(spec, kernels, precision)
                 sides = {"model": (whole(plain), whole(fused))}

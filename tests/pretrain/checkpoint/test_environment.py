@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels import native
 from pretrain.checkpoint import environment
 from pretrain.checkpoint.environment import (
     check_same_environment,
@@ -36,7 +37,23 @@ def test_what_is_recorded_is_what_the_packages_say_themselves() -> None:
     assert found["python"] == platform.python_version()
     for name in ("torch", "megatron-core", "numpy"):
         assert found[name] == importlib.metadata.version(name)
-    assert set(found) == {"python", "torch", "megatron-core", "numpy", "transformer-engine", "code"}
+    packages = {"torch", "megatron-core", "numpy", "transformer-engine"}
+    assert set(found) == {"python", *packages, "code", "cpu operators"}
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_operators_of_another_compiler_are_a_drift(
+    is_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "version", lambda: "cc 13" if is_there else "torch")
+    found = dict(running_versions.__wrapped__())
+    saved = {**found, "cpu operators": "cc 12"}
+    assert find_drift(saved, found) == {"cpu operators": ("cc 12", found["cpu operators"])}
+
+
+def test_a_gpu_has_no_operators_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_version", lambda _: "2.9.0")
+    assert "cpu operators" not in running_versions.__wrapped__()
 
 
 def test_a_package_that_is_not_there_is_said_to_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,12 @@ def build(layout: Layout, *, exchange: Exchange | None = None) -> Any:
         exchange=exchange,
     )
     (model,) = build_chunks(
-        spec, config=config, device=device, layout=layout, max_tokens=spec.max_context_tokens
+        spec,
+        config=config,
+        device=device,
+        layout=layout,
+        max_tokens=spec.max_context_tokens,
+        kernels=twin.MEGATRONS,
     )
     initialise_weights([model], std=spec.init_std, seed=0)
     return model

@@ -23,11 +23,12 @@ from pretrain.training.run import Run
 from pretrain.training.verify import Curve, loss_curve, make_trainer
 from tests.conftest import tiny_curriculum
 from tests.pretrain.model.test_dual_norm_layer import assert_same
+from tests.pretrain.serving.twin import MEGATRONS
 from tests.pretrain.training.metric_steps import metrics_of_steps
 
 MakeRun = Callable[..., Run]
 NAMES = ("router", "swiglu", "permute")
-EACH = {name: replace(Kernels(), **{name: "fused"}) for name in NAMES}
+EACH = {name: replace(MEGATRONS, **{name: "fused"}) for name in NAMES}
 THREE = Kernels(router="fused", swiglu="fused", permute="fused")
 BALANCES = {
     "sequence_aux": LoadBalance(aux_loss_coefficient=1.0),
@@ -43,7 +44,7 @@ SAME = 1e-6
 @pytest.fixture(scope="module")
 def megatrons(tiny_run: MakeRun, one_rank: object) -> dict[str, Curve]:
     return {
-        kind: loss_curve(tiny_run(load_balance=balance, micro=2), num_steps=3)
+        kind: loss_curve(tiny_run(load_balance=balance, micro=2, kernels=MEGATRONS), num_steps=3)
         for kind, balance in BALANCES.items()
     }
 
@@ -117,6 +118,7 @@ def test_two_ranks_train_megatrons_model(
     sizes: dict[str, int], kind: str, tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:
     run = tiny_run(Layout(num_ranks=2, **sizes), load_balance=BALANCES[kind], micro=2)
+    run = replace(run, kernels=MEGATRONS)
     expected = two_ranks.run(loss_curve, run, num_steps=2)[0]
     found = two_ranks.run(loss_curve, replace(run, kernels=THREE), num_steps=2)[0]
     assert_same(found, expected, rel=SAME)
@@ -137,7 +139,7 @@ ALL = replace(THREE, dual_norm="fused", combine="fused")
 def test_on_two_ranks_rows_come_back_into_the_dual_norm(
     sizes: dict[str, int], tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:
-    run = tiny_run(Layout(num_ranks=2, **sizes), bias=True)
+    run = tiny_run(Layout(num_ranks=2, **sizes), bias=True, kernels=MEGATRONS)
     expected = two_ranks.run(loss_curve, run, num_steps=2)[0]
     found = two_ranks.run(loss_curve, replace(run, kernels=ALL), num_steps=2)[0]
     assert_same(found, expected, rel=5e-6)
@@ -167,7 +169,7 @@ def test_rows_come_back_into_the_dual_norm(
 def test_gauges_see_the_sum_that_is_inside_the_dual_norm(
     tiny_run: MakeRun, one_rank: object
 ) -> None:
-    run = tiny_run(load_balance=BALANCES["bias"], micro=2)
+    run = tiny_run(load_balance=BALANCES["bias"], micro=2, kernels=MEGATRONS)
     expected = metrics_of_steps(run)
     found = metrics_of_steps(replace(run, kernels=ALL))
     assert found.keys() == expected.keys()
@@ -185,7 +187,7 @@ def emulated(make: MakeRun, **changes: Any) -> Run:
 
 @pytest.fixture(scope="module")
 def megatrons_fp8(tiny_run: MakeRun, one_rank: object) -> Curve:
-    return loss_curve(emulated(tiny_run), num_steps=2)
+    return loss_curve(emulated(tiny_run, kernels=MEGATRONS), num_steps=2)
 
 
 @pytest.mark.parametrize("name", ["router", "permute"])
@@ -207,7 +209,7 @@ def test_emulated_fp8_trains_behind_an_activation_with_fewer_roundings(
 
 
 def test_gauges_and_metrics_see_the_same(tiny_run: MakeRun, one_rank: object) -> None:
-    run = tiny_run(load_balance=BALANCES["bias"], micro=2)
+    run = tiny_run(load_balance=BALANCES["bias"], micro=2, kernels=MEGATRONS)
     expected = metrics_of_steps(run)
     found = metrics_of_steps(replace(run, kernels=THREE))
     assert found.keys() == expected.keys()

@@ -14,6 +14,7 @@ from parallel.layout import Layout
 from parallel.seeds import seed_ranks
 from pretrain.model.assemble import build_chunks
 from pretrain.model.initialise import initialise_weights
+from pretrain.model.kernels import Kernels
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.spec import ModelSpec
@@ -57,12 +58,19 @@ def tiny_spec(**changes: Any) -> ModelSpec:
     return ModelSpec(**(TINY | changes))
 
 
-def build_ours(spec: ModelSpec, *, balance: LoadBalance = NO_BALANCE) -> Any:
+MEGATRONS = Kernels(swiglu="megatron", permute="megatron")
+"""Its own operators wherever it has one, on a CPU, too."""
+
+
+def build_ours(
+    spec: ModelSpec, *, balance: LoadBalance = NO_BALANCE, kernels: Kernels | None = None
+) -> Any:
     """Return our model in fp32 in the current world of one rank, its weights drawn with seed 0.
 
     Args:
         spec: the model's sizes.
         balance: decides whether routers have a bias.
+        kernels: which operators run in kernels of ours; None: the defaults.
     """
     device = join_world()
     layout = Layout()
@@ -77,7 +85,12 @@ def build_ours(spec: ModelSpec, *, balance: LoadBalance = NO_BALANCE) -> Any:
         mtp_loss_weight=0.3,
     )
     [model] = build_chunks(
-        spec, config=config, device=device, layout=layout, max_tokens=spec.max_context_tokens
+        spec,
+        config=config,
+        device=device,
+        layout=layout,
+        max_tokens=spec.max_context_tokens,
+        kernels=kernels,
     )
     initialise_weights([model], std=spec.init_std, seed=0)
     return model
