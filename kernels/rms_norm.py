@@ -49,8 +49,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         inverse = torch.empty_like(x[..., 0], memory_format=torch.contiguous_format)
+        x = x.contiguous()  # of a slice a copy is kept, not the whole
         if native.computes(x):
-            x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+            y = torch.empty_like(x)
             native.call("rms_norm", x, weight, y, inverse, inverse.numel(), x.shape[-1], eps)
             ctx.save_for_backward(x, weight, inverse.unsqueeze(-1))
             return y

@@ -24,12 +24,12 @@ from kernels.backend import triton_side
 from kernels.fp8 import BLOCK_SIZE, Quantised, quantise_by_blocks
 
 
-def swiglu(hidden_T2F: Tensor, *, weight_T: Tensor) -> Tensor:
+def swiglu(hidden_T2F: Tensor, *, weight_T: Tensor | None) -> Tensor:
     """Return weight * silu(gate) * up for each token.
 
     Args:
         hidden_T2F: `[T, 2F]` fp32 or bf16, the first product: gate before up.
-        weight_T: `[T]` fp32, the router's weight of each; ones for a layer without router.
+        weight_T: `[T]` fp32, the router's weight of each; None: 1, of a layer without router.
 
     Returns:
         `[T, F]` in the dtype of `hidden_T2F`. The gradient of the weight is fp32, that of
@@ -111,36 +111,38 @@ def swiglu_quantised_both(
 
 
 def swiglu_backward(
-    grad_TF: Tensor, hidden_T2F: Tensor, *, weight_T: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `hidden_T2F` in its dtype and of `weight_T` in fp32.
+    grad_TF: Tensor, hidden_T2F: Tensor, *, weight_T: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of `hidden_T2F` in its dtype and of `weight_T`, if any, in fp32.
 
     Args:
         grad_TF: `[T, F]` fp32 or bf16, the gradient of the result.
         hidden_T2F: `[T, 2F]`, as it was given.
-        weight_T: `[T]` fp32.
+        weight_T: `[T]` fp32, or None, as it was given.
     """
     if hidden_T2F.device.type != "cpu":
-        side = triton_side("swiglu")
-        return side.backward(grad_TF.contiguous(), hidden_T2F.contiguous(), weight_T)
+        side, given_T = triton_side("swiglu"), _weights(hidden_T2F, weight_T)
+        grad, dweight_T = side.backward(grad_TF.contiguous(), hidden_T2F.contiguous(), given_T)
+        return grad, None if weight_T is None else dweight_T
     if native.computes(hidden_T2F) and grad_TF.dtype == torch.float32:
         a_TF, grad_T2F = torch.empty_like(grad_TF), torch.empty_like(hidden_T2F)
-        dweight_T = torch.empty_like(weight_T)
+        dweight_T = None if weight_T is None else torch.empty_like(weight_T)
         arrays = (hidden_T2F, weight_T, grad_TF.contiguous(), a_TF, grad_T2F, dweight_T)
         native.call("swiglu_backward", *arrays, *a_TF.shape)
         return grad_T2F, dweight_T
+    given_T = _weights(hidden_T2F, weight_T)
     grad_TF = grad_TF.float()
     gate_TF, up_TF = hidden_T2F.float().chunk(2, dim=-1)
     grad_T2F = torch.empty_like(hidden_T2F, dtype=torch.float32)
     dgate_TF, dup_TF = grad_T2F.chunk(2, dim=-1)
     dsilu_up_TF = grad_TF * F.silu(gate_TF)
-    dweight_T = torch.empty_like(weight_T)
+    dweight_T = torch.empty_like(given_T)
     torch.linalg.vecdot(dsilu_up_TF, up_TF, out=dweight_T)  # pyright: ignore[reportUnknownMemberType]  no stub
-    torch.mul(dsilu_up_TF, weight_T[:, None], out=dup_TF)
+    torch.mul(dsilu_up_TF, given_T[:, None], out=dup_TF)
     torch.ops.aten.silu_backward.grad_input(
-        (grad_TF * up_TF).mul_(weight_T[:, None]), gate_TF, grad_input=dgate_TF
+        (grad_TF * up_TF).mul_(given_T[:, None]), gate_TF, grad_input=dgate_TF
     )
-    return grad_T2F.to(hidden_T2F.dtype), dweight_T
+    return grad_T2F.to(hidden_T2F.dtype), None if weight_T is None else dweight_T
 
 
 def swiglu_reference(hidden_T2F: Tensor, *, weight_T: Tensor) -> Tensor:
@@ -153,36 +155,47 @@ class _SwiGLU(torch.autograd.Function):
     """With s = silu(gate): dweight = da . (s u), dup = da s w, dgate = da u w s'(gate)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_T2F: Tensor, weight_T: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_T2F: Tensor, weight_T: Tensor | None) -> Tensor:
         ctx.save_for_backward(hidden_T2F, weight_T)
         if hidden_T2F.device.type != "cpu":
-            return triton_side("swiglu").forward(hidden_T2F, weight_T)
+            return triton_side("swiglu").forward(hidden_T2F, _weights(hidden_T2F, weight_T))
         return _forward(hidden_T2F, weight_T)
 
     @staticmethod
     @once_differentiable  # an untyped decorator, hence the silenced rule
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         hidden_T2F, weight_T = ctx.saved_tensors
         return swiglu_backward(grad_outputs[0], hidden_T2F, weight_T=weight_T)
 
 
-def _forward(hidden_T2F: Tensor, weight_T: Tensor) -> Tensor:
+def _weights(hidden_T2F: Tensor, weight_T: Tensor | None) -> Tensor:
+    """Return the weights, or as many ones: made anew where they are needed, not kept."""
+    if weight_T is not None:
+        return weight_T
+    return hidden_T2F.new_ones(len(hidden_T2F), dtype=torch.float32)
+
+
+def _forward(hidden_T2F: Tensor, weight_T: Tensor | None) -> Tensor:
     if native.computes(hidden_T2F):
         a_TF = hidden_T2F.new_empty(len(hidden_T2F), hidden_T2F.shape[1] // 2)
-        native.call("swiglu", hidden_T2F.contiguous(), weight_T.contiguous(), a_TF, *a_TF.shape)
+        given_T = None if weight_T is None else weight_T.contiguous()
+        native.call("swiglu", hidden_T2F.contiguous(), given_T, a_TF, *a_TF.shape)
         return a_TF
     gate_TF, up_TF = hidden_T2F.float().chunk(2, dim=-1)
-    return F.silu(gate_TF).mul_(up_TF).mul_(weight_T[:, None]).to(hidden_T2F.dtype)
+    a_TF = F.silu(gate_TF).mul_(up_TF)
+    return (a_TF if weight_T is None else a_TF.mul_(weight_T[:, None])).to(hidden_T2F.dtype)
 
 
-def _check(hidden_T2F: Tensor, weight_T: Tensor) -> None:
+def _check(hidden_T2F: Tensor, weight_T: Tensor | None) -> None:
     if hidden_T2F.dim() != 2 or hidden_T2F.shape[1] % 2:
         raise ValueError(
             f"hidden states of shape {tuple(hidden_T2F.shape)} given, [T, 2F] is allowed"
         )
-    if weight_T.shape != hidden_T2F.shape[:1] or weight_T.dtype != torch.float32:
+    if weight_T is not None and (
+        weight_T.shape != hidden_T2F.shape[:1] or weight_T.dtype != torch.float32
+    ):
         raise ValueError(
             f"weights of shape {tuple(weight_T.shape)} and {weight_T.dtype} given,"
             f" {tuple(hidden_T2F.shape[:1])} torch.float32 is allowed"

@@ -110,6 +110,4 @@ def _through_experts(experts: TEGroupedMLP) -> Callable[..., tuple[Tensor, None]
 
 def _active(hidden: Tensor, weight_T: Tensor | None) -> Tensor:
     hidden_T2F = hidden.flatten(0, -2)
-    if weight_T is None:
-        weight_T = hidden.new_ones(len(hidden_T2F), dtype=torch.float32)
     return swiglu(hidden_T2F, weight_T=weight_T).view(*hidden.shape[:-1], hidden.shape[-1] // 2)

@@ -55,7 +55,8 @@ def initialise_weights(chunks: Sequence[torch.nn.Module], *, std: float, seed: i
 def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
     for module in chunk.modules():
         for kind, cut_dim in _CUT_DIMS.items():
-            if isinstance(module, kind) and not hasattr(module.weight, "tensor_model_parallel"):
+            if isinstance(module, kind) and not hasattr(module.weight, "partition_dim"):
+                module.weight.__dict__.pop("tensor_model_parallel", None)  # experts.py sets it alone
                 set_tensor_model_parallel_attributes(module.weight, True, cut_dim, 1)
 
 

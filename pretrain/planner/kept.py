@@ -77,7 +77,7 @@ def balanced_rows(workload: Workload) -> int:
 def norm(sizes: Sizes, width: int, *, tokens: int | None = None) -> int:
     """Return what an RMSNorm over `width` keeps: its input (fused), or copies of it."""
     tokens = sizes.own_tokens if tokens is None else tokens
-    if sizes.operators.norm == "fused":
+    if sizes.operators.norm != "elementary":
         return tokens * (width * sizes.operators.value_bytes + _FP32)
     return tokens * (width * (_FP32 + sizes.operators.value_bytes) + _FP32)
 
@@ -169,6 +169,8 @@ def _latents(sizes: Sizes, attention: LatentAttention) -> Ledger:
             ledger["mla_up_proj"] += sequence * rope * _FP32
     elif elementary_rotary:
         ledger["rotary"] = 4 * sequence * rope * operators.value_bytes
+    elif operators.rotary == "tables":
+        ledger["rotary"] = 2 * sequence * rope * _FP32
     return ledger
 
 
@@ -249,6 +251,10 @@ def _router(sizes: Sizes) -> Ledger:
     auxiliary += sizes.workload.micro_batch_sequences * experts * _INT64 + _FP32
     if sizes.operators.permutation == "fused":
         permutation = own * (2 * experts + 1) * _INT32
+    elif sizes.operators.permutation == "rows":
+        # the token of each row (one more takes what is absent), a token's rows, their places, their
+        # experts, and the scores that weights are picked from
+        permutation = scores + (4 * own * chosen + 1 + 2 * experts) * _INT64
     else:
         permutation = scores + mask + own * chosen * _INT64
     return Ledger({"router": router + auxiliary, "permutation": permutation})
@@ -258,7 +264,8 @@ def _experts(sizes: Sizes) -> Ledger:
     workload, operators = sizes.workload, sizes.operators
     model, rows, q = workload.architecture, sizes.routed_rows, operators.value_bytes
     values = rows * model.expert_ffn_size // workload.layout.etp
-    rows_in = rows * model.hidden_size * operators.input_bytes + rows * _FP32
+    weights = rows + (operators.permutation == "rows")  # one more takes what is absent
+    rows_in = rows * model.hidden_size * operators.input_bytes + weights * _FP32
     # one by one: the first product, silu of the gate, the other half, and what both give
     gate = (5 if operators.experts == "one_by_one" else 2) * values * q
     is_computed_again = "moe_act" in workload.recompute.modules
@@ -291,11 +298,11 @@ def mtp_module(sizes: Sizes) -> Ledger:
     ledger = Ledger({f"mtp.{name}": size for name, size in layer.items()})
     ledger["mtp.enorm"] = ledger["mtp.hnorm"] = norm(sizes, hidden)
     ledger["mtp.eh_proj"] = 2 * sizes.product_input
-    if sizes.operators.norm == "fused":
+    if sizes.operators.norm != "elementary":
         # the layer's input is a part of what all tensor ranks' projections were gathered to
         ledger["mtp.input_layernorm"] += (sizes.workload.layout.tp - 1) * sizes.stream
     final = norm(sizes, hidden)
-    if sizes.operators.dual_norm == "fused" and sizes.operators.norm == "fused":
+    if sizes.operators.dual_norm == "fused" and sizes.operators.norm != "elementary":
         final -= sizes.stream  # its input is what the layer's end has kept
     ledger["mtp.final_layernorm"] = final
     return ledger

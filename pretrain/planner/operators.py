@@ -19,8 +19,9 @@ class Operators:
     """Of an activation: 2 in bf16, 4 in fp32."""
     input_bytes: int = 2
     """Of the input of a product inside a layer: 1 in FP8."""
-    norm: Literal["fused", "elementary"] = "fused"
-    """fused: input and one fp32 number a token; elementary: an fp32 copy of the input, the
+    norm: Literal["fused", "dense", "elementary"] = "fused"
+    """fused: input and one fp32 number a token; dense (kernels/rms_norm.py in fp32): the same, but
+    of an input that is a slice a copy instead of all that it is a slice of; elementary: an fp32 copy of the input, the
     normalised values and that number (kernels/rms_norm.py in bf16)."""
     norm_in_linear: bool = True
     """Whether the norm before a dense FFN, and before grouped-query attention, belongs to the
@@ -104,7 +105,7 @@ def cpu_operators(workload: Workload, *, dual_norm: Literal["separate", "fused"]
     return Operators(
         value_bytes=value_bytes,
         input_bytes=value_bytes,
-        norm="fused" if is_fp32 else "elementary",
+        norm="dense" if is_fp32 else "elementary",
         norm_in_linear=False,
         dual_norm=dual_norm,
         rotary="tables" if is_fp32 else "elementary",

@@ -219,7 +219,7 @@ def test_gauges_and_metrics_see_the_same(tiny_run: MakeRun, one_rank: object) ->
 
 def test_values_and_keys_that_cannot_be_are_named(tiny_run: MakeRun) -> None:
     for name in NAMES:
-        with pytest.raises(ValueError, match=rf"kernels\.{name}=triton given, megatron or fused"):
+        with pytest.raises(ValueError, match=rf"kernels\.{name}=triton given, .*megatron or fused"):
             replace(Kernels(), **{name: "triton"})
     activated_again = Recompute(kind="selective", modules=("moe_act",))
     moe_again = Recompute(kind="selective", modules=("moe",))
