@@ -87,7 +87,7 @@ class _Keys(torch.autograd.Function):
             arrays = (kv_SBNF.contiguous(), shared_SB1R.contiguous(), cos_SR, sin_SR, key, value)
             native.call("rotate_keys", *arrays, s * b, b, n, sizes[0], r // 2, value_size)
             return key, value
-        plain, value = kv_SBNF.split(sizes, dim=-1)
+        plain, value = kv_SBNF.split_with_sizes(sizes, dim=-1)
         rotated = _rotated(shared_SB1R, cos_SR, sin_SR).expand(-1, -1, n, -1)
         return torch.cat([plain, rotated], dim=-1), value.contiguous()
 
@@ -105,7 +105,7 @@ class _Keys(torch.autograd.Function):
             arrays = (dkey.contiguous(), dvalue.contiguous(), cos_SR, sin_SR, dkv, dshared)
             native.call("rotate_keys_backward", *arrays, s * b, b, n, p, r // 2, w)
             return dkv, dshared, None, None, None
-        plain, rotated = dkey.split([p, r], dim=-1)
+        plain, rotated = dkey.split_with_sizes([p, r], dim=-1)
         dshared = _rotated_back(rotated.sum(2, keepdim=True), cos_SR, sin_SR)
         return torch.cat([plain, dvalue], dim=-1), dshared, None, None, None
 
@@ -120,7 +120,7 @@ def _rotated_queries(
         sizes = (s * b, b, n, h - r, r // 2, int(is_backward))
         native.call("rotate_queries", x_SBNH, cos_SR, sin_SR, y_SBNH, *sizes)
         return y_SBNH
-    plain, turned = x_SBNH.split([h - r, r], dim=-1)
+    plain, turned = x_SBNH.split_with_sizes([h - r, r], dim=-1)
     turn = _rotated_back if is_backward else _rotated
     return torch.cat([plain, turn(turned, cos_SR, sin_SR)], dim=-1)
 

@@ -56,7 +56,8 @@ def _mark_tensor_parallel(chunk: torch.nn.Module) -> None:
     for module in chunk.modules():
         for kind, cut_dim in _CUT_DIMS.items():
             if isinstance(module, kind) and not hasattr(module.weight, "partition_dim"):
-                module.weight.__dict__.pop("tensor_model_parallel", None)  # experts.py sets it alone
+                if hasattr(module.weight, "tensor_model_parallel"):  # experts.py sets it alone
+                    delattr(module.weight, "tensor_model_parallel")
                 set_tensor_model_parallel_attributes(module.weight, True, cut_dim, 1)
 
 

@@ -30,9 +30,10 @@ def fuse_rotation(chunk: torch.nn.Module) -> None:
     megatrons.fused_apply_mla_rope_for_kv = _keys
     for module in chunk.modules():
         if isinstance(module, MLASelfAttention):
-            module.config = copy.copy(module.config)
-            module.config.apply_rope_fusion, module.config.rope_type = True, "yarn"
-            module.rotary_pos_emb = Tables(module.rotary_pos_emb)
+            attention: Any = module
+            attention.config = copy.copy(attention.config)
+            attention.config.apply_rope_fusion, attention.config.rope_type = True, "yarn"
+            attention.rotary_pos_emb = Tables(attention.rotary_pos_emb)
 
 
 class Tables(torch.nn.Module):

@@ -72,7 +72,8 @@ def test_queries_are_those_of_transformers() -> None:
     q = draw(S, B, N, P + R).detach()
     found = rotate_queries(q, *tables())[..., P:].permute(1, 2, 0, 3)
     turned = q[..., P:].permute(1, 2, 0, 3)
-    expected, _ = apply_rotary_pos_emb_interleave(turned, turned, *(t[None] for t in tables()))
+    cos, sin = (table[None] for table in tables())
+    expected, _ = apply_rotary_pos_emb_interleave(turned, turned, cos, sin)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
