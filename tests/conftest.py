@@ -45,6 +45,9 @@ OURS = {
     "MPLBACKEND": "Agg",
 }
 
+TOGETHER = ("tests/chaos/",)
+"""Folders that one worker runs: their files share a run of half a minute (chaos/conftest.py)."""
+
 # One dense and three MoE layers: every part of the architecture, few enough parameters for seconds.
 TINY_MODEL: Mapping[str, int | float] = {
     "num_layers": 4,
@@ -88,6 +91,21 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         for name, value in OURS.items():
             monkeypatch.setenv(name, value)
         yield cache
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, where it is there
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return what gives files to workers as `--dist loadfile` does, those of a folder together."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling  # only where workers are asked for
+
+    class FilesTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return next((folder for folder in TOGETHER if file.startswith(folder)), file)
+
+    return FilesTogether(config, log)
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
