@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from data.stream.curriculum import Curriculum, Stage
+from parallel.fork_server import enter_fork, fork_context
 from parallel.layout import Layout
-from parallel.spawn import RankPool, silence_expected_warnings
+from parallel.spawn import RankPool
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.spec import ModelSpec
@@ -151,8 +152,9 @@ def four_ranks() -> Iterator[RankPool]:
 @pytest.fixture(scope="session")
 def no_rank() -> Iterator[ProcessPoolExecutor]:
     """Yield a process that is no rank, and so may imagine to be any (parallel/imagined.py)."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=silence_expected_warnings) as pool:
+    with ProcessPoolExecutor(
+        1, mp_context=fork_context(), initializer=enter_fork, initargs=(dict(os.environ),)
+    ) as pool:
         yield pool
 
 
