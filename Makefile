@@ -14,6 +14,9 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 TORCH_INDEX ?=
 # Further words for the command: make run ARGS='layout=single', make test ARGS='-k layout'
 ARGS ?=
+# In the order of folders: by the number of tests, long files of few tests would come last, and one
+# worker would wait for the other.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 # Where `make run` finds what it trained.
 RUN_FOLDER := runs/$(or $(patsubst name=%,%,$(filter name=%,$(ARGS))),demo)
 
@@ -31,10 +34,10 @@ run: $(STAMP) ## train a small model on two local CPU ranks, the defaults of con
 	@echo; echo "the run as a page, for a browser: $(RUN_FOLDER)/dashboard.html"
 
 test: $(STAMP) ## run the tests, on two workers (ARGS='-n 0': in one process, for a debugger)
-	$(VENV) -m pytest tests -m "not slow" -n 2 --dist loadfile --durations 25 $(ARGS)
+	$(VENV) -m pytest tests -m "not slow" $(WORKERS) --durations 25 $(ARGS)
 
 test-slow: $(STAMP) ## run the tests that take longer: more layouts of four ranks, larger worlds
-	$(VENV) -m pytest tests -m slow -n 2 --dist loadfile $(ARGS)
+	$(VENV) -m pytest tests -m slow $(WORKERS) $(ARGS)
 
 lint: $(STAMP) ## ruff, pyright, and no file above 500 kB
 	$(VENV) -m ruff check .

@@ -2,9 +2,9 @@
 
 `run_ranks` starts N processes, runs one function in each, forwards signals and returns the run's
 exit code: `python launch/pretrain.py` without torchrun, whose agent does the same on a cluster. The
-ranks are forked from a process that has imported everything once: a new set of ranks is there in a
-second, not in ten, and a first start imports once instead of N times. A rank whose parent is gone
-gets SIGTERM, so that none trains on unseen.
+ranks are forked from a process that has imported everything once (fork_server.py): a new set of
+ranks is there in a second, not in ten. A rank whose parent is gone gets SIGTERM, so that none
+trains on unseen.
 
 Ranks meet through a file in a temporary folder, not a TCP port: nothing listens, nothing collides.
 """
@@ -22,16 +22,16 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from parallel.beats import WATCH_ENDED
-from parallel.failpoints import arm
-from parallel.spawn import enter_rank, find_function, prepare_environment, threads_per_rank
+from parallel.fork_server import enter_fork, fork_context
+from parallel.spawn import enter_rank, find_function, threads_per_rank
 
-_FORK_SERVER = multiprocessing.get_context("forkserver")
 _GRACE_S = 20.0
 """How long the other ranks may take to end after one has failed: gloo notices a dead peer at
 once."""
@@ -131,16 +131,13 @@ def run_ranks(
         0 if every rank returned 0, 85 if the worst that happened is that a signal killed one, else
         the code that says most.
     """
-    prepare_environment()
-    module = target.partition(":")[0]
-    # the launch file is imported once more in ranks, and brings the configuration's libraries
-    _FORK_SERVER.set_forkserver_preload(["__main__", "parallel.warm", module, *preload])
     stopper = Stopper()
     with stopper.listening():
         while True:
             code = _run_once(
                 target,
                 args,
+                context=fork_context(preload=(target.partition(":")[0], *preload)),
                 num_ranks=num_ranks,
                 stopper=stopper,
                 on_death=on_death,
@@ -154,6 +151,7 @@ def _run_once(
     target: str,
     args: tuple[Any, ...],
     *,
+    context: ForkServerContext,
     num_ranks: int,
     stopper: Stopper,
     on_death: Callable[[Death], None],
@@ -163,7 +161,7 @@ def _run_once(
         store = str(Path(folder) / "store")
         threads = threads_per_rank(num_ranks)
         processes: list[BaseProcess] = [
-            _FORK_SERVER.Process(
+            context.Process(
                 target=_rank_main,
                 args=(rank, num_ranks, store, threads, target, args, dict(os.environ)),
                 name=f"rank-{rank}",
@@ -190,11 +188,7 @@ def _rank_main(
     args: tuple[Any, ...],
     environment: dict[str, str],
 ) -> None:
-    for signum in (signal.SIGTERM, signal.SIGINT):  # ignored where it was forked from
-        signal.signal(signum, signal.SIG_DFL)
-    os.environ.clear()  # a fork has the environment of the process that it was forked from
-    os.environ.update(environment)
-    arm()
+    enter_fork(environment)
     _end_with_parent()
     enter_rank(rank, num_ranks, store_path, threads)
     try:

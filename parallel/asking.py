@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parallel.spawn import find_function, prepare_environment
+from parallel.fork_server import prepare_environment
+from parallel.spawn import find_function
 
 ROOT = Path(__file__).resolve().parents[1]
 _MOST_HANGS = 2

@@ -1,18 +1,16 @@
 """How does a process become a local rank, and how do N of them stay alive between calls?
 
-`RankPool` keeps N ranks alive and runs one function after another in them: a fresh start costs 8 to
-15 s (imports and rendezvous), a test or a layout check should not pay it each time. A command that
-runs one function and ends starts its ranks with agent.py.
+`RankPool` keeps N ranks alive and runs one function after another in them: a test or a layout check
+should not pay for a start each time. A command that runs one function and ends starts its ranks
+with agent.py. Both fork them from one process (fork_server.py).
 
 Ranks meet through a file in a temporary folder, not a TCP port: nothing listens, nothing collides.
 """
 
 import importlib
-import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -23,9 +21,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from parallel.fork_server import enter_fork, fork_context, prepare_environment
 from parallel.stacks import collect_stacks, describe, write_stack_on_signal
 
-_SPAWN = multiprocessing.get_context("spawn")
 _NUM_FRAMES = 8
 """Of each stack, in the message on ranks that hang."""
 
@@ -35,12 +33,6 @@ class RankError(RuntimeError):
 
     The last line says what happened in one line.
     """
-
-
-def prepare_environment() -> None:
-    """Set what torch reads when it is imported; in the process that imports it, before."""
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # 2 s less for each rank
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
 
 
 def enter_rank(rank: int, num_ranks: int, store_path: str, threads: int) -> None:
@@ -120,10 +112,17 @@ def call_with_own(target: str, values: Sequence[Any]) -> Any:
     return find_function(target)(values[int(os.environ["RANK"])])
 
 
-def _pool_main(rank: int, num_ranks: int, store_path: str, threads: int, link: Connection) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is the parent's to handle; it closes the links
+def _pool_main(
+    rank: int,
+    num_ranks: int,
+    store_path: str,
+    threads: int,
+    link: Connection,
+    environment: dict[str, str],
+) -> None:
+    enter_fork(environment)
+    # Ctrl-C is the parent's to handle; it closes the links
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     write_stack_on_signal(Path(store_path).parent, rank=rank)
     enter_rank(rank, num_ranks, store_path, threads)
     while True:
@@ -164,11 +163,12 @@ class RankPool:
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         store = str(Path(self._folder.name) / "store")
+        context = fork_context()
         for rank in range(self.num_ranks):
-            ours, theirs = _SPAWN.Pipe()
-            process = _SPAWN.Process(
+            ours, theirs = context.Pipe()
+            process = context.Process(
                 target=_pool_main,
-                args=(rank, self.num_ranks, store, self._threads, theirs),
+                args=(rank, self.num_ranks, store, self._threads, theirs, dict(os.environ)),
                 name=f"pool-rank-{rank}",
                 daemon=True,
             )

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from data.stream.curriculum import Curriculum, Stage
+from parallel.fork_server import enter_fork, fork_context
 from parallel.layout import Layout
-from parallel.spawn import RankPool, silence_expected_warnings
+from parallel.spawn import RankPool
 from pretrain.model.load_balance import LoadBalance
 from pretrain.model.precision import Precision
 from pretrain.model.spec import ModelSpec
@@ -44,6 +45,9 @@ OURS = {
     "WANDB_MODE": "offline",
     "MPLBACKEND": "Agg",
 }
+
+TOGETHER = ("tests/chaos/",)
+"""Folders that one worker runs: their files share a run of half a minute (chaos/conftest.py)."""
 
 # One dense and three MoE layers: every part of the architecture, few enough parameters for seconds.
 TINY_MODEL: Mapping[str, int | float] = {
@@ -90,6 +94,21 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         yield cache
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, where it is there
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return what gives files to workers as `--dist loadfile` does, those of a folder together."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling  # only where workers are asked for
+
+    class FilesTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return next((folder for folder in TOGETHER if file.startswith(folder)), file)
+
+    return FilesTogether(config, log)
+
+
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is none, and say so."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
@@ -133,8 +152,9 @@ def four_ranks() -> Iterator[RankPool]:
 @pytest.fixture(scope="session")
 def no_rank() -> Iterator[ProcessPoolExecutor]:
     """Yield a process that is no rank, and so may imagine to be any (parallel/imagined.py)."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=silence_expected_warnings) as pool:
+    with ProcessPoolExecutor(
+        1, mp_context=fork_context(), initializer=enter_fork, initargs=(dict(os.environ),)
+    ) as pool:
         yield pool
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kernels import native
+from kernels.backend import has_cuda
 from parallel.agent import Death, run_ranks
 from parallel.machine import read_cpu
 from parallel.spawn import threads_per_rank
@@ -76,7 +77,7 @@ def read_times(path: Path) -> CpuTimes | None:
 
 
 def measure_once(ranks: int, *, environment: Mapping[str, str], preload: str) -> None:
-    """Measure this CPU if it is not known yet, and keep the times.
+    """Measure this CPU if it is not known yet and ranks compute on it, and keep the times.
 
     Args:
         ranks: as many as the run has, all on this machine.
@@ -87,7 +88,8 @@ def measure_once(ranks: int, *, environment: Mapping[str, str], preload: str) ->
         StoppedError: if a signal asked this process to stop meanwhile.
     """
     path = cache_file(ranks, environment=environment)
-    if read_times(path) is not None:
+    # in this order: whoever asks for CUDA imports torch, and the next start has no need of it
+    if read_times(path) is not None or has_cuda():
         return
     log.warning(
         "measuring this CPU once, with %d ranks of %d threads, to predict runs on it: half a"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.indexed.format import DataError
 from data.indexed.verify import check_files
-from kernels.backend import has_cuda, has_transformer_engine
+from kernels.backend import has_transformer_engine
 from parallel.agent import Death, run_ranks
 from parallel.cluster import Cluster
 from parallel.spawn import find_function, usable_cores
@@ -115,7 +115,7 @@ def start(run: Run, *, config_yaml: str, environment: Mapping[str, str] | None =
             log.warning("%s", why)
     if under_torchrun:
         return int(find_function(RANK_MAIN)(run, config_yaml))
-    if run.prediction.calibrate and not has_cuda():
+    if run.prediction.calibrate:
         try:
             module = RANK_MAIN.partition(":")[0]
             measure_once(run.layout.num_ranks, environment=os.environ, preload=module)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra._internal.hydra import Hydra
 
 from launch.compose import run
 from launch.inspect_data import main as inspect_data
@@ -35,6 +36,15 @@ SMALL = (
 STEP_TOKENS = 4 * 64
 STAGE = "curriculum.stages.all"
 TOKENS = f"{STAGE}.tokens"
+
+
+@pytest.fixture(autouse=True)
+def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the composing by which Hydra looks for `hydra.mode` before it composes to run.
+
+    It takes as long as all the rest of a refusal; commands in processes of their own keep it.
+    """
+    monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: None)
 
 
 @pytest.fixture

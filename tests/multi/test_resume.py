@@ -1,7 +1,7 @@
 """A run that starts again from its checkpoint goes on as if it had never stopped, to the bit.
 
-The oracle is the run itself: it saves after step 10 and goes on to step 14; a second start reads
-that checkpoint and takes the last four steps again. Text, weights, moments, router bias and random
+The oracle is the run itself: it saves after step 4 and goes on to step 7; a second start reads that
+checkpoint and takes the last three steps again. Text, weights, moments, router bias and random
 state must all be back for that.
 """
 
@@ -15,7 +15,7 @@ from pretrain.training.run import Run
 from pretrain.training.verify import Curve, loss_curve
 from tests.conftest import tiny_curriculum
 
-SAVED, LAST = 10, 14
+SAVED, LAST = 4, 7
 TWO = tiny_curriculum(sequences=2)
 
 MakeRun = Callable[..., Run]

@@ -44,7 +44,7 @@ SAME = 1e-6
 @pytest.fixture(scope="module")
 def megatrons(tiny_run: MakeRun, one_rank: object) -> dict[str, Curve]:
     return {
-        kind: loss_curve(tiny_run(load_balance=balance, micro=2, kernels=MEGATRONS), num_steps=3)
+        kind: loss_curve(tiny_run(load_balance=balance, micro=4, kernels=MEGATRONS), num_steps=3)
         for kind, balance in BALANCES.items()
     }
 
@@ -54,7 +54,7 @@ def megatrons(tiny_run: MakeRun, one_rank: object) -> dict[str, Curve]:
 def test_each_kernel_alone_trains_megatrons_model(
     name: str, kind: str, megatrons: dict[str, Curve], tiny_run: MakeRun, one_rank: object
 ) -> None:
-    run = tiny_run(load_balance=BALANCES[kind], micro=2, kernels=EACH[name])
+    run = tiny_run(load_balance=BALANCES[kind], micro=4, kernels=EACH[name])
     assert_same(loss_curve(run, num_steps=3), megatrons[kind], rel=SAME)
 
 
@@ -99,7 +99,7 @@ def test_each_kernel_is_really_called(
 def test_what_is_computed_again_is_the_same_with_all_kernels(
     recompute: Recompute, megatrons: dict[str, Curve], tiny_run: MakeRun, one_rank: object
 ) -> None:
-    run = tiny_run(load_balance=BALANCES["bias"], micro=2, kernels=THREE, recompute=recompute)
+    run = tiny_run(load_balance=BALANCES["bias"], micro=4, kernels=THREE, recompute=recompute)
     assert_same(loss_curve(run, num_steps=3), megatrons["bias"], rel=SAME)
 
 
@@ -117,7 +117,7 @@ def test_what_is_computed_again_is_the_same_with_all_kernels(
 def test_two_ranks_train_megatrons_model(
     sizes: dict[str, int], kind: str, tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:
-    run = tiny_run(Layout(num_ranks=2, **sizes), load_balance=BALANCES[kind], micro=2)
+    run = tiny_run(Layout(num_ranks=2, **sizes), load_balance=BALANCES[kind], micro=4)
     run = replace(run, kernels=MEGATRONS)
     expected = two_ranks.run(loss_curve, run, num_steps=2)[0]
     found = two_ranks.run(loss_curve, replace(run, kernels=THREE), num_steps=2)[0]
@@ -162,14 +162,14 @@ def test_rows_come_back_into_the_dual_norm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatcher, "unpermute", None)  # nobody adds them up before
-    run = tiny_run(load_balance=BALANCES["bias"], micro=2, kernels=ALL, recompute=recompute)
+    run = tiny_run(load_balance=BALANCES["bias"], micro=4, kernels=ALL, recompute=recompute)
     assert_same(loss_curve(run, num_steps=3), megatrons["bias"], rel=5e-6)
 
 
 def test_gauges_see_the_sum_that_is_inside_the_dual_norm(
     tiny_run: MakeRun, one_rank: object
 ) -> None:
-    run = tiny_run(load_balance=BALANCES["bias"], micro=2, kernels=MEGATRONS)
+    run = tiny_run(load_balance=BALANCES["bias"], micro=4, kernels=MEGATRONS)
     expected = metrics_of_steps(run)
     found = metrics_of_steps(replace(run, kernels=ALL))
     assert found.keys() == expected.keys()
@@ -209,7 +209,7 @@ def test_emulated_fp8_trains_behind_an_activation_with_fewer_roundings(
 
 
 def test_gauges_and_metrics_see_the_same(tiny_run: MakeRun, one_rank: object) -> None:
-    run = tiny_run(load_balance=BALANCES["bias"], micro=2, kernels=MEGATRONS)
+    run = tiny_run(load_balance=BALANCES["bias"], micro=4, kernels=MEGATRONS)
     expected = metrics_of_steps(run)
     found = metrics_of_steps(replace(run, kernels=THREE))
     assert found.keys() == expected.keys()
