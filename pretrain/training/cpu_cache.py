@@ -60,7 +60,10 @@ def cache_file(ranks: int, *, environment: Mapping[str, str], threads: int | Non
 def _digest_of(folders: Sequence[Path]) -> str:
     """Return a digest of the source files of folders and their names."""
     digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in folder.glob("*.[pc]*") if path.is_file()):
+    files = (
+        path for folder in folders for path in folder.iterdir() if path.suffix in (".py", ".c")
+    )
+    for path in sorted(files):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

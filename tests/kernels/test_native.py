@@ -136,7 +136,9 @@ def test_the_number_of_threads_changes_no_bit(operator: Operator) -> None:
         assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
     else:
         for one, two in zip(*found, strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5 * float(one.detach().abs().max()))
+            torch.testing.assert_close(
+                one, two, rtol=1e-5, atol=1e-5 * float(one.detach().abs().max())
+            )
 
 
 @needs_compiler
