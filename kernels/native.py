@@ -24,10 +24,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -70,18 +67,19 @@ def is_there() -> bool:
     return _library() is not None
 
 
-def computes(tensor: "Tensor") -> bool:
+def computes(tensor: Any) -> bool:
     """Return whether what is compiled computes with such a tensor here: fp32 on a CPU."""
     torch = sys.modules["torch"]
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and is_there()
 
 
-def call(name: str, *values: "Tensor | int | float | None") -> None:
+def call(name: str, *values: Any) -> None:
     """Run an operator of native.c, on as many threads as torch's.
 
     Args:
         name: of the function there.
-        values: what it takes, without the threads. Tensors must be dense fp32 of a CPU.
+        values: what it takes, without the threads: numbers, and dense tensors of a CPU, fp32, or
+            int64 for an index; None: no such tensor.
 
     Raises:
         ValueError: if a tensor is something else.

@@ -21,8 +21,8 @@ class Operators:
     """Of the input of a product inside a layer: 1 in FP8."""
     norm: Literal["fused", "dense", "elementary"] = "fused"
     """fused: input and one fp32 number a token; dense (kernels/rms_norm.py in fp32): the same, but
-    of an input that is a slice a copy instead of all that it is a slice of; elementary: an fp32 copy of the input, the
-    normalised values and that number (kernels/rms_norm.py in bf16)."""
+    of an input that is a slice a copy instead of all that it is a slice of; elementary: an fp32
+    copy of the input, the normalised values and that number (kernels/rms_norm.py in bf16)."""
     norm_in_linear: bool = True
     """Whether the norm before a dense FFN, and before grouped-query attention, belongs to the
     linear layer (Transformer Engine's LayerNormLinear): layernorm then does not recompute it."""
