@@ -41,7 +41,8 @@ MEGATRON = """
     pretrain/model/expert_load.py pretrain/model/experts.py pretrain/model/extra_losses.py
     pretrain/model/fp8_histories.py pretrain/model/fp8_modules.py pretrain/model/gauges.py
     pretrain/model/head.py
-    pretrain/model/initialise.py pretrain/model/router.py pretrain/model/transformer_config.py
+    pretrain/model/initialise.py pretrain/model/rotation.py pretrain/model/router.py
+    pretrain/model/transformer_config.py
     pretrain/checkpoint/boxes.py
     pretrain/checkpoint/pieces.py
     pretrain/training/optimizer.py pretrain/training/step_state.py pretrain/training/train_step.py

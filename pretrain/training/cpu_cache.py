@@ -1,9 +1,9 @@
 """What is known of this machine's CPU, and how does it become known?
 
 Its times (pretrain/planner/cpu.py) stand in `$XDG_CACHE_HOME/pretrain/` (`~/.cache/pretrain/`), one
-file for each processor, torch, number of threads and of ranks, probe, code of the operators and their compiler:
-what another code took and kept says nothing of this one. No torch: the ranks that measure are
-processes of their own (cpu_probe.py).
+file for each processor, torch, number of threads and of ranks, probe, code of the operators and
+their compiler: what another code took and kept says nothing of this one. No torch: the ranks that
+measure are processes of their own (cpu_probe.py).
 """
 
 import hashlib
@@ -60,10 +60,8 @@ def cache_file(ranks: int, *, environment: Mapping[str, str], threads: int | Non
 def _digest_of(folders: Sequence[Path]) -> str:
     """Return a digest of the source files of folders and their names."""
     digest = hashlib.sha256()
-    files = (
-        path for folder in folders for path in folder.iterdir() if path.suffix in (".py", ".c")
-    )
-    for path in sorted(files):
+    files = (path for folder in folders for path in folder.iterdir())
+    for path in sorted(path for path in files if path.suffix in (".py", ".c")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

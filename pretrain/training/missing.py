@@ -121,8 +121,8 @@ def pieces() -> Mapping[str, Piece]:
             source="setup.py: it compiles against the torch that is installed",
         ),
         "c_compiler": Piece(
-            does="the first call of each Triton kernel on a GPU; on a CPU, operators between products",
-            cost="that call fails; on a CPU torch's operators, slower by 7 % of a step",
+            does="a Triton kernel's first call on a GPU; on a CPU what is between matrix products",
+            cost="that call fails; on a CPU torch's operators instead, a slower step",
             source="triton, runtime/build.py; docs/decisions/0011",
         ),
         "nvcc": Piece(

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -220,11 +220,11 @@ SAYS = "from kernels import native; print(native.is_there(), native.why_not(), n
 
 
 @pytest.fixture
-def compilers(tmp_path: Path) -> Iterator[Path]:
+def compilers(tmp_path: Path) -> Path:
     """A folder for programs, the only one of the path."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    yield folder
+    return folder
 
 
 def test_without_a_compiler_torch_computes_and_the_reason_is_told(
