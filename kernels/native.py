@@ -50,6 +50,7 @@ _ARGUMENTS = {
     "take_rows": "pnpii",
     "add_rows": "pnpiii",
     "exp_rows": "pppii",
+    "measure": "pppi",
     "rotate_queries": "ppppiiiiii",
     "rotate_keys": "ppppppiiiiii",
     "rotate_keys_backward": "ppppppiiiiii",

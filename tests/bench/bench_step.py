@@ -46,7 +46,7 @@ from tests.pretrain.serving import twin
 
 NUM_SEQUENCES, SEQUENCE_TOKENS = 8, 256
 LOSS_RTOL = 1e-5
-TARGET_RATIO = 0.9
+TARGET_RATIO = 0.8
 BUDGET_S, MIN_REPEATS = 110, 3  # on a busy machine fewer repeats, not a longer bench
 ADAMW = AdamW(lr=1e-4)
 SPEC = ModelSpec(

@@ -185,6 +185,23 @@ def test_large_and_small_activations_saturate() -> None:
 
 
 @needs_compiler
+def test_measures_add_up_and_keep_the_largest() -> None:
+    sums, largest = torch.zeros(2), torch.full((), float("-inf"))
+    parts = [torch.randn(3, 4097), torch.full((5,), -9.0), torch.zeros(1), torch.empty(0)]
+    for part in parts:
+        native.call("measure", part, sums, largest, part.numel())
+    values = torch.cat([part.flatten() for part in parts]).double()
+    assert sums.tolist() == pytest.approx([float(values.square().sum()), len(values)], rel=1e-6)
+    assert float(largest) == 9.0
+    for bad in (float("nan"), 1e30):  # once lost, for ever
+        native.call("measure", torch.tensor([1.0, bad]), sums, largest, 2)
+        assert largest.isnan()
+    infinite = torch.zeros(())
+    native.call("measure", torch.tensor([float("-inf")]), sums, infinite, 1)
+    assert float(infinite) == float("inf")
+
+
+@needs_compiler
 def test_rows_of_a_tile_see_no_later_key() -> None:
     size, keys = SHORT_TILE_TOKENS, SHORT_TILE_TOKENS + 7
     weights = torch.randn(3, size, keys)
