@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 import torch
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from parallel.device import Device
 from parallel.machine import Cpu
