@@ -7,23 +7,20 @@ linear in S; its extra columns are zeros and are cut off. Time on two CPU cores,
 against the fall-back, forward and backward: 23 to 27 ms for heads of 48 and 32 (8 x 8 heads, 256
 tokens), 65 to 60 ms for 192 and 128 (2 x 8 heads, 512 tokens).
 
-Short sequences in fp32 on a CPU have a way of their own (`_ShortAttention`): tiles of rows, each
-against the keys that it can see, as batched matrix products. Nothing is padded, nothing above the
-diagonal is computed but inside a tile, and the weights are kept for the backward pass, which the
-fused attention computes again. What is kept grows with S^2, as long as the rows are short hardly
-beyond the inputs themselves. Forward and backward, one thread, fused and padded against tiles: 30
-to 20 ms for 8 x 8 heads of 48 and 32 and 256 tokens, 52 to 39 ms for half of them and 512 tokens,
-205 to 98 ms for 2 x 8 heads of 192 and 128; at 1,024 tokens the fused one is faster.
+In fp32 on a CPU it is compiled (kernels/attention.c): nothing is padded, hardly anything above the
+diagonal is computed, tensors are read where they lie, and what is kept for the backward pass is
+two numbers a row beside queries, keys and values.
 
 Where a rank holds only a part of the sequence (parallel/context.py), its queries stand at other
 positions than the first keys, and torch's fused attention knows no such mask. Here tiles of rows
 attend one after the other, each to the keys it can see, with a mask that is a window on one small
-buffer: memory stays linear in S.
+buffer: memory stays linear in S. What is compiled is told the position.
 
 B batch, S sequence (of queries), K sequence of keys, N heads, H head size of q and k, W head size
 of v.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,10 +34,6 @@ TILE_TOKENS = 256
 """Queries that share one mask; their surplus is at most so many keys a query."""
 _SCORE_ROWS = 64
 """Queries whose scores stand in memory together where only the largest is wanted."""
-SHORT_TOKENS = 512
-"""Longest sequence whose attention weights are kept, in fp32 on a CPU: 0.5 MiB a head."""
-SHORT_TILE_TOKENS = 64
-"""Its queries that are multiplied with the same keys."""
 
 
 def causal_attention(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSW: Tensor, *, scale: float) -> Tensor:
@@ -60,12 +53,7 @@ def causal_attention(q_BNSH: Tensor, k_BNSH: Tensor, v_BNSW: Tensor, *, scale: f
 
     Source: transformers 5.23 AXK1Attention; the padding is our choice, docs/decisions/0006.
     """
-    if _is_short(q_BNSH):
-        _check_value_size(v_BNSW, head_size=q_BNSH.shape[-1])
-        return _ShortAttention.apply(q_BNSH, k_BNSH, v_BNSW, scale)  # type: ignore[no-any-return]  apply is untyped
-    v_BNSH = _padded(v_BNSW, head_size=q_BNSH.shape[-1])
-    out_BNSH = F.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, is_causal=True, scale=scale)
-    return out_BNSH[..., : v_BNSW.shape[-1]]
+    return causal_attention_from(q_BNSH, k_BNSH, v_BNSW, first=0, scale=scale)
 
 
 def causal_attention_from(
@@ -94,10 +82,14 @@ def causal_attention_from(
             f"{num_queries} queries from position {first} and {num_keys} keys given; 0 to"
             f" {num_keys - num_queries} is allowed for the first position"
         )
+    _check_value_size(v_BNKW, head_size=q_BNSH.shape[-1])
+    if native.computes(q_BNSH):
+        return _Compiled.apply(q_BNSH, k_BNKH, v_BNKW, first, scale)  # type: ignore[no-any-return]  apply is untyped
     if first == 0:
-        k_BNSH, v_BNSW = k_BNKH[..., :num_queries, :], v_BNKW[..., :num_queries, :]
-        return causal_attention(q_BNSH, k_BNSH, v_BNSW, scale=scale)
-    v_BNKH = _padded(v_BNKW, head_size=q_BNSH.shape[-1])
+        k_BNSH, v_BNSH = k_BNKH[..., :num_queries, :], _padded(v_BNKW[..., :num_queries, :], q_BNSH)
+        out = F.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, is_causal=True, scale=scale)
+        return out[..., : v_BNKW.shape[-1]]
+    v_BNKH = _padded(v_BNKW, q_BNSH)
     bias_TK = _bias(q_BNSH, num_rows=min(num_queries, TILE_TOKENS), num_keys=first + num_queries)
     tiles_BNTH: list[Tensor] = []
     for row in range(0, num_queries, TILE_TOKENS):
@@ -157,10 +149,9 @@ def _bias(like: Tensor, *, num_rows: int, num_keys: int) -> Tensor:
     return bias_TK.triu_(num_keys - num_rows + 1)
 
 
-def _padded(v_BNSW: Tensor, *, head_size: int) -> Tensor:
+def _padded(v_BNSW: Tensor, like_BNSH: Tensor) -> Tensor:
     """Return values with zeros up to the head size of the queries."""
-    _check_value_size(v_BNSW, head_size=head_size)
-    surplus = head_size - v_BNSW.shape[-1]
+    surplus = like_BNSH.shape[-1] - v_BNSW.shape[-1]
     return F.pad(v_BNSW, (0, surplus)) if surplus else v_BNSW
 
 
@@ -173,88 +164,48 @@ def _check_value_size(v_BNSW: Tensor, *, head_size: int) -> None:
         )
 
 
-def _is_short(q_BNSH: Tensor) -> bool:
-    fits = q_BNSH.dtype == torch.float32 and q_BNSH.device.type == "cpu"
-    return fits and q_BNSH.shape[-2] <= SHORT_TOKENS
+class _Compiled(torch.autograd.Function):
+    """Attention and its gradient by kernels/attention.c.
 
-
-class _ShortAttention(torch.autograd.Function):
-    """P v with P = softmax(q k^T scale + causal mask), and its gradient, tile by tile of queries.
-
-    dv = P^T do; with dP = do v^T, dS = P (dP - rowsum(P dP)); dq = dS k scale, dk = dS^T q scale.
-    Batch and heads are one dim G. Products read queries, keys and values where they lie; results
-    are written in the order [S, G, ...] in which MLA has made its inputs and wants its outputs.
+    What comes out lies in memory in the order [S, B, N, ...], in which MLA makes its inputs and
+    wants its outputs.
     """
 
     @staticmethod
-    def forward(ctx: Any, q_BNSH: Tensor, k_BNSH: Tensor, v_BNSW: Tensor, scale: float) -> Tensor:
-        q, k, v = (tensor.flatten(0, 1) for tensor in (q_BNSH, k_BNSH, v_BNSW))
-        num_tokens = q.shape[1]
-        out = _sequence_first(v)
-        future_TT = q.new_full((SHORT_TILE_TOKENS, SHORT_TILE_TOKENS), float("-inf")).triu_(1)
-        tiles: list[Tensor] = []  # weights [G, T, keys up to the tile's last row]
-        for start in range(0, num_tokens, SHORT_TILE_TOKENS):
-            stop = min(start + SHORT_TILE_TOKENS, num_tokens)
-            weights = q.new_empty(len(q), stop - start, stop)
-            keys = k[:, :stop].mT
-            torch.baddbmm(weights, q[:, start:stop], keys, beta=0, alpha=scale, out=weights)
-            _softmax_(weights, future_TT[: stop - start, : stop - start])
-            out[:, start:stop] = weights @ v[:, :stop]
-            tiles.append(weights)
-        ctx.scale = scale
-        ctx.shapes = (q_BNSH.shape, k_BNSH.shape, v_BNSW.shape)
-        ctx.save_for_backward(q, k, v, *tiles)
-        return out.view_as(v_BNSW)
+    def forward(
+        ctx: Any, q_BNSH: Tensor, k_BNKH: Tensor, v_BNKW: Tensor, first: int, scale: float
+    ) -> Tensor:
+        qkv = [t if t.stride(-1) == 1 else t.contiguous() for t in (q_BNSH, k_BNKH, v_BNKW)]
+        (b, n, s, h), w = q_BNSH.shape, v_BNKW.shape[-1]
+        sizes = (b, n, s, first, h, w)
+        out_SBNW, kept = q_BNSH.new_empty(s, b, n, w), q_BNSH.new_empty(b, n, s, 2)
+        native.call("attention", *qkv, _strides(qkv), out_SBNW, kept, *sizes, scale)
+        ctx.sizes, ctx.scale = sizes, scale
+        ctx.save_for_backward(*qkv, kept)
+        return out_SBNW.permute(1, 2, 0, 3)
 
     @staticmethod
     @once_differentiable  # an untyped decorator, hence the silenced rule
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, *tiles = ctx.saved_tensors
-        dout = grad_outputs[0].flatten(0, 1)
-        dq, dk, dv = (_sequence_first(tensor) for tensor in (q, k, v))
-        stop = q.shape[1]
-        for weights in reversed(tiles):  # the last tile sees every key: it writes, others add
-            start = stop - weights.shape[1]
-            d = dout[:, start:stop]
-            dscores = d @ v[:, :stop].mT
-            _softmax_backward_(dscores, weights, scale=ctx.scale)
-            dq[:, start:stop] = dscores @ k[:, :stop]
-            for whole, part in ((dk, dscores.mT @ q[:, start:stop]), (dv, weights.mT @ d)):
-                if stop == whole.shape[1]:
-                    whole.copy_(part)
-                else:
-                    whole[:, :stop] += part
-            stop = start
-        shape_q, shape_k, shape_v = ctx.shapes
-        return dq.view(shape_q), dk.view(shape_k), dv.view(shape_v), None
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        *qkv, kept = ctx.saved_tensors
+        _, _, s, first, _, _ = ctx.sizes
+        dout_SBNW = grad_outputs[0].permute(2, 0, 1, 3).contiguous()
+        gradients = [t.new_empty(t.permute(2, 0, 1, 3).shape) for t in qkv]
+        for gradient in gradients[1:]:
+            gradient[first + s :] = 0  # keys that nobody sees
+        native.call(
+            *("attention_backward", *qkv, _strides(qkv), dout_SBNW, kept, *gradients),
+            *(*ctx.sizes, ctx.scale),
+        )
+        dq, dk, dv = (gradient.permute(1, 2, 0, 3) for gradient in gradients)
+        return dq, dk, dv, None, None
 
 
-def _softmax_(scores_GTK: Tensor, future_TT: Tensor) -> None:
-    """Make scores of a causal attention's last rows weights, in place."""
-    if native.computes(scores_GTK):
-        native.call("causal_softmax", scores_GTK, *scores_GTK.shape)
-        return
-    scores_GTK[:, :, -len(future_TT) :] += future_TT
-    torch.softmax(scores_GTK, -1, out=scores_GTK)
-
-
-def _softmax_backward_(dweights_GTK: Tensor, weights_GTK: Tensor, *, scale: float) -> None:
-    """Make the gradient of weights that of the products that became scores, in place."""
-    if native.computes(weights_GTK):
-        shape = weights_GTK.shape
-        native.call("causal_softmax_backward", weights_GTK, dweights_GTK, *shape, scale)
-        return
-    torch.ops.aten._softmax_backward_data.out(
-        dweights_GTK, weights_GTK, -1, dweights_GTK.dtype, grad_input=dweights_GTK
-    )
-    dweights_GTK *= scale
-
-
-def _sequence_first(like_GSH: Tensor) -> Tensor:
-    """Return an empty `[G, S, H]` that lies in memory as `[S, G, H]`."""
-    return like_GSH.new_empty(like_GSH.transpose(0, 1).shape).transpose(0, 1)
+def _strides(qkv: Sequence[Tensor]) -> Tensor:
+    """Return `[3, 3]` int64: steps between positions, sequences and heads of each."""
+    return torch.tensor([(t.stride(2), t.stride(0), t.stride(1)) for t in qkv])
 
 
 def causal_attention_reference(

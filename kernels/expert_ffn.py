@@ -75,23 +75,22 @@ class _ExpertFFN(torch.autograd.Function):
     ) -> Tensor:
         num_experts = len(num_tokens)
         y_TD = torch.empty_like(x_TD)
-        hidden: list[Tensor] = []  # per expert [n, 2F], before the activation
+        hidden_TF = x_TD.new_empty(len(x_TD), len(matrices[0]))  # before the activation, [T, 2F]
         a_rows = _rows(matrices[num_experts], num_tokens)
-        for x, w, y, fc1, fc2 in zip(
+        for x, w, h, y, fc1, fc2 in zip(
             x_TD.split_with_sizes(num_tokens),
             weight_T.unsqueeze(-1).split_with_sizes(num_tokens),
+            hidden_TF.split_with_sizes(num_tokens),
             y_TD.split_with_sizes(num_tokens),
             matrices[:num_experts],
             matrices[num_experts:],
             strict=True,
         ):
-            h = x @ fc1.t()
-            a = _activate(h, w, out=a_rows[: len(x)])
-            torch.mm(a, fc2.t(), out=y)
-            hidden.append(h)
+            torch.mm(x, fc1.t(), out=h)
+            torch.mm(_activate(h, w, out=a_rows[: len(x)]), fc2.t(), out=y)
         ctx.num_tokens = num_tokens
         ctx.main_grads = main_grads
-        ctx.save_for_backward(x_TD, weight_T, *matrices, *hidden)
+        ctx.save_for_backward(x_TD, weight_T, hidden_TF, *matrices)
         return y_TD
 
     @staticmethod
@@ -101,11 +100,9 @@ class _ExpertFFN(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         (dy_TD,) = grad_outputs
         num_tokens: list[int] = ctx.num_tokens
-        x_TD, weight_T, *saved = ctx.saved_tensors
+        x_TD, weight_T, hidden_TF, *matrices = ctx.saved_tensors
         num_experts = len(num_tokens)
-        fc1s, fc2s, hidden = (
-            saved[start : start + num_experts] for start in range(0, len(saved), num_experts)
-        )
+        fc1s, fc2s = matrices[:num_experts], matrices[num_experts:]
         dx_TD, dweight_T = torch.empty_like(x_TD), torch.empty_like(weight_T)
         main_grads: Sequence[Tensor] | None = ctx.main_grads
         handed_out = [] if main_grads else [torch.empty_like(m) for m in (*fc1s, *fc2s)]
@@ -122,7 +119,7 @@ class _ExpertFFN(torch.autograd.Function):
             fc2s,
             sums[:num_experts],
             sums[num_experts:],
-            hidden,
+            hidden_TF.split_with_sizes(num_tokens),
             strict=True,
         ):
             da, a, slope, dh = (rows[: len(x)] for rows in (da_rows, a_rows, slope_rows, dh_rows))

@@ -7,45 +7,7 @@
  * n rows (tokens), d columns (model), f columns (FFN width); arrays are dense and row by row.
  */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-enum { WORTH_A_THREAD = 32768 }; /* values, below which waking one takes longer */
-
-#define INLINE static inline __attribute__((always_inline))
-
-/* e^x for x in [-87.3, 88.3] or NaN: 2^k times a polynomial of what is left, |r| <= ln 2 / 2, with
- * Cephes' coefficients; within 2 ulp. */
-INLINE float exp_in_range(float x) {
-    const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    float k = (x * 1.44269504088896341f + shift) - shift;
-    float r = x - k * 0.693359375f;
-    r = r - k * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + (r + 1.0f);
-    union { int32_t bits; float value; } power = {((int32_t)k + 127) << 23};
-    return p * power.value;
-}
-
-/* e^x for x <= 0 or NaN; 0 where torch has numbers below the normal ones. */
-INLINE float exp_of_negative(float x) {
-    float bounded = x < -87.3f ? -87.3f : x; /* NaN compares false and stays */
-    float result = exp_in_range(bounded);
-    return x < -87.3f ? 0.0f : result;
-}
-
-/* 1 / (1 + e^-x); below -88.3 it stays at 5e-39. */
-INLINE float sigmoid(float x) {
-    float bounded = x > 87.3f ? 87.3f : x;
-    bounded = bounded < -88.3f ? -88.3f : bounded;
-    return 1.0f / (1.0f + exp_in_range(-bounded));
-}
+#include "native.h"
 
 /* a = silu(gate) up weight; hidden [n, 2f] is gate and up side by side, weight may be NULL. */
 void swiglu(const float *restrict hidden, const float *restrict weight, float *restrict a,
@@ -123,43 +85,6 @@ void rms_norm_backward(const float *restrict dy, const float *restrict x,
 #pragma omp simd
             for (int64_t i = 0; i < d; i++) out[i] = given[i] * scale[i] * r + in[i] * along;
         }
-    }
-}
-
-/* Softmax in place of scores [g, t, k], each of g heads a square of causal attention's last t rows:
- * row i sees the first k - t + i + 1 keys, the others get 0. */
-void causal_softmax(float *restrict scores, int64_t g, int64_t t, int64_t k, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (g * t * k >= WORTH_A_THREAD)
-    for (int64_t row = 0; row < g * t; row++) {
-        float *values = scores + row * k, largest = -INFINITY, sum = 0.0f;
-        int64_t seen = k - t + row % t + 1;
-#pragma omp simd reduction(max : largest)
-        for (int64_t i = 0; i < seen; i++) largest = values[i] > largest ? values[i] : largest;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < seen; i++) {
-            values[i] = exp_of_negative(values[i] - largest);
-            sum += values[i];
-        }
-        float share = 1.0f / sum;
-#pragma omp simd
-        for (int64_t i = 0; i < seen; i++) values[i] *= share;
-        memset(values + seen, 0, sizeof(float) * (size_t)(k - seen));
-    }
-}
-
-/* In place, dweights [g, t, k] becomes scale weights (dweights - sum of weights dweights). */
-void causal_softmax_backward(const float *restrict weights, float *restrict dweights, int64_t g,
-                             int64_t t, int64_t k, float scale, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (g * t * k >= WORTH_A_THREAD)
-    for (int64_t row = 0; row < g * t; row++) {
-        const float *w = weights + row * k;
-        float *d = dweights + row * k, sum = 0.0f;
-        int64_t seen = k - t + row % t + 1;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < seen; i++) sum += w[i] * d[i];
-#pragma omp simd
-        for (int64_t i = 0; i < seen; i++) d[i] = scale * w[i] * (d[i] - sum);
-        memset(d + seen, 0, sizeof(float) * (size_t)(k - seen));
     }
 }
 

@@ -1,11 +1,12 @@
 """Which operators of a CPU are compiled, and where does their library come from?
 
 torch's operators, called one after the other, read and write the same values again and again.
-`native.c` has what comes between two matrix products in one pass each, in fp32. It is compiled once
-for each machine by the C compiler that is there, kept in `$XDG_CACHE_HOME/pretrain/`
-(`~/.cache/pretrain/`) and loaded by ctypes: nothing to install, nothing to link. A machine without
-a compiler computes with torch's operators, the same up to the order of sums; which of both it is
-stands in the log and in the run's provenance. PRETRAIN_NATIVE=0 leaves the compiler out.
+`native.c` has what comes between two matrix products in one pass each, in fp32, `attention.c` all
+of causal attention. They are compiled once for each machine by the C compiler that is there, kept
+in `$XDG_CACHE_HOME/pretrain/` (`~/.cache/pretrain/`) and loaded by ctypes: nothing to install,
+nothing to link. A machine without a compiler computes with torch's operators, the same up to the
+order of sums; which of both it is stands in the log and in the run's provenance. PRETRAIN_NATIVE=0
+leaves the compiler out.
 
 No torch until an operator is called.
 
@@ -28,9 +29,11 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".c")
+_FOLDER = Path(__file__).parent
+SOURCES = (_FOLDER / "native.c", _FOLDER / "attention.c")
+_HEADERS = (_FOLDER / "native.h",)
 BLOCK_ROWS = 64
-"""Rows whose part of a sum over tokens is one number, added in their order; as in the source."""
+"""Rows whose part of a sum over tokens is one number, added in their order; as in native.c."""
 SWITCH = "PRETRAIN_NATIVE"
 _FLAGS = (
     *("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-fopenmp"),
@@ -39,14 +42,15 @@ _FLAGS = (
 )
 _PATIENCE_S = 120
 
-# p: a fp32 tensor or None, n: an int64 tensor, i: int64, f: float; then the number of threads
+# p: a fp32 tensor or None, s: a fp32 tensor whose columns alone must be dense, n: an int64 tensor,
+# i: int64, f: float; then the number of threads
 _ARGUMENTS = {
     "swiglu": "pppii",
     "swiglu_backward": "ppppppii",
     "rms_norm": "ppppiif",
     "rms_norm_backward": "ppppppii",
-    "causal_softmax": "piii",
-    "causal_softmax_backward": "ppiiif",
+    "attention": "sssnppiiiiiif",
+    "attention_backward": "sssnpppppiiiiiif",
     "take_rows": "pnpii",
     "add_rows": "pnpiii",
     "exp_rows": "pppii",
@@ -57,6 +61,7 @@ _ARGUMENTS = {
 }
 _KINDS: dict[str, Any] = {
     "p": ctypes.c_void_p,
+    "s": ctypes.c_void_p,
     "n": ctypes.c_void_p,
     "i": ctypes.c_int64,
     "f": ctypes.c_float,
@@ -75,10 +80,10 @@ def computes(tensor: Any) -> bool:
 
 
 def call(name: str, *values: Any) -> None:
-    """Run an operator of native.c, on as many threads as torch's.
+    """Run a compiled operator, on as many threads as torch's.
 
     Args:
-        name: of the function there.
+        name: of the function.
         values: what it takes, without the threads: numbers, and dense tensors of a CPU, fp32, or
             int64 for an index; None: no such tensor.
 
@@ -91,17 +96,18 @@ def call(name: str, *values: Any) -> None:
         raise RuntimeError(f"{name} asked for, but there are no compiled operators: {why_not()}")
     getattr(library, name)(
         *(
-            _pointer(value, torch.int64 if kind == "n" else torch.float32)
-            if isinstance(value, torch.Tensor)
-            else value
+            _pointer(value, kind) if isinstance(value, torch.Tensor) else value
             for kind, value in zip(_ARGUMENTS[name], values, strict=True)
         ),
         torch.get_num_threads(),
     )
 
 
-def _pointer(tensor: Any, dtype: Any) -> int:
-    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+def _pointer(tensor: Any, kind: str) -> int:
+    torch = sys.modules["torch"]
+    dtype = torch.int64 if kind == "n" else torch.float32
+    is_dense = tensor.stride(-1) == 1 if kind == "s" else tensor.is_contiguous()
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or not is_dense:
         raise ValueError(
             f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()} given, dense"
             f" {dtype} on cpu is allowed"
@@ -137,7 +143,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(_compiled(compiler, _folder(os.environ))))
     except (OSError, subprocess.SubprocessError) as error:
-        return None, f"{compiler} made no library of {SOURCE.name}: {_reason(error)}"
+        return None, f"{compiler} made no library of {SOURCES[0].parent.name}: {_reason(error)}"
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
         function.restype = None
@@ -146,13 +152,14 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _compiled(compiler: str, folder: Path) -> Path:
-    """Return the library of this source, compiler and processor, made if it is not in `folder`.
+    """Return the library of these sources, compiler and processor, made if it is not in `folder`.
 
     Raises:
         OSError: if nothing can be written.
         subprocess.SubprocessError: if the compiler fails, or takes minutes.
     """
-    made_of = (_compiler_version(compiler), " ".join(_FLAGS), _processor(), SOURCE.read_text())
+    code = [path.read_text(encoding="utf-8") for path in (*_HEADERS, *SOURCES)]
+    made_of = (_compiler_version(compiler), " ".join(_FLAGS), _processor(), *code)
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     library = folder / f"native_{digest}.so"
     if library.exists():
@@ -160,7 +167,7 @@ def _compiled(compiler: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as beside:
         fresh = Path(beside) / library.name
-        words = [compiler, *_FLAGS, str(SOURCE), "-o", str(fresh), "-lm"]
+        words = [compiler, *_FLAGS, *map(str, SOURCES), "-o", str(fresh), "-lm"]
         subprocess.run(words, check=True, capture_output=True, text=True, timeout=_PATIENCE_S)
         fresh.replace(library)  # whole or not at all, whichever rank comes first
     return library

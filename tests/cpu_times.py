@@ -17,6 +17,7 @@ def round_times(*, ranks: int, threads: int = 1) -> CpuTimes:
         torch="2.13.0",
         threads=threads,
         ranks=ranks,
+        is_compiled=True,
         products_s=tuple(2 * m * n * k / 1e10 for m, n, k in PRODUCTS),
         attention_s=tuple(0.004 * tokens / 256 for _, tokens in ATTENTION),
         exchanges_s=tuple(5e-4 + size / 1e9 for size in EXCHANGED_BYTES) if ranks > 1 else (),

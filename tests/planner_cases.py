@@ -1,5 +1,6 @@
 """Which step of the planner is a case of tests/saved_tensors.py?"""
 
+from kernels import native
 from parallel.stages import stage_slots
 from pretrain.planner.architecture import architecture_of
 from pretrain.planner.kept import Sizes, balanced_rows
@@ -42,6 +43,8 @@ def sizes_of(case: Case, *, routed_rows: int | None = None) -> Sizes:
     workload = workload_of(case)
     return Sizes(
         workload=workload,
-        operators=cpu_operators(workload, dual_norm=case.kernels.dual_norm),
+        operators=cpu_operators(
+            workload, dual_norm=case.kernels.dual_norm, is_compiled=native.is_there()
+        ),
         routed_rows=balanced_rows(workload) if routed_rows is None else routed_rows,
     )

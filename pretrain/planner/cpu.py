@@ -109,6 +109,8 @@ class CpuTimes:
     """Of each rank."""
     ranks: int
     """At work at the same time."""
+    is_compiled: bool
+    """Whether operators were compiled (kernels/native.py); torch's otherwise."""
     products_s: tuple[float, ...]
     """Of `PRODUCTS`."""
     attention_s: tuple[float, ...]
@@ -166,6 +168,8 @@ class Cpu:
     """Of a rank's process before there is a model: interpreter, libraries, threads."""
     slack: float
     """Resident bytes for each byte of activations: what the allocator keeps beside them."""
+    is_compiled: bool
+    """Whether operators are compiled (kernels/native.py)."""
 
 
 def case_workload(case: Case, *, ranks: int) -> Workload:
@@ -208,8 +212,9 @@ def cpu_of(times: CpuTimes) -> Cpu:
         },
     )
     hardware = _with_steps(hardware, workloads, times.steps_s)
-    base, slack = _memory(workloads, times.peaks_bytes)
-    return Cpu(hardware=hardware, base_bytes=base, slack=slack)
+    compiled = times.is_compiled
+    base, slack = _memory(workloads, times.peaks_bytes, is_compiled=compiled)
+    return Cpu(hardware=hardware, base_bytes=base, slack=slack, is_compiled=compiled)
 
 
 def _product_curve(products_s: Sequence[float]) -> tuple[float, float]:
@@ -332,9 +337,11 @@ def not_negative(rows: "np.ndarray[Any, Any]", values: "np.ndarray[Any, Any]") -
     return [float(value) for value in best]
 
 
-def _memory(workloads: Sequence[Workload], peaks_bytes: Sequence[int]) -> tuple[float, float]:
+def _memory(
+    workloads: Sequence[Workload], peaks_bytes: Sequence[int], *, is_compiled: bool
+) -> tuple[float, float]:
     """Return base and slack from the peaks of the first two cases."""
-    least, most = (counted_memory(workload)[0] for workload in workloads[:2])
+    least, most = (counted_memory(one, is_compiled=is_compiled)[0] for one in workloads[:2])
     own = [peak - one.state.total for peak, one in zip(peaks_bytes, (least, most), strict=False)]
     slack = (own[1] - own[0]) / (_moving(most) - _moving(least))
     slack = max(slack, 1.0)  # an allocator gives no less than was asked for
@@ -345,14 +352,21 @@ def _moving(stage: StageMemory) -> int:
     return stage.kept_bytes + stage.moment_bytes
 
 
-def counted_memory(workload: Workload, *, dual_norm: str = "separate") -> tuple[StageMemory, ...]:
+def counted_memory(
+    workload: Workload, *, is_compiled: bool, dual_norm: str = "separate"
+) -> tuple[StageMemory, ...]:
     """Return what is counted of each stage on a CPU; process and allocator are not.
 
     Args:
         workload: on a CPU.
+        is_compiled: whether its operators are compiled (kernels/native.py).
         dual_norm: the run's `kernels.dual_norm`.
     """
-    operators = cpu_operators(workload, dual_norm="fused" if dual_norm == "fused" else "separate")
+    operators = cpu_operators(
+        workload,
+        dual_norm="fused" if dual_norm == "fused" else "separate",
+        is_compiled=is_compiled,
+    )
     return predict_memory(workload, operators=operators, constants=_NOTHING)
 
 

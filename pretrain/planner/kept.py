@@ -21,8 +21,6 @@ Ledger = Counter[str]
 _FP32, _INT64, _INT32, _BOOL = 4, 8, 4, 1
 _MASK_ROWS = 256
 """TILE_TOKENS of kernels/attention.py."""
-_SHORT_TOKENS, _TILE_ROWS = 512, 64
-"""SHORT_TOKENS and SHORT_TILE_TOKENS of the same file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,19 +36,6 @@ class Sizes:
     def tokens(self) -> int:
         """T."""
         return self.workload.micro_batch_tokens
-
-    @property
-    def is_short(self) -> bool:
-        """Whether a CPU keeps the attention weights of such sequences."""
-        return self.workload.sequence_tokens <= _SHORT_TOKENS
-
-    @property
-    def weight_tiles(self) -> int:
-        """Attention weights that tiles of rows keep for a head: each sees keys up to its end."""
-        length = self.workload.sequence_tokens
-        tiles = ((first, min(first + _TILE_ROWS, length)) for first in range(0, length, _TILE_ROWS))
-        weights = sum((last - first) * last for first, last in tiles)
-        return self.workload.micro_batch_sequences * weights
 
     @property
     def own_tokens(self) -> int:
@@ -181,7 +166,7 @@ def _core(sizes: Sizes, *, num_kv_heads: int, is_latent: bool) -> Ledger:
     tp, q = workload.layout.tp, operators.value_bytes
     heads, groups = attention.num_heads // tp, max(num_kv_heads // tp, 1)
     score, value = attention.score_size, attention.value_size
-    is_padded = operators.attention_core in ("padded_flash", "short_tiles") and value < score
+    is_padded = operators.attention_core == "padded_flash" and value < score
     wide = score if is_padded else value
     tokens = sizes.tokens
     queries, output = tokens * heads * score * q, tokens * heads * value * q
@@ -190,9 +175,10 @@ def _core(sizes: Sizes, *, num_kv_heads: int, is_latent: bool) -> Ledger:
         core = 0 if is_dropped else queries + tokens * groups * (score + value) * q
         return Ledger({"core_attention": core, "linear_proj": output})
     cp = workload.layout.cp
-    if operators.attention_core == "short_tiles" and cp == 1 and sizes.is_short:
-        groups_of_keys = queries + tokens * groups * (score + value) * q
-        core = sizes.weight_tiles * heads * q + (0 if is_dropped else groups_of_keys)
+    if operators.attention_core == "compiled":
+        keys = cp * tokens * groups * (score + value) * q  # of all context ranks: kept anyway
+        core = 2 * tokens * heads * _FP32 + (0 if is_dropped else queries)
+        core += 0 if is_dropped and cp == 1 else keys
         return Ledger({"core_attention": core, "linear_proj": output})
     core = tokens * heads * (wide * q + _FP32)
     if cp > 1 and operators.context_exchange == "gather":

@@ -31,11 +31,11 @@ class Operators:
     rotary: Literal["fused", "tables", "elementary"] = "fused"
     """tables (kernels/mla_rotation.py): cosines and sines of the sequence are kept by each layer.
     elementary: cosines and sines of the sequence are kept by each layer, twice."""
-    attention_core: Literal["flash", "padded_flash", "short_tiles"] = "flash"
+    attention_core: Literal["flash", "padded_flash", "compiled"] = "flash"
     """flash: queries, keys, values, output and the logarithm of each row's sum. padded_flash
     (kernels/attention.py): the same with values as wide as queries; where they were narrower, the
-    output projection keeps its own input. short_tiles: the same, but up to 512 tokens the weights
-    of the rows' tiles instead of output and logarithms, and values as they are."""
+    output projection keeps its own input. compiled (kernels/attention.c): two numbers a row instead
+    of output and logarithms, and values as they are."""
     context_exchange: Literal["ring", "all_to_all", "gather"] = "ring"
     """How context ranks share keys and values. ring: each keeps its own; all_to_all: heads for
     tokens, the output before and after the exchange is kept; gather: keys and values of the whole
@@ -92,13 +92,16 @@ def own_operators(workload: Workload, *, dual_norm: Literal["separate", "fused"]
     )
 
 
-def cpu_operators(workload: Workload, *, dual_norm: Literal["separate", "fused"]) -> Operators:
+def cpu_operators(
+    workload: Workload, *, dual_norm: Literal["separate", "fused"], is_compiled: bool
+) -> Operators:
     """Return the operators of our model on a CPU.
 
     Args:
         workload: `number_format` is read; fp32 has operators of our own, as with `auto` in the
             run's other kernels.
         dual_norm: the run's `kernels.dual_norm`.
+        is_compiled: whether there is a compiler for them (kernels/native.py).
     """
     is_fp32 = workload.number_format == "fp32"
     value_bytes = 4 if is_fp32 else 2
@@ -109,7 +112,7 @@ def cpu_operators(workload: Workload, *, dual_norm: Literal["separate", "fused"]
         norm_in_linear=False,
         dual_norm=dual_norm,
         rotary="tables" if is_fp32 else "elementary",
-        attention_core="short_tiles" if is_fp32 else "padded_flash",
+        attention_core="compiled" if is_fp32 and is_compiled else "padded_flash",
         context_exchange="gather",
         gate="fused" if is_fp32 else "elementary",
         experts="shared_buffers" if is_fp32 else "one_by_one",

@@ -61,7 +61,7 @@ def _digest_of(folders: Sequence[Path]) -> str:
     """Return a digest of the source files of folders and their names."""
     digest = hashlib.sha256()
     files = (path for folder in folders for path in folder.iterdir())
-    for path in sorted(path for path in files if path.suffix in (".py", ".c")):
+    for path in sorted(path for path in files if path.suffix in (".py", ".c", ".h")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

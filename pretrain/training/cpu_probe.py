@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from kernels import native
 from kernels.attention import causal_attention
 from parallel import groups
 from parallel.device import Device
@@ -61,6 +62,7 @@ def measure(path: str) -> int:
         torch=importlib.metadata.version("torch"),
         threads=torch.get_num_threads(),
         ranks=ranks,
+        is_compiled=native.is_there(),
         products_s=tuple(_product(shape) for shape in PRODUCTS),
         attention_s=tuple(_attention(*shape) for shape in ATTENTION),
         exchanges_s=tuple(map(_exchange, EXCHANGED_BYTES)) if ranks > 1 else (),

@@ -123,7 +123,8 @@ def _on_cpu(run: Run, *, threads: int) -> Expected:
 
 def _cpu_memory(run: Run, cpu: Cpu, workload: Workload) -> dict[str, float]:
     found: list[dict[str, float]] = []
-    for stage in counted_memory(workload, dual_norm=run.kernels.dual_norm):
+    dual_norm = run.kernels.dual_norm
+    for stage in counted_memory(workload, is_compiled=cpu.is_compiled, dual_norm=dual_norm):
         copies = saved_bytes(workload, stage.pipeline_rank)
         found.append(cpu_memory(cpu, stage, copies_bytes=copies))
     found[0]["reports"] = _REPORTS_BYTES

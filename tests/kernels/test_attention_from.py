@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import attention
+from kernels import attention, native
 from kernels.attention import (
     causal_attention,
     causal_attention_from,
@@ -33,9 +33,11 @@ def draw(B: int, N: int, S: int, K: int, H: int, W: int) -> list[Tensor]:
     return [torch.randn(size, generator=generator) for size in sizes]
 
 
-@pytest.fixture(params=[256, 4], ids=["one tile", "tiles of 4"])
+@pytest.fixture(params=[0, 256, 4], ids=["compiled where it is", "one tile", "tiles of 4"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "TILE_TOKENS", request.param)
+    if request.param:
+        monkeypatch.setattr(native, "is_there", lambda: False)
+        monkeypatch.setattr(attention, "TILE_TOKENS", request.param)
 
 
 @pytest.mark.usefixtures("tiles")
