@@ -99,6 +99,9 @@ class Row:
     median_ms: float
     ratio: float
     """min_ms by transformers' min_ms."""
+    paired_ratio: float
+    """Median of the rounds' own ratios to transformers: what a machine that changes its speed in
+    between, because others use it, has least to say in."""
 
 
 def ours(windows: Tensor) -> tuple[Contender, dict[str, Tensor]]:
@@ -253,7 +256,7 @@ def timed(contenders: Sequence[Contender], *, repeats: int, threads: int) -> lis
             start = time.perf_counter()
             c.step()
             times_ms[c.name].append((time.perf_counter() - start) * 1e3)
-    reference = min(times_ms["transformers"])
+    reference = times_ms["transformers"]
     return [
         Row(
             name=c.name,
@@ -263,7 +266,10 @@ def timed(contenders: Sequence[Contender], *, repeats: int, threads: int) -> lis
             num_parameters=c.num_parameters,
             min_ms=min(times_ms[c.name]),
             median_ms=statistics.median(times_ms[c.name]),
-            ratio=min(times_ms[c.name]) / reference,
+            ratio=min(times_ms[c.name]) / min(reference),
+            paired_ratio=statistics.median(
+                own / its for own, its in zip(times_ms[c.name], reference, strict=True)
+            ),
         )
         for c in contenders
     ]
@@ -271,10 +277,13 @@ def timed(contenders: Sequence[Contender], *, repeats: int, threads: int) -> lis
 
 def format_rows(rows: Sequence[Row]) -> str:
     """Return the table for people."""
-    head = "row            dtype     threads  tokens/step  parameters   min ms  median ms  ratio"
+    head = (
+        "row            dtype     threads  tokens/step  parameters   min ms  median ms"
+        "  ratio  paired"
+    )
     lines = [
         f"{r.name:<14} {r.dtype:<9} {r.threads:>7} {r.step_tokens:>12,} {r.num_parameters:>11,}"
-        f" {r.min_ms:>8.0f} {r.median_ms:>10.0f} {r.ratio:>6.3f}"
+        f" {r.min_ms:>8.0f} {r.median_ms:>10.0f} {r.ratio:>6.3f} {r.paired_ratio:>7.3f}"
         for r in rows
     ]
     return "\n".join([head, *lines])
