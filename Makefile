@@ -3,6 +3,10 @@
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-slow lint chaos serve-check slurm-check screens bench aot figures clean distclean
 
+# Images of containers often set it: each process would compile every source, and each run of the
+# tests every assertion.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv/bin/python
 STAMP := .venv/.installed
 
