@@ -32,8 +32,10 @@ def compare(layout: Layout, recompute: Recompute, pool: RankPool) -> None:
         ranks = [r for r in range(layout.num_ranks) if coordinates(r, layout=layout).pp == pp]
         rows = [row for rank in ranks for row in found[rank].routed]
         mean = round(sum(rows) / len(rows))
-        # the ranks of an expert group share the tokens: their mean is what the ledger takes
-        counted = sum(found[rank].peak_bytes for rank in ranks) / len(ranks)
+        # the ranks of an expert group share the tokens of a moment: their mean is what the ledger
+        # takes, not that of peaks, which each may reach with another micro-batch
+        moments = zip(*(found[rank].moments for rank in ranks), strict=True)
+        counted = max(sum(each) / len(ranks) for each in moments)
         if layout.cp > 1:  # of context ranks the ledger counts the heaviest
             counted = max(found[rank].peak_bytes for rank in ranks)
             mean = round(max(sum(found[rank].routed) for rank in ranks) / len(found[0].routed))
