@@ -95,8 +95,10 @@ class ModuleNorms:
         total_M = torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
         if not gradients:
             return total_M
-        norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
-        values = norms.double()
+        norms = torch._foreach_norm(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]  no public name
+            list(gradients), 2, dtype=torch.float32
+        )
+        values = torch.stack(norms).double()
         if factors is not None:
             values /= torch.tensor(factors, dtype=torch.float64, device=self._device)
         index = [self._index[parameter] for parameter in parameters]
