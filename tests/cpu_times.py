@@ -7,8 +7,6 @@ from parallel.spawn import threads_per_rank
 from pretrain.planner.cpu import ATTENTION, EXCHANGED_BYTES, PRODUCTS, CpuTimes
 from pretrain.training.cpu_cache import cache_file
 
-MIB = 2**20
-
 
 def round_times(*, ranks: int, threads: int = 1) -> CpuTimes:
     """Return the times of 10 GFLOP/s, 0.5 ms and 1 GB/s between ranks, and steps of 0.1 to 1 s."""
@@ -22,7 +20,6 @@ def round_times(*, ranks: int, threads: int = 1) -> CpuTimes:
         attention_s=tuple(0.004 * tokens / 256 for _, tokens in ATTENTION),
         exchanges_s=tuple(5e-4 + size / 1e9 for size in EXCHANGED_BYTES) if ranks > 1 else (),
         steps_s=(0.1, 1.0, 0.3, 0.2, 0.5),
-        peaks_bytes=(450 * MIB, 640 * MIB, 640 * MIB, 640 * MIB, 640 * MIB),
     )
 
 

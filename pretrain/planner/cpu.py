@@ -4,8 +4,8 @@ The probe (pretrain/training/cpu_probe.py) times products, attention, exchanges,
 the small models below, in as many ranks and threads as the run has. Here follow the constants that
 `predict_step` takes: products and attention from their own times, and from the steps, by least
 squares, the speed of all other operators, the seconds of a launch and those of a step. Memory is
-base + slack * (activations + what is held for a moment) + state, the first two fitted to the peaks
-of the same steps.
+what the process holds before there is a model, what is counted, and what runs of the demo held
+beside that.
 """
 
 import math
@@ -31,6 +31,9 @@ NAME = "cpu"
 _NOTHING = MemoryConstants(
     workspace_bytes=0.0, context_bytes=0.0, communicator_bytes=0.0, fragmentation=0.0
 )
+_GAPS = 1.5
+_LOOP_BYTES = 30 << 20
+_REPORTS_BYTES = 45 << 20
 _HALVES = [0.0, *np.geomspace(1.0, 256.0, 65).tolist()]
 _SMALL = ModelSpec(
     num_layers=2,
@@ -75,8 +78,7 @@ CASES: Mapping[str, Case] = {
     "small": Case(spec=_SMALL, sequences=2, sequence_tokens=256),
     "wide": Case(spec=_WIDE, sequences=2, sequence_tokens=256),
 }
-"""By name. A process shows its highest peak only: memory is read of the first, which takes least,
-and of the second, which takes most beside what is left of the first."""
+"""By name."""
 PRODUCTS = (
     (1024, 384, 128),
     (1024, 128, 384),
@@ -119,8 +121,6 @@ class CpuTimes:
     """Of `EXCHANGED_BYTES`; none with one rank."""
     steps_s: tuple[float, ...]
     """Of `CASES`."""
-    peaks_bytes: tuple[int, ...]
-    """Highest resident memory of a rank after each of `CASES`."""
 
     def __post_init__(self) -> None:
         wanted = {
@@ -128,7 +128,6 @@ class CpuTimes:
             "attention_s": len(ATTENTION),
             "exchanges_s": len(EXCHANGED_BYTES) if self.ranks > 1 else 0,
             "steps_s": len(CASES),
-            "peaks_bytes": len(CASES),
         }
         for name, number in wanted.items():
             given: tuple[float, ...] = getattr(self, name)
@@ -158,20 +157,6 @@ class CpuTimes:
             raise ValueError(f"not the times of a CPU: {error}") from error
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cpu:
-    """A CPU as the planner knows it."""
-
-    hardware: Hardware
-    """For `predict_step`."""
-    base_bytes: float
-    """Of a rank's process before there is a model: interpreter, libraries, threads."""
-    slack: float
-    """Resident bytes for each byte of activations: what the allocator keeps beside them."""
-    is_compiled: bool
-    """Whether operators are compiled (kernels/native.py)."""
-
-
 def case_workload(case: Case, *, ranks: int) -> Workload:
     """Return a case's step: each rank is a replica with all experts."""
     return Workload(
@@ -195,8 +180,8 @@ def case_workload(case: Case, *, ranks: int) -> Workload:
     )
 
 
-def cpu_of(times: CpuTimes) -> Cpu:
-    """Return the constants of a CPU whose times are known."""
+def cpu_of(times: CpuTimes) -> Hardware:
+    """Return the constants, for `predict_step`, of a CPU whose times are known."""
     peak, half = _product_curve(times.products_s)
     exchange_s, link = _exchange(times)
     workloads = [case_workload(case, ranks=times.ranks) for case in CASES.values()]
@@ -211,10 +196,7 @@ def cpu_of(times: CpuTimes) -> Cpu:
             key: (min(r[key] for r in ranges), max(r[key] for r in ranges)) for key in kept
         },
     )
-    hardware = _with_steps(hardware, workloads, times.steps_s)
-    compiled = times.is_compiled
-    base, slack = _memory(workloads, times.peaks_bytes, is_compiled=compiled)
-    return Cpu(hardware=hardware, base_bytes=base, slack=slack, is_compiled=compiled)
+    return _with_steps(hardware, workloads, times.steps_s)
 
 
 def _product_curve(products_s: Sequence[float]) -> tuple[float, float]:
@@ -337,21 +319,6 @@ def not_negative(rows: "np.ndarray[Any, Any]", values: "np.ndarray[Any, Any]") -
     return [float(value) for value in best]
 
 
-def _memory(
-    workloads: Sequence[Workload], peaks_bytes: Sequence[int], *, is_compiled: bool
-) -> tuple[float, float]:
-    """Return base and slack from the peaks of the first two cases."""
-    least, most = (counted_memory(one, is_compiled=is_compiled)[0] for one in workloads[:2])
-    own = [peak - one.state.total for peak, one in zip(peaks_bytes, (least, most), strict=False)]
-    slack = (own[1] - own[0]) / (_moving(most) - _moving(least))
-    slack = max(slack, 1.0)  # an allocator gives no less than was asked for
-    return own[0] - slack * _moving(least), slack
-
-
-def _moving(stage: StageMemory) -> int:
-    return stage.kept_bytes + stage.moment_bytes
-
-
 def counted_memory(
     workload: Workload, *, is_compiled: bool, dual_norm: str = "separate"
 ) -> tuple[StageMemory, ...]:
@@ -370,30 +337,37 @@ def counted_memory(
     return predict_memory(workload, operators=operators, constants=_NOTHING)
 
 
-def cpu_memory(cpu: Cpu, stage: StageMemory, *, copies_bytes: float) -> dict[str, float]:
-    """Return the resident bytes of a rank by what takes them.
+def cpu_memory(
+    stage: StageMemory, *, process_bytes: float, copies_bytes: float, is_first: bool
+) -> dict[str, float]:
+    """Return the highest resident bytes of a rank by what takes them.
 
     Args:
-        cpu: as measured.
         stage: what is counted of it.
+        process_bytes: of a rank before there is a model: interpreter, libraries, text.
         copies_bytes: of copies that checkpoints are written from.
+        is_first: whether it is the rank that reports.
     """
-    moving = _moving(stage)
-    return {
-        "process": cpu.base_bytes,
+    moving = stage.kept_bytes + stage.moment_bytes
+    parts: dict[str, float] = {
+        "process": process_bytes,
         "weights": stage.state.weights,
         "gradients": stage.state.gradients,
         "optimizer": stage.state.optimizer,
         "activations": stage.kept_bytes,
         "transient": stage.moment_bytes,
-        "allocator": moving * (cpu.slack - 1),
+        "allocator": moving * _GAPS,
         "checkpoint copy": copies_bytes,
+        "loop": _LOOP_BYTES,
     }
+    if is_first:
+        parts["reports"] = _REPORTS_BYTES
+    return parts
 
 
-def probe_errors(cpu: Cpu, times: CpuTimes) -> dict[str, float]:
+def probe_errors(hardware: Hardware, times: CpuTimes) -> dict[str, float]:
     """Return by how much the steps of the probe itself are mispredicted, by case."""
     return {
-        name: predict_step(case_workload(case, ranks=times.ranks), cpu.hardware).total_s / s - 1
+        name: predict_step(case_workload(case, ranks=times.ranks), hardware).total_s / s - 1
         for (name, case), s in zip(CASES.items(), times.steps_s, strict=True)
     }

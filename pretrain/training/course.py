@@ -63,6 +63,7 @@ class Course:
         telemetry: Telemetry | None,
         watch: RunWatch,
         progress: Progress,
+        process_bytes: int,
     ) -> None:
         """Bring together who looks on; collective.
 
@@ -73,12 +74,18 @@ class Course:
             telemetry: where records go; None on all ranks but the first.
             watch: told what this rank does.
             progress: told of every step.
+            process_bytes: what this rank held before there was a model.
         """
         self._trainer, self._run = trainer, trainer.run
         self._attempt, self._watch, self._progress = attempt, watch, progress
         self._begun_s = time.monotonic()
         self._throughput = make_throughput(trainer.run, device)
-        expected = expect(trainer.run, device_name=device.name, threads=torch.get_num_threads())
+        expected = expect(
+            trainer.run,
+            device_name=device.name,
+            threads=torch.get_num_threads(),
+            process_bytes=process_bytes,
+        )
         say("\n".join(expected.lines()))
         metrics = StepMetrics(trainer, device=device)
         recorder = FlightRecorder(

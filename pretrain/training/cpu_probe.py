@@ -2,7 +2,7 @@
 
 All ranks work at the same time with the threads of a run, since they share memory and cores. The
 planner makes constants of the times (pretrain/planner/cpu.py), which also says what is timed. At
-most half a minute. Run in processes of its own: the peak of their memory counts.
+most half a minute.
 """
 
 import gc
@@ -40,10 +40,6 @@ _REPEATS = 9
 _LEAST_REPEATS = 3
 _BUDGET_S = 1.5
 """Of one measurement; on a slow machine it has fewer repeats."""
-_PEAK_REPEATS = 16
-"""Least of a case whose memory is read: experts get other tokens in each step, and pieces of other
-sizes leave gaps in the heap. The demo's peak of 40 steps is 56 MiB above that of 10, and the next
-200 add 6."""
 _ADAMW = AdamW(lr=1e-3)
 _HEADS, _SCORE, _VALUE = 4, 32, 24
 
@@ -60,13 +56,6 @@ def measure(path: str) -> int:
     ranks = torch.distributed.get_world_size()
     groups.start_groups(Layout(num_ranks=ranks))
     seed_ranks(0)
-    steps, peaks = zip(
-        *(
-            _step(case, device, ranks, least=_PEAK_REPEATS if idx < 2 else _LEAST_REPEATS)
-            for idx, case in enumerate(CASES.values())
-        ),
-        strict=True,
-    )
     times = CpuTimes(
         cpu=read_cpu().model,
         torch=importlib.metadata.version("torch"),
@@ -76,25 +65,24 @@ def measure(path: str) -> int:
         products_s=tuple(_product(shape) for shape in PRODUCTS),
         attention_s=tuple(_attention(*shape) for shape in ATTENTION),
         exchanges_s=tuple(map(_exchange, EXCHANGED_BYTES)) if ranks > 1 else (),
-        steps_s=steps,
-        peaks_bytes=peaks,
+        steps_s=tuple(_step(case, device, ranks) for case in CASES.values()),
     )
     if torch.distributed.get_rank() == 0:
         Path(path).write_text(json.dumps(times.as_json()) + "\n", encoding="utf-8")
     return 0
 
 
-def _median_s(work: Callable[[], Any], *, least: int = _LEAST_REPEATS) -> float:
+def _median_s(work: Callable[[], Any]) -> float:
     """Return the median seconds of `work`, of the slowest rank; collective."""
     work()  # allocation, first use of a library
     seconds: list[float] = []
-    while len(seconds) < max(least, _REPEATS):
+    while len(seconds) < _REPEATS:
         torch.distributed.barrier()
         begun_s = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - begun_s)
         spent_s = float(_largest(sum(seconds)))  # all ranks stop together
-        if spent_s > _BUDGET_S and len(seconds) >= least:
+        if spent_s > _BUDGET_S and len(seconds) >= _LEAST_REPEATS:
             break
     return float(_largest(statistics.median(seconds)))
 
@@ -121,12 +109,11 @@ def _exchange(num_bytes: int) -> float:
     return _median_s(lambda: torch.distributed.all_reduce(values))
 
 
-def _step(case: Case, device: Device, ranks: int, *, least: int) -> tuple[float, int]:
-    """Return seconds of a step, and the highest peak of a rank's memory so far."""
+def _step(case: Case, device: Device, ranks: int) -> float:
     with _trained(case, device, ranks) as step:
-        seconds = _median_s(step, least=least)
-    gc.collect()
-    return seconds, int(_largest(float(device.peak_memory_bytes())))
+        seconds = _median_s(step)
+    gc.collect()  # a model less for the next
+    return seconds
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from parallel.layout import Layout
 from pretrain.monitor.quantities import format_bytes
-from pretrain.planner.cpu import NAME, Cpu, counted_memory, cpu_memory, cpu_of
+from pretrain.planner.cpu import NAME, counted_memory, cpu_memory, cpu_of
 from pretrain.planner.hardware import Hardware, gpu_names, hardware_of
 from pretrain.planner.state_bytes import saved_bytes
 from pretrain.planner.step_time import StepTime, predict_step
@@ -22,13 +22,6 @@ from pretrain.training.run import Run
 from pretrain.training.workloads import Machine, StepSize, step_sizes, workload_of
 
 _SLOWER_BOARDS = ("PCIe", "NVL")
-_LOOP_BYTES = 30 << 20
-"""Of a rank of a CPU run beside the steps that the probe took: windows that are read ahead, gauges,
-evaluation. The demo's second rank over what the probe's numbers give it: 20
-to 48 MiB with four probes."""
-_REPORTS_BYTES = 45 << 20
-"""Of the first rank of a CPU run: metrics, console, page, wandb's files. Its peak over the other
-rank's in the demo: 23, 35, 48 and 60 MiB in four runs; 21 without wandb."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,23 +79,24 @@ def _none(why: str) -> Expected:
 NOT_PREDICTED = _none("nobody asked for it")
 
 
-def expect(run: Run, *, device_name: str, threads: int) -> Expected:
+def expect(run: Run, *, device_name: str, threads: int, process_bytes: int) -> Expected:
     """Return what is predicted of a run on this machine; never raises for want of a prediction.
 
     Args:
         run: the configuration, on its ranks.
         device_name: of this rank, `cpu` without a GPU.
         threads: of torch in this rank.
+        process_bytes: what this rank held, resident, before there was a model; read on a CPU.
     """
     try:
         if device_name == NAME:
-            return _on_cpu(run, threads=threads)
+            return _on_cpu(run, threads=threads, process_bytes=process_bytes)
         return _on_gpu(run, device_name)
     except ValueError as error:
         return _none(str(error))
 
 
-def _on_cpu(run: Run, *, threads: int) -> Expected:
+def _on_cpu(run: Run, *, threads: int, process_bytes: int) -> Expected:
     if run.precision.kind != "fp32":
         return _none(f"precision.kind={run.precision.kind} on a CPU; the probe measures fp32 alone")
     ranks = run.layout.num_ranks
@@ -112,26 +106,34 @@ def _on_cpu(run: Run, *, threads: int) -> Expected:
             f"this CPU was not measured with {ranks} ranks of {threads} threads;"
             " prediction.calibrate=true does so, without torchrun"
         )
-    cpu = cpu_of(times)
     workloads = _workloads(run, gpu=NAME, gpus_per_node=ranks)
     memory = {
-        size.window_tokens: _cpu_memory(run, cpu, workload) for size, workload in workloads.items()
+        size.window_tokens: _cpu_memory(
+            run, workload, is_compiled=times.is_compiled, process_bytes=process_bytes
+        )
+        for size, workload in workloads.items()
     }
     return _made(
         f"{times.cpu}, {ranks} ranks of {threads} threads, as its probe measured",
         workloads,
-        cpu.hardware,
+        cpu_of(times),
         memory,
     )
 
 
-def _cpu_memory(run: Run, cpu: Cpu, workload: Workload) -> dict[str, float]:
-    found: list[dict[str, float]] = []
-    dual_norm = run.kernels.dual_norm
-    for stage in counted_memory(workload, is_compiled=cpu.is_compiled, dual_norm=dual_norm):
-        copies = saved_bytes(workload, stage.pipeline_rank)
-        found.append(cpu_memory(cpu, stage, copies_bytes=copies) | {"loop": _LOOP_BYTES})
-    found[0]["reports"] = _REPORTS_BYTES
+def _cpu_memory(
+    run: Run, workload: Workload, *, is_compiled: bool, process_bytes: int
+) -> dict[str, float]:
+    stages = counted_memory(workload, is_compiled=is_compiled, dual_norm=run.kernels.dual_norm)
+    found = [
+        cpu_memory(
+            stage,
+            process_bytes=process_bytes,
+            copies_bytes=saved_bytes(workload, stage.pipeline_rank),
+            is_first=stage.pipeline_rank == 0,
+        )
+        for stage in stages
+    ]
     return max(found, key=_total)
 
 

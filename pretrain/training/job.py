@@ -163,6 +163,7 @@ def _train(
     require_same_on_all("ledger", ledger.digest)
     require_same_on_all("validation windows", corpus.validation.digest.hex())
     corpus = replace(corpus, ledger=ledger)
+    process_bytes = device.peak_memory_bytes()
     trainer = Trainer(
         run, device=device, corpus=corpus, number=attempt.number, is_fenced=attempt.why_lost
     )
@@ -189,6 +190,7 @@ def _train(
             telemetry=telemetry,
             watch=watch,
             progress=progress,
+            process_bytes=process_bytes,
         )
         return course.run_to_end(stop)
     finally:

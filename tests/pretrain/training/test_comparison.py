@@ -29,7 +29,7 @@ SUMMARY = RunSummary(
 
 
 def predicted(run: Run) -> Expected:
-    return expect(run, device_name="cpu", threads=threads_per_rank(1))
+    return expect(run, device_name="cpu", threads=threads_per_rank(1), process_bytes=300 << 20)
 
 
 def late(expected: Expected) -> Compared:

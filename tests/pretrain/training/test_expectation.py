@@ -59,12 +59,21 @@ def test_a_cpu_that_was_measured_predicts_and_another_says_why_not(
 ) -> None:
     run = tiny_run()
     threads = threads_per_rank(1)
-    found = expect(run, device_name="cpu", threads=threads)
+    found = expect(run, device_name="cpu", threads=threads, process_bytes=300 << 20)
     assert found.metrics(window_tokens=64, global_sequences=8)["predicted_step_time_s"] > 0
-    assert found.memory_bytes(64) > 400 * 2**20
+    assert found.memory_bytes(64) > 300 << 20
     assert "its probe measured" in found.lines()[0]
     low = replace(run, precision=Precision(kind="bf16"))
-    assert "fp32 alone" in expect(low, device_name="cpu", threads=threads).lines()[0]
+    assert (
+        "fp32 alone"
+        in expect(low, device_name="cpu", threads=threads, process_bytes=300 << 20).lines()[0]
+    )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert "was not measured" in expect(run, device_name="cpu", threads=threads).lines()[0]
-    assert "no constants of NVIDIA A10" in expect(run, device_name="NVIDIA A10", threads=1).source
+    assert (
+        "was not measured"
+        in expect(run, device_name="cpu", threads=threads, process_bytes=300 << 20).lines()[0]
+    )
+    assert (
+        "no constants of NVIDIA A10"
+        in expect(run, device_name="NVIDIA A10", threads=1, process_bytes=0).source
+    )
