@@ -130,7 +130,8 @@ def _cpu_memory(
             stage,
             process_bytes=process_bytes,
             copies_bytes=saved_bytes(workload, stage.pipeline_rank),
-            is_first=stage.pipeline_rank == 0,
+            has_reports=stage is stages[0],
+            has_head=stage is stages[-1],
         )
         for stage in stages
     ]

@@ -66,20 +66,28 @@ def test_steps_that_the_constants_made_give_the_constants_back() -> None:
 def test_a_rank_holds_its_process_its_state_and_stretched_activations() -> None:
     stage = counted_memory(case_workload(CASES["deep"], ranks=2), is_compiled=True)[0]
 
-    def held(process_bytes: int, copies_bytes: int, *, is_first: bool) -> float:
+    def held(
+        process_bytes: int = 0,
+        copies_bytes: int = 0,
+        *,
+        has_reports: bool = False,
+        has_head: bool = False,
+    ) -> float:
         parts = cpu_memory(
             stage,
             process_bytes=process_bytes,
             copies_bytes=copies_bytes,
-            is_first=is_first,
+            has_reports=has_reports,
+            has_head=has_head,
         )
         assert min(parts.values()) >= 0
         return sum(parts.values())
 
-    least = held(0, 0, is_first=False)
-    assert least > stage.state.total + stage.kept_bytes + stage.moment_bytes
-    assert held(300 << 20, 20 << 20, is_first=False) == least + (320 << 20)
-    assert held(0, 0, is_first=True) > least
+    counted = stage.state.total + stage.kept_bytes + stage.moment_bytes
+    assert held() > counted
+    assert held(300 << 20, 20 << 20) == held() + (320 << 20)
+    assert held(has_reports=True) > held()
+    assert held(has_head=True) - held() > stage.kept_bytes  # more gaps than pieces
 
 
 def test_no_part_of_a_step_takes_negative_time() -> None:
