@@ -19,8 +19,10 @@ TORCH_INDEX ?=
 # Further words for the command: make run ARGS='layout=single', make test ARGS='-k layout'
 ARGS ?=
 # In the order of folders: by the number of tests, long files of few tests would come last, and one
-# worker would wait for the other.
-WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+# worker would wait for the others. Three for two cores: a worker often waits for its ranks to start.
+WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
+# More threads than cores wait for each other; ranks and benchmarks choose theirs themselves.
+test test-slow: export OMP_NUM_THREADS := 1
 # Where `make run` finds what it trained.
 RUN_FOLDER := runs/$(or $(patsubst name=%,%,$(filter name=%,$(ARGS))),demo)
 
@@ -37,7 +39,7 @@ run: $(STAMP) ## train a small model on two local CPU ranks, the defaults of con
 	@$(VENV) launch/generate.py checkpoint=$(RUN_FOLDER) prompt='"def main("' max_new_tokens=80
 	@echo; echo "the run as a page, for a browser: $(RUN_FOLDER)/dashboard.html"
 
-test: $(STAMP) ## run the tests, on two workers (ARGS='-n 0': in one process, for a debugger)
+test: $(STAMP) ## run the tests, on three workers (ARGS='-n 0': in one process, for a debugger)
 	$(VENV) -m pytest tests -m "not slow" $(WORKERS) --durations 25 $(ARGS)
 
 test-slow: $(STAMP) ## run the tests that take longer: more layouts of four ranks, larger worlds

@@ -5,6 +5,7 @@ in a fraction of a second, not in six, and shares the memory of what was importe
 one such server, with its first ranks, and all later ones come from it, too.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -45,6 +46,7 @@ def enter_fork(environment: Mapping[str, str]) -> None:
         signal.signal(signum, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(environment)
+    gc.freeze()  # what was imported: no collection looks at it, or writes into its shared pages
     arm()
 
 

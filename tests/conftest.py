@@ -1,5 +1,6 @@
 """What every test may rely on: an environment that is not the caller's, and stated skips."""
 
+import gc
 import inspect
 import multiprocessing
 import os
@@ -119,6 +120,13 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none here"))
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage seldom, and never look at what was imported: a tenth of all tests' time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="session")

@@ -49,11 +49,8 @@ def fill(root: Path) -> list[Path]:
         return fillers
 
 
-@pytest.mark.parametrize(
-    "options",
-    ["size=24m", pytest.param("nr_inodes=40", marks=pytest.mark.slow)],
-    ids=["bytes", "inodes"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["size=24m", "nr_inodes=40"], ids=["bytes", "inodes"])
 def test_training_goes_on_when_the_disk_is_full_and_the_old_checkpoint_loads(
     options: str, make_run: MakeRun, truth: Truth
 ) -> None:

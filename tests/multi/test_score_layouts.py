@@ -53,7 +53,8 @@ def free_port() -> int:
 @pytest.mark.parametrize(
     "layout",
     [
-        "tp=2 ep=2",
+        "num_ranks=1",
+        pytest.param("tp=2 ep=2", marks=pytest.mark.slow),
         pytest.param("ep=2", marks=pytest.mark.slow),
         pytest.param("pp=2", marks=pytest.mark.slow),
         pytest.param("ep=2 pp=2", marks=pytest.mark.slow),
@@ -67,13 +68,14 @@ def test_scores_are_those_of_transformers(
 ) -> None:
     output = tmp_path / "scores.npz"
     words = [f"layout.{word}" for word in layout.split()]
-    num_ranks = 4 if layout in ("ep=2 pp=2", "cp=2 tp=2 ep=2") else 2
-    launcher = ["torch.distributed.run", f"--nproc-per-node={num_ranks}"]
+    num_ranks = {"num_ranks=1": 1, "ep=2 pp=2": 4, "cp=2 tp=2 ep=2": 4}.get(layout, 2)
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"]
+    launcher = [] if num_ranks == 1 else [*torchrun, f"--master-port={free_port()}"]
     places = [f"checkpoint={hub}", f"input={hub.parent / 'batch.npz'}", f"output={output}"]
 
     done = subprocess.run(
         [
-            *(sys.executable, "-m", *launcher, f"--master-port={free_port()}"),
+            *(sys.executable, *launcher),
             *("launch/score.py", *words, *places, "gradients=true"),
         ],
         cwd=ROOT,

@@ -138,6 +138,7 @@ def test_near_duplicates_and_families_stay_together() -> None:
     assert any(group <= validation for group in groups)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (Path(sysconfig.get_path("stdlib")) / "encodings" / "cp1252.py").exists(),
     reason="this interpreter has no sources of its standard library",

@@ -129,7 +129,7 @@ def test_any_replicas_and_micro_batches_see_the_same_batch(
     assert Counter(map(tuple, read.tolist())) == Counter(whole(order, batch))
 
 
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=3)
 @given(st.integers(0, 8), st.sampled_from([1, 2]), st.integers(0, 2**32))
 def test_96_replicas_go_on_where_64_stopped(change: int, micro: int, seed: int) -> None:
     """A run that never stopped, of one replica, is the oracle: every slot, in its order."""
@@ -167,7 +167,7 @@ def real_order() -> Order:
     return Order(windows, segments, seed=7)
 
 
-@pytest.mark.parametrize("dp", [64, 96])
+@pytest.mark.parametrize("dp", [pytest.param(64, marks=pytest.mark.slow), 96])
 def test_replicas_of_both_clusters_see_the_same_batch(dp: int) -> None:
     order = real_order()
     for batch in (49_999, 50_000):

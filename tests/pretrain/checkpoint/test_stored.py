@@ -221,7 +221,11 @@ def test_one_rank_loads_a_folder_of_odd_chunks(
     assert_owned_once([loaded_boxes(run, odd_folder)], weights)
 
 
-@pytest.mark.parametrize("layout", [EP, PP, TP], ids=["ep2", "pp2", "tp2 etp2"])
+@pytest.mark.parametrize(
+    "layout",
+    [EP, PP, pytest.param(TP, marks=pytest.mark.slow)],
+    ids=["ep2", "pp2", "tp2 etp2"],
+)
 def test_two_ranks_load_a_folder_of_odd_chunks(
     layout: Layout, odd_folder: Path, weights: dict[str, Tensor], run: Run, two_ranks: RankPool
 ) -> None:

@@ -91,16 +91,25 @@ CHOICES = [
     Recompute(kind="full", method="block", num_layers=2),
     Recompute(loss_chunk_tokens=64),
 ]
+PROXY_CHOICES = (Recompute(), Recompute(kind="full"))
 
 
-@pytest.mark.parametrize("recompute", CHOICES, ids=str)
 @pytest.mark.parametrize(
-    ("spec", "kind"),
+    ("recompute", "spec", "kind"),
     [
-        pytest.param(TINY, "fp32", id="tiny-fp32"),
-        pytest.param(TINY, "bf16", id="tiny-bf16", marks=pytest.mark.slow),
-        pytest.param(PROXY, "fp32", id="proxy-fp32"),
-        pytest.param(PROXY, "bf16", id="proxy-bf16", marks=pytest.mark.slow),
+        pytest.param(
+            recompute,
+            spec,
+            kind,
+            id=f"{name}-{kind}-{recompute}",
+            # Every choice of the tiny model on every run of the tests, of the proxy two.
+            marks=()
+            if kind == "fp32" and (spec is TINY or recompute in PROXY_CHOICES)
+            else pytest.mark.slow,
+        )
+        for name, spec in (("tiny", TINY), ("proxy", PROXY))
+        for kind in ("fp32", "bf16")
+        for recompute in CHOICES
     ],
 )
 def test_what_is_kept_is_what_hooks_count(

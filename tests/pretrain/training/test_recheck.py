@@ -115,7 +115,7 @@ def test_a_step_that_is_wrong_once_is_computed_again_and_nothing_has_happened(
 @pytest.mark.parametrize(
     ("layout", "rank", "point"),
     [
-        ("dp2", 0, "step.backward"),
+        pytest.param("dp2", 0, "step.backward", marks=pytest.mark.slow),
         ("ep2", 1, "step.forward"),
         pytest.param("dp2", 0, "step.forward", marks=pytest.mark.slow),
         pytest.param("ep2", 1, "step.backward", marks=pytest.mark.slow),
@@ -169,6 +169,7 @@ def test_what_moves_with_the_data_leaves_out_its_batch_and_no_other(
     ]
 
 
+@pytest.mark.slow
 def test_no_more_batches_are_left_out_than_may_be(judge: Judge, tiny_run: MakeRun) -> None:
     run = make(tiny_run, "dp2")
     poisons = [fingerprints(run, batch=batch)[0][0] for batch in (1, 2)]
