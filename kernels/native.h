@@ -1,4 +1,4 @@
-/* What the compiled operators share (native.c, attention.c).
+/* What the compiled operators share (native.c, attention.c, expert_ffn.c).
  *
  * All of it is fp32. NaN and infinity go through as in torch.
  */
@@ -45,5 +45,12 @@ INLINE float sigmoid(float x) {
     bounded = bounded < -88.3f ? -88.3f : bounded;
     return 1.0f / (1.0f + exp_in_range(-bounded));
 }
+
+/* Of native.c, for expert_ffn.c. */
+void swiglu(const float *restrict hidden, const float *restrict weight, float *restrict a,
+            int64_t n, int64_t f, int64_t threads);
+void swiglu_backward(const float *restrict hidden, const float *restrict weight, const float *da,
+                     float *a, float *restrict dhidden, float *restrict dweight, int64_t n,
+                     int64_t f, int64_t threads);
 
 #endif

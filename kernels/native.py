@@ -2,11 +2,11 @@
 
 torch's operators, called one after the other, read and write the same values again and again.
 `native.c` has what comes between two matrix products in one pass each, in fp32, `attention.c` all
-of causal attention. They are compiled once for each machine by the C compiler that is there, kept
-in `$XDG_CACHE_HOME/pretrain/` (`~/.cache/pretrain/`) and loaded by ctypes: nothing to install,
-nothing to link. A machine without a compiler computes with torch's operators, the same up to the
-order of sums; which of both it is stands in the log and in the run's provenance. PRETRAIN_NATIVE=0
-leaves the compiler out.
+of causal attention, `expert_ffn.c` all experts of a layer. They are compiled once for each machine
+by the C compiler that is there, kept in `$XDG_CACHE_HOME/pretrain/` (`~/.cache/pretrain/`) and
+loaded by ctypes: nothing to install, nothing to link. A machine without a compiler computes with
+torch's operators, the same up to the order of sums; which of both it is stands in the log and in
+the run's provenance. PRETRAIN_NATIVE=0 leaves the compiler out.
 
 No torch until an operator is called.
 
@@ -30,7 +30,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-SOURCES = (_FOLDER / "native.c", _FOLDER / "attention.c")
+SOURCES = tuple(_FOLDER / name for name in ("native.c", "attention.c", "expert_ffn.c"))
 _HEADERS = (_FOLDER / "native.h",)
 BLOCK_ROWS = 64
 """Rows whose part of a sum over tokens is one number, added in their order; as in native.c."""
@@ -43,7 +43,8 @@ _FLAGS = (
 _PATIENCE_S = 120
 
 # p: a fp32 tensor or None, s: a fp32 tensor whose columns alone must be dense, n: an int64 tensor,
-# i: int64, f: float; then the number of threads
+# m: a sequence of fp32 tensors, b: what blas_product returned, i: int64, f: float; then the number
+# of threads
 _ARGUMENTS = {
     "swiglu": "pppii",
     "swiglu_backward": "ppppppii",
@@ -51,6 +52,8 @@ _ARGUMENTS = {
     "rms_norm_backward": "ppppppii",
     "attention": "sssnppiiiiiif",
     "attention_backward": "sssnpppppiiiiiif",
+    "expert_ffn": "bppnmmpppiiii",
+    "expert_ffn_backward": "bppppnmmmmpppiiiii",
     "take_rows": "pnpii",
     "add_rows": "pnpiii",
     "exp_rows": "pppii",
@@ -63,6 +66,8 @@ _KINDS: dict[str, Any] = {
     "p": ctypes.c_void_p,
     "s": ctypes.c_void_p,
     "n": ctypes.c_void_p,
+    "m": ctypes.c_void_p,
+    "b": ctypes.c_void_p,
     "i": ctypes.c_int64,
     "f": ctypes.c_float,
 }
@@ -85,7 +90,7 @@ def call(name: str, *values: Any) -> None:
     Args:
         name: of the function.
         values: what it takes, without the threads: numbers, and dense tensors of a CPU, fp32, or
-            int64 for an index; None: no such tensor.
+            int64 for an index, or a sequence of such; None: no such tensor.
 
     Raises:
         ValueError: if a tensor is something else.
@@ -96,11 +101,38 @@ def call(name: str, *values: Any) -> None:
         raise RuntimeError(f"{name} asked for, but there are no compiled operators: {why_not()}")
     getattr(library, name)(
         *(
-            _pointer(value, kind) if isinstance(value, torch.Tensor) else value
+            value if value is None or isinstance(value, int | float) else _address(value, kind)
             for kind, value in zip(_ARGUMENTS[name], values, strict=True)
         ),
         torch.get_num_threads(),
     )
+
+
+def blas_product() -> int:
+    """Return the address of the fp32 matrix product that torch computes with; 0 if not MKL's.
+
+    Of MKL it is known that a product called on one of several threads stays there.
+    """
+    return _blas_product() if is_there() else 0
+
+
+@functools.cache
+def _blas_product() -> int:
+    torch = sys.modules["torch"]
+    if not torch.backends.mkl.is_available():
+        return 0
+    path = Path(str(torch.__file__)).parent / "lib" / "libtorch_cpu.so"
+    try:
+        found = ctypes.CDLL(str(path)).sgemm_
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(found, ctypes.c_void_p).value or 0
+
+
+def _address(value: Any, kind: str) -> Any:
+    if kind != "m":
+        return _pointer(value, kind)
+    return (ctypes.c_void_p * len(value))(*(_pointer(tensor, kind) for tensor in value))
 
 
 def _pointer(tensor: Any, kind: str) -> int:

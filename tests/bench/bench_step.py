@@ -2,7 +2,8 @@
 
     python tests/bench/bench_step.py [--json FILE] [--repeats N] [--threads N]
 
-Three rows, taken in turn (a b c a b c ...) so that a disturbance of the machine meets all three:
+Three rows, a process each, taken in turn (a b c a b c ...) so that a disturbance of the machine
+meets all three:
 
 (a) ours: one `train_step` on one rank: forward, backward, reduction, norm, clip, AdamW;
 (b) transformers: AXK1ForCausalLM with sdpa attention and grouped_mm experts, the same loss and
@@ -17,17 +18,22 @@ none. Then a profile says where (a) spends its time.
 
 # ruff: noqa: E402  the line that puts the root on sys.path comes before our imports
 
+import contextlib
 import logging
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]  public name
 
@@ -47,6 +53,7 @@ from tests.pretrain.serving import twin
 NUM_SEQUENCES, SEQUENCE_TOKENS = 8, 256
 LOSS_RTOL = 1e-5
 TARGET_RATIO = 0.8
+WEIGHTS = "weights.safetensors"
 BUDGET_S, MIN_REPEATS = 110, 3  # on a busy machine fewer repeats, not a longer bench
 ADAMW = AdamW(lr=1e-4)
 SPEC = ModelSpec(
@@ -74,16 +81,19 @@ SPEC = ModelSpec(
 )
 
 
+Step = Callable[[], float]
+"""One step; returns its loss in nats per token, 0 for bare products."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One row: a step to be timed, and what it claims to compute with."""
+class Facts:
+    """What a row claims to compute with."""
 
     name: str
-    step: Callable[[], float]
-    """One step; returns its loss in nats per token, 0 for bare products."""
     dtype: str
     num_parameters: int
     step_tokens: int
+    first_loss: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +114,19 @@ class Row:
     between, because others use it, has least to say in."""
 
 
-def ours(windows: Tensor) -> tuple[Contender, dict[str, Tensor]]:
-    """Return our training step and a copy of its first weights."""
+def some_windows() -> Tensor:
+    """Return the tokens of every step, in each process the same."""
+    shape = (NUM_SEQUENCES, SEQUENCE_TOKENS + 1)
+    return torch.randint(0, SPEC.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def ours(folder: Path) -> tuple[Step, Facts]:
+    """Return our training step; its first weights are left in `folder`."""
+    torch.manual_seed(0)
+    windows = some_windows()
     model = twin.build_ours(SPEC)
-    first = {name: t.detach().clone() for name, t in twin.tensors(model).items()}
+    first = {name: t.detach().contiguous() for name, t in twin.tensors(model).items()}
+    save_file(first, folder / WEIGHTS)
     chunks = wrap_chunks([model], config=model.config, adamw=ADAMW)
     optimizer = make_optimizer(chunks, adamw=ADAMW, precision=Precision(kind="fp32"))
     domains = torch.zeros(len(windows), dtype=torch.int64)
@@ -118,15 +137,17 @@ def ours(windows: Tensor) -> tuple[Contender, dict[str, Tensor]]:
         return train_step(chunks, optimizer, batches, lr=ADAMW.lr, clip_norm=clip).loss
 
     tokens = sum(batch.tokens.numel() for batch in batches)
-    return contender("ours", step, model, tokens), first
+    return step, facts_of("ours", model, tokens)
 
 
-def theirs(windows: Tensor, weights: dict[str, Tensor]) -> Contender:
-    """Return transformers' training step from the same weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = twin.build_transformers(
-            weights, SPEC, Path(folder), experts_implementation="grouped_mm"
-        ).train()
+def theirs(folder: Path) -> tuple[Step, Facts]:
+    """Return transformers' training step from the weights that ours left in `folder`."""
+    windows = some_windows()
+    hub = folder / "hub"
+    hub.mkdir()
+    model = twin.build_transformers(
+        load_file(folder / WEIGHTS), SPEC, hub, experts_implementation="grouped_mm"
+    ).train()
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     used = (model.config._attn_implementation, model.config._experts_implementation)
@@ -152,26 +173,19 @@ def theirs(windows: Tensor, weights: dict[str, Tensor]) -> Contender:
         optimizer.step()
         return loss.item()
 
-    return contender("transformers", step, model, inputs.numel())
+    return step, facts_of("transformers", model, inputs.numel())
 
 
-def contender(
-    name: str, step: Callable[[], float], model: torch.nn.Module, step_tokens: int
-) -> Contender:
+def facts_of(name: str, model: torch.nn.Module, step_tokens: int) -> Facts:
     """Return the row of a model, its dtypes and sizes read from its parameters."""
     parameters = list(model.parameters())
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
     num_parameters = sum(p.numel() for p in parameters)
-    return Contender(
-        name=name,
-        step=step,
-        dtype="+".join(dtypes),
-        num_parameters=num_parameters,
-        step_tokens=step_tokens,
-    )
+    dtype = "+".join(dtypes)
+    return Facts(name=name, dtype=dtype, num_parameters=num_parameters, step_tokens=step_tokens)
 
 
-def products() -> Contender:
+def products(_: Path) -> tuple[Step, Facts]:
     """Return the bare matrix products of a step: x W^T, and dy W and dy^T x backward."""
     tokens = NUM_SEQUENCES * SEQUENCE_TOKENS
     jobs: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -194,12 +208,8 @@ def products() -> Contender:
             torch.mm(dy.t(), x)
         return 0.0
 
-    return Contender(
-        name="products",
-        step=step,
-        dtype="float32",
-        num_parameters=num_parameters,
-        step_tokens=tokens,
+    return step, Facts(
+        name="products", dtype="float32", num_parameters=num_parameters, step_tokens=tokens
     )
 
 
@@ -230,48 +240,95 @@ def linear_shapes(tokens: int) -> list[tuple[int, int, int, int]]:
     return shapes
 
 
-def differences(ours: Contender, theirs: Contender, losses: tuple[float, float]) -> list[str]:
+ROWS = {"ours": ours, "transformers": theirs, "products": products}
+
+
+def differences(ours: Facts, theirs: Facts) -> list[str]:
     """Return what makes the comparison unfair, one line each; empty if nothing does."""
     found = [
         f"{name} differ: ours {getattr(ours, name)}, transformers {getattr(theirs, name)}"
         for name in ("dtype", "num_parameters", "step_tokens")
         if getattr(ours, name) != getattr(theirs, name)
     ]
+    losses = (ours.first_loss, theirs.first_loss)
     gap = abs(losses[0] / losses[1] - 1)
     if not gap <= LOSS_RTOL:
         found.append(f"first losses differ by {gap:.1e} relative: ours {losses[0]}, {losses[1]}")
     return found
 
 
+class Contender:
+    """One row's process, which builds what it times and then takes a step whenever it is asked to.
+
+    A process each, as who trains has one: no allocator is shared.
+    """
+
+    def __init__(self, name: str, *, threads: int, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, there = context.Pipe()
+        self._process = context.Process(
+            target=serve, args=(there, name, threads, folder), daemon=True
+        )
+        self._process.start()
+        there.close()
+        self.facts: Facts = self._connection.recv()
+
+    def __call__(self, request: str) -> Any:
+        """Return the milliseconds of a `step`, or the shares of a `profile`."""
+        self._connection.send(request)
+        return self._connection.recv()
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join()
+
+
+def serve(connection: Connection, name: str, threads: int, folder: Path) -> None:
+    """Build the row `name`, tell its facts, and take a step or a profile at each request."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(threads)
+    store = FileStore(f"{folder}/store_{name}", 1)
+    join_world(store=store, rank=0, num_ranks=1)
+    step, facts = ROWS[name](folder)
+    connection.send(replace(facts, first_loss=step()))
+    with contextlib.suppress(EOFError):
+        while request := connection.recv():
+            start = time.perf_counter()
+            answer = breakdown(step, num_steps=2) if request == "profile" else step()
+            took_ms = (time.perf_counter() - start) * 1e3
+            if torch.get_num_threads() != threads:
+                sys.exit(f"{torch.get_num_threads()} threads at {name}, {threads} at the start")
+            connection.send(answer if request == "profile" else took_ms)
+    leave_world()
+
+
 def timed(contenders: Sequence[Contender], *, repeats: int, threads: int) -> list[Row]:
     """Time the contenders in turn, until BUDGET_S are over at the latest; all have run before."""
-    times_ms: dict[str, list[float]] = {c.name: [] for c in contenders}
+    times_ms: dict[str, list[float]] = {c.facts.name: [] for c in contenders}
     deadline = time.perf_counter() + BUDGET_S
     for round_idx in range(repeats):
         if round_idx >= MIN_REPEATS and time.perf_counter() > deadline:
             break
         for c in contenders:
-            if torch.get_num_threads() != threads:
-                sys.exit(f"{torch.get_num_threads()} threads at {c.name}, {threads} at the start")
-            start = time.perf_counter()
-            c.step()
-            times_ms[c.name].append((time.perf_counter() - start) * 1e3)
+            times_ms[c.facts.name].append(c("step"))
     reference = times_ms["transformers"]
     return [
         Row(
-            name=c.name,
-            dtype=c.dtype,
+            name=facts.name,
+            dtype=facts.dtype,
             threads=threads,
-            step_tokens=c.step_tokens,
-            num_parameters=c.num_parameters,
-            min_ms=min(times_ms[c.name]),
-            median_ms=statistics.median(times_ms[c.name]),
-            ratio=min(times_ms[c.name]) / min(reference),
+            step_tokens=facts.step_tokens,
+            num_parameters=facts.num_parameters,
+            min_ms=min(times_ms[facts.name]),
+            median_ms=statistics.median(times_ms[facts.name]),
+            ratio=min(times_ms[facts.name]) / min(reference),
             paired_ratio=statistics.median(
-                own / its for own, its in zip(times_ms[c.name], reference, strict=True)
+                own / its for own, its in zip(times_ms[facts.name], reference, strict=True)
             ),
         )
-        for c in contenders
+        for facts in (c.facts for c in contenders)
     ]
 
 
@@ -297,22 +354,19 @@ def main() -> int:
     )
     arguments.add_argument("--threads", type=int, default=2, help="torch threads of all rows")
     options = arguments.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    windows = torch.randint(0, SPEC.vocab_size, (NUM_SEQUENCES, SEQUENCE_TOKENS + 1))
     with tempfile.TemporaryDirectory() as folder:
-        store = FileStore(f"{folder}/store", 1)
-        join_world(store=store, rank=0, num_ranks=1)
-        a, weights = ours(windows)
-        b, c = theirs(windows, weights), products()
-        losses = (a.step(), b.step())
-        c.step()
-        if unfair := differences(a, b, losses):
+        contenders = [
+            Contender(name, threads=options.threads, folder=Path(folder)) for name in ROWS
+        ]
+        a, b, _ = contenders
+        losses = (a.facts.first_loss, b.facts.first_loss)
+        if unfair := differences(a.facts, b.facts):
             print("\n".join(unfair), file=sys.stderr)
             return 1
-        rows = timed((a, b, c), repeats=options.repeats, threads=options.threads)
-        shares = breakdown(a.step, num_steps=2)
-        leave_world()
+        rows = timed(contenders, repeats=options.repeats, threads=options.threads)
+        shares = a("profile")
+        for one in contenders:
+            one.close()
     print(format_rows(rows), f"target: ours <= {TARGET_RATIO} of transformers", sep="\n")
     print(f"first losses: ours {losses[0]:.7f}, transformers {losses[1]:.7f}\n")
     print(format_breakdown(shares))
@@ -323,6 +377,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     sys.exit(main())
