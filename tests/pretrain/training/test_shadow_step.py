@@ -109,8 +109,7 @@ def test_ranks_find_the_same_and_go_on_the_same(
     name: str, tiny_run: MakeRun, two_ranks: RankPool
 ) -> None:
     layout = Layout(num_ranks=2, **{name: 2})
-    run = fp8_run(tiny_run, recipe="delayed", layout=layout)
-    run = replace(run, micro_batch_tokens=64)  # a window for each of ep's two replicas
+    run = fp8_run(tiny_run, recipe="delayed", layout=layout, micro=1)  # for each of ep's replicas
     shadowed = replace(run, precision=replace(run.precision, shadow_interval_steps=1))
     without, _ = two_ranks.run(steps, run)
     (with_shadows, found), (_, found_on_other) = two_ranks.run(steps, shadowed)
