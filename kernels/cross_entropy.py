@@ -71,8 +71,8 @@ def summed_cross_entropy(
     token_weight_T: Tensor,
     vocabulary: VocabularySlice = WHOLE,
     chunk_tokens: int = CHUNK_TOKENS,
-) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of the tokens' losses, and each loss.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weighted sum of the tokens' losses, each loss, and log(sum_v exp(h_t . w_v)).
 
     loss_t = log(sum_v exp(h_t . w_v)) - h_t . w_label. The gradient is computed here.
 
@@ -86,9 +86,10 @@ def summed_cross_entropy(
         chunk_tokens: tokens whose logits exist at once; the same on all ranks.
 
     Returns:
-        The sum, 0-dimensional fp32, differentiable in the hidden states and the weight, and
-        `[T]` fp32 in nats, before the weights, to be looked at only. A label that no rank holds
-        makes its loss NaN: to raise, the host would have to wait for the device.
+        The sum, 0-dimensional fp32, differentiable in the hidden states and the weight, and twice
+        `[T]` fp32, losses in nats before the weights and the logarithms, over all ranks, to be
+        looked at only. A label that no rank holds makes its loss NaN: to raise, the host would have
+        to wait for the device.
 
     Raises:
         ValueError: if shapes or dtypes do not fit, or a chunk has no token.
@@ -104,8 +105,8 @@ def summed_cross_entropy(
             f" given, {tuple(labels_T.shape)} torch.float32 is allowed"
         )
     if not torch.is_grad_enabled():
-        loss_T, _ = _losses(hidden_TD, weight_VD, labels_T, vocabulary, chunk_tokens)
-        return loss_T @ token_weight_T, loss_T
+        loss_T, log_sum_T = _losses(hidden_TD, weight_VD, labels_T, vocabulary, chunk_tokens)
+        return loss_T @ token_weight_T, loss_T, log_sum_T
     return _SummedCrossEntropy.apply(  # type: ignore[no-any-return]  apply is untyped
         hidden_TD, weight_VD, labels_T, token_weight_T, vocabulary, chunk_tokens
     )
@@ -151,21 +152,21 @@ class _SummedCrossEntropy(torch.autograd.Function):
         token_weight_T: Tensor,
         vocabulary: VocabularySlice,
         chunk_tokens: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         gradient = _Gradient(hidden_TD, weight_VD, ctx.needs_input_grad)
-        loss_T = torch.empty_like(token_weight_T)
+        loss_T, log_sum_T = torch.empty_like(token_weight_T), torch.empty_like(token_weight_T)
         for chunk, buffer in _chunks(hidden_TD, weight_VD, chunk_tokens):
             label_C = labels_T[chunk] - vocabulary.first
             logits_CV = _logits(hidden_TD[chunk], weight_VD, buffer)
             loss_C, log_sum_C, sum_C = _softmax_(
                 logits_CV, label_C, labels_T[chunk] >= 0, vocabulary
             )
-            loss_T[chunk] = loss_C
+            loss_T[chunk], log_sum_T[chunk] = loss_C, log_sum_C
             counts_C = token_weight_T[chunk].masked_fill(labels_T[chunk] < 0, 0.0)
             gradient.add(chunk, logits_CV, label_C, counts_C, (log_sum_C, sum_C))
         ctx.gradient = gradient
-        ctx.mark_non_differentiable(loss_T)
-        return loss_T @ token_weight_T, loss_T
+        ctx.mark_non_differentiable(loss_T, log_sum_T)
+        return loss_T @ token_weight_T, loss_T, log_sum_T
 
     @staticmethod
     @once_differentiable  # an untyped decorator, hence the silenced rule

@@ -44,8 +44,7 @@ def early_cross_entropy(
         ValueError: as `summed_cross_entropy`; for another dtype than fp32, whose gradients would be
             rounded before they are multiplied.
 
-    Collective over the ranks of `vocabulary`, forward and backward: each must have the same
-    gradient of the losses.
+    Collective over the ranks of `vocabulary`, in the forward pass alone.
     """
     if hidden_TD.dtype != torch.float32:
         raise ValueError(f"hidden states of {hidden_TD.dtype} given, torch.float32 is allowed")
@@ -73,13 +72,19 @@ class _EarlyCrossEntropy(torch.autograd.Function):
         vocabulary: VocabularySlice,
         chunk_tokens: int,
     ) -> Tensor:
-        ones_T = torch.ones_like(labels_T, dtype=torch.float32)
         with torch.enable_grad():
             h_TD, w_VD = (x.detach().requires_grad_() for x in (hidden_TD, weight_VD))
-            total, loss_T = _weighted(h_TD, w_VD, labels_T, ones_T, vocabulary, chunk_tokens)
+            total, loss_T, log_sum_T = summed_cross_entropy(
+                h_TD,
+                weight_VD=w_VD,
+                labels_T=labels_T,
+                token_weight_T=torch.ones_like(labels_T, dtype=torch.float32),
+                vocabulary=vocabulary,
+                chunk_tokens=chunk_tokens,
+            )
             dhidden_TD, dweight_VD = torch.autograd.grad(total, (h_TD, w_VD))
-        ctx.save_for_backward(hidden_TD, weight_VD, labels_T, dhidden_TD, dweight_VD)
-        ctx.how = (vocabulary, chunk_tokens)
+        ctx.save_for_backward(hidden_TD, weight_VD, labels_T, log_sum_T, dhidden_TD, dweight_VD)
+        ctx.how = (vocabulary.first, chunk_tokens)
         return loss_T
 
     @staticmethod
@@ -88,34 +93,45 @@ class _EarlyCrossEntropy(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         (grad_T,) = grad_outputs
-        hidden_TD, weight_VD, labels_T, dhidden_TD, dweight_VD = ctx.saved_tensors
+        hidden_TD, weight_VD, labels_T, log_sum_T, dhidden_TD, dweight_VD = ctx.saved_tensors
         most = grad_T.median()
         sum_VD: Tensor = dweight_VD * most
         (others,) = ((grad_T != most) & (labels_T >= 0)).nonzero(as_tuple=True)
         if len(others):
-            h_TD, labels_T, surplus_T = hidden_TD[others], labels_T[others], (grad_T - most)[others]
-            with torch.enable_grad():
-                w_VD = weight_VD.detach().requires_grad_()
-                total, _ = _weighted(h_TD, w_VD, labels_T, surplus_T, *ctx.how)
-                (missing_VD,) = torch.autograd.grad(total, (w_VD,))
-            sum_VD += missing_VD
+            first, chunk_tokens = ctx.how
+            given = (hidden_TD[others], labels_T[others] - first, log_sum_T[others])
+            add_missing_(sum_VD, weight_VD, *given, (grad_T - most)[others], chunk_tokens)
         return dhidden_TD * grad_T[:, None], sum_VD, None, None, None
 
 
-def _weighted(
-    hidden_TD: Tensor,
+def add_missing_(
+    sum_VD: Tensor,
     weight_VD: Tensor,
-    labels_T: Tensor,
-    token_weight_T: Tensor,
-    vocabulary: VocabularySlice,
+    hidden_TD: Tensor,
+    label_T: Tensor,
+    log_sum_T: Tensor,
+    surplus_T: Tensor,
     chunk_tokens: int,
-) -> tuple[Tensor, Tensor]:
-    """Return `summed_cross_entropy`, the weighted sum and each token's loss."""
-    return summed_cross_entropy(
-        hidden_TD,
-        weight_VD=weight_VD,
-        labels_T=labels_T,
-        token_weight_T=token_weight_T,
-        vocabulary=vocabulary,
-        chunk_tokens=chunk_tokens,
-    )
+) -> None:
+    """Add sum_t surplus_t (softmax_t - is_label_t) h_t, logits computed again; no collective.
+
+    Without one, because which tokens count unlike most is decided by numbers: a device that makes
+    wrong ones must not leave the ranks beside it waiting.
+
+    Args:
+        sum_VD: `[V, D]` fp32, what is added to.
+        weight_VD: `[V, D]` fp32, this rank's rows of the head.
+        hidden_TD: `[T, D]` fp32, of these tokens.
+        label_T: `[T]` int64, counted from this slice's first word.
+        log_sum_T: `[T]` fp32, of exp(logit) over all ranks' words.
+        surplus_T: `[T]` fp32, what each counts more than most.
+        chunk_tokens: tokens whose logits exist at once.
+    """
+    for start in range(0, len(hidden_TD), chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        dlogits_CV = torch.mm(hidden_TD[chunk], weight_VD.t())
+        dlogits_CV.sub_(log_sum_T[chunk, None]).exp_()
+        is_own_C = (label_T[chunk] >= 0) & (label_T[chunk] < len(weight_VD))
+        place_C = label_T[chunk].masked_fill(~is_own_C, 0)
+        dlogits_CV.scatter_add_(1, place_C[:, None], -is_own_C[:, None].float())
+        sum_VD.addmm_(dlogits_CV.t(), hidden_TD[chunk] * surplus_T[chunk, None])

@@ -41,7 +41,7 @@ def draw(
 
 
 def summed(h: Tensor, w: Tensor, y: Tensor, counts: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
-    return summed_cross_entropy(h, weight_VD=w, labels_T=y, token_weight_T=counts, **how)
+    return summed_cross_entropy(h, weight_VD=w, labels_T=y, token_weight_T=counts, **how)[:2]
 
 
 def by_token(h: Tensor, w: Tensor, y: Tensor, counts: Tensor, **how: Any) -> tuple[Tensor, Tensor]:

@@ -92,8 +92,8 @@ def test_the_loss_is_that_of_a_run_never_touched(
 @pytest.mark.slow
 def test_two_replicas_become_three(tiny_run: MakeRun, run_on: RunOn) -> None:
     six = tiny_curriculum(sequences=6)
-    whole = run_on(tiny_run(curriculum=six), num_steps=4)
-    run = tiny_run(Layout(num_ranks=2), curriculum=six, overlap=True)
+    whole = run_on(tiny_run(curriculum=six, micro=1), num_steps=4)
+    run = tiny_run(Layout(num_ranks=2), curriculum=six, micro=1, overlap=True)
     run_on(run, num_steps=2, save_after=2)
     grown = replace(run, layout=Layout(num_ranks=3))
     curve = run_on(grown, num_steps=2, resume=True)

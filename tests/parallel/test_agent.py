@@ -130,7 +130,10 @@ def test_ranks_do_not_outlive_the_process_they_were_forked_from(lost: str, tmp_p
     else:
         os.kill(int(Path(f"/proc/{pids[0]}/stat").read_text().split()[3]), signal.SIGKILL)
     assert parent.wait(30) == 85
-    assert not any(lives(pid) for pid in pids)
+    deadline = time.monotonic() + 20  # killed, but not its children: nobody waits for their end
+    while any(lives(pid) for pid in pids):
+        assert time.monotonic() < deadline, "ranks train on unseen"
+        threading.Event().wait(0.05)
 
 
 def lives(pid: int) -> bool:
