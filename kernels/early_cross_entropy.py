@@ -134,4 +134,5 @@ def add_missing_(
         is_own_C = (label_T[chunk] >= 0) & (label_T[chunk] < len(weight_VD))
         place_C = label_T[chunk].masked_fill(~is_own_C, 0)
         dlogits_CV.scatter_add_(1, place_C[:, None], -is_own_C[:, None].float())
-        sum_VD.addmm_(dlogits_CV.t(), hidden_TD[chunk] * surplus_T[chunk, None])
+        hidden_CD = hidden_TD[chunk] * surplus_T[chunk, None]
+        torch.addmm(sum_VD, dlogits_CV.t(), hidden_CD, out=sum_VD)

@@ -317,7 +317,7 @@ def head_and_loss(sizes: Sizes) -> Ledger:
     if operators.loss == "early":
         whole = tokens * model.hidden_size * operators.value_bytes
         weight = words * model.hidden_size * operators.value_bytes
-        ledger["loss"] = heads * (2 * whole + weight + tokens * _INT64)
+        ledger["loss"] = heads * (2 * whole + weight + tokens * (_INT64 + _FP32))
         return ledger
     ledger["output_layer"] = heads * sizes.stream
     if operators.loss == "in_place":
