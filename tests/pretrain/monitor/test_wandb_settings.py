@@ -22,7 +22,10 @@ from pathlib import Path
 from pretrain.monitor.telemetry import open_telemetry
 from pretrain.monitor.telemetry_config import TelemetryConfig
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-config = TelemetryConfig(wandb=sys.argv[2], wandb_init_timeout_s=3.0, wandb_close_timeout_s=2.0)
+close_s = float(sys.argv[3])
+config = TelemetryConfig(
+    wandb=sys.argv[2], wandb_init_timeout_s=3.0, wandb_close_timeout_s=close_s
+)
 telemetry = open_telemetry(Path(sys.argv[1]), config, stream=sys.stdout, total_steps=200)
 took = []
 for step in range(1, 201):
@@ -36,12 +39,14 @@ print("TOOK", sorted(took)[100], max(took), time.perf_counter() - began)
 """
 
 
-def run(folder: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    folder: Path, mode: str, *, close_s: float = 2.0, **environment: str
+) -> subprocess.CompletedProcess[str]:
     home = folder / "home"
     home.mkdir(exist_ok=True)
     plain = {name: text for name, text in os.environ.items() if not name.startswith("WANDB_")}
     return subprocess.run(
-        [sys.executable, "-c", TELEMETRY, str(folder / "run"), mode, "--canary-word"],
+        [sys.executable, "-c", TELEMETRY, str(folder / "run"), mode, str(close_s), "--canary-word"],
         env={**plain, "HOME": str(home), "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
@@ -126,7 +131,8 @@ def test_a_server_out_of_reach_or_a_revoked_key_costs_a_run_nothing(
 
 def test_a_run_that_went_offline_can_be_uploaded_later(tmp_path: Path, revoked: str) -> None:
     pytest.importorskip("wandb")
-    done = run(tmp_path, "online", WANDB_BASE_URL=revoked, WANDB_API_KEY="0" * 40)
+    # A busy machine takes its time to begin a second run, offline, after the first was refused.
+    done = run(tmp_path, "online", close_s=30.0, WANDB_BASE_URL=revoked, WANDB_API_KEY="0" * 40)
     assert done.returncode == 0, done.stderr
     assert "offline, the server did not take the run" in done.stderr
     assert "upload with: wandb sync" in done.stderr
