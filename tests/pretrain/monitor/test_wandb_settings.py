@@ -40,7 +40,7 @@ print("TOOK", sorted(took)[100], max(took), time.perf_counter() - began)
 
 
 def run(
-    folder: Path, mode: str, *, close_s: float = 2.0, **environment: str
+    folder: Path, mode: str, close_s: float = 2.0, /, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     home = folder / "home"
     home.mkdir(exist_ok=True)
@@ -132,7 +132,7 @@ def test_a_server_out_of_reach_or_a_revoked_key_costs_a_run_nothing(
 def test_a_run_that_went_offline_can_be_uploaded_later(tmp_path: Path, revoked: str) -> None:
     pytest.importorskip("wandb")
     # A busy machine takes its time to begin a second run, offline, after the first was refused.
-    done = run(tmp_path, "online", close_s=30.0, WANDB_BASE_URL=revoked, WANDB_API_KEY="0" * 40)
+    done = run(tmp_path, "online", 30.0, WANDB_BASE_URL=revoked, WANDB_API_KEY="0" * 40)
     assert done.returncode == 0, done.stderr
     assert "offline, the server did not take the run" in done.stderr
     assert "upload with: wandb sync" in done.stderr
