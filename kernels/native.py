@@ -119,14 +119,15 @@ def blas_product() -> int:
 @functools.cache
 def _blas_product() -> int:
     torch = sys.modules["torch"]
-    if not torch.backends.mkl.is_available():
-        return 0
     path = Path(str(torch.__file__)).parent / "lib" / "libtorch_cpu.so"
     try:
-        found = ctypes.CDLL(str(path)).sgemm_
-    except (OSError, AttributeError):
-        return 0
-    return ctypes.cast(found, ctypes.c_void_p).value or 0
+        if torch.backends.mkl.is_available():
+            return ctypes.cast(ctypes.CDLL(str(path)).sgemm_, ctypes.c_void_p).value or 0
+        why = "torch computes without MKL"
+    except (OSError, AttributeError) as error:
+        why = f"no sgemm_ in {path.name}: {error}"
+    log.info("experts are computed one after the other, not one to a thread: %s", why)
+    return 0
 
 
 def _address(value: Any, kind: str) -> Any:

@@ -153,6 +153,18 @@ def test_matrices_that_are_not_dense_are_read_all_the_same() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(other.abs().max()))
 
 
+def test_without_mkl_experts_are_written_out_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "is_there", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    native._blas_product.cache_clear()  # pyright: ignore[reportPrivateUsage]  asked once a process
+    with caplog.at_level("INFO"):
+        assert (native.blas_product(), native.blas_product()) == (0, 0)
+    assert caplog.text.count("torch computes without MKL") == 1
+    native._blas_product.cache_clear()  # pyright: ignore[reportPrivateUsage]
+
+
 @needs_blas
 def test_all_experts_are_one_call_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the loop might run on every machine and nobody would see it."""
